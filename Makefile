@@ -1,0 +1,55 @@
+# make            builds ./mamba (CPU)
+# make demo       builds it and tells a story
+# make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
+# make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
+# make install    into PREFIX (/usr/local)
+
+PREFIX ?= /usr/local
+CFLAGS ?= -O2 -g
+WARNINGS = -Wall -Wextra
+# No contraction: a fused multiply-add happens where it is written and nowhere else, or instruction sets would disagree.
+FLAGS = -std=gnu11 -ffp-contract=off $(WARNINGS) $(OPENMP)
+LIBS = -lm
+PYTHON ?= python3
+VENV ?= $(HOME)/.cache/mamba-tests/venv
+
+# A compiler without its OpenMP library still builds a program that uses one thread.
+OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_max_threads()<0;}\n' | \
+	$(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+
+all: mamba
+
+mamba: mamba.c Makefile
+	$(CC) $(CFLAGS) $(FLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+
+demo: mamba
+	./mamba models/tales.bin -p "Once upon a time" -n 300 -s 7
+
+test: mamba tests/unit $(VENV)/quick
+	$(VENV)/bin/python tests/run.py quick
+
+check: test $(VENV)/full
+	$(VENV)/bin/python tests/run.py slow
+
+tests/unit: tests/unit.c mamba.c Makefile
+	$(CC) $(CFLAGS) $(FLAGS) -Wno-unused-function $< -o $@ $(LDFLAGS) $(LIBS)
+
+# The stamps hold the requirements that were installed; other requirements make another installation.
+$(VENV)/quick: tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	cp $< $@
+
+$(VENV)/full: tests/requirements-check.txt $(VENV)/quick
+	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	cp $< $@
+
+install: mamba
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/mamba
+	install -m 755 mamba $(DESTDIR)$(PREFIX)/bin/mamba
+	install -m 644 tokenizer.bin $(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin
+
+clean:
+	rm -f mamba tests/unit
+
+.PHONY: all demo test check install clean

@@ -1,0 +1,855 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gguf>=0.18", "huggingface_hub", "numpy", "safetensors", "tqdm"]
+# ///
+"""Convert a Mamba checkpoint (a folder or a Hugging Face id) to the GGUF file that `mamba` and llama.cpp read.
+
+Needs: pip install gguf huggingface_hub numpy safetensors tqdm      (torch only when the weights are a pytorch_model.bin)
+
+Read from top to bottom: 1 errors and small helpers; 2 config.json; 3 the checkpoint's tensors; 4 which tensor becomes
+which; 5 the tokenizer; 6 writing the file; 7 download and command line. Names, shapes, configuration and tokenizer are
+checked before the output is opened; values are checked as they stream through, one tensor in memory at a time, into a
+temporary file that takes the output's name only when it is complete.
+"""
+import argparse
+import contextlib
+import json
+import math
+import mmap
+import os
+import re
+import signal
+import struct
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+try:
+    import gguf
+    import numpy as np
+    from gguf import GGMLQuantizationType as GGMLType, LlamaFileType, TokenType
+    from gguf.utility import SafetensorsLocal
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+except ImportError as e:
+    sys.exit(f"convert_weights.py: {e}; to install what it needs: "
+             "pip install 'gguf>=0.18' huggingface_hub numpy safetensors tqdm")
+
+# ---------------------------------------------------------------- 1 errors and small helpers
+
+
+class ConvertError(Exception):
+    """What was found and what was expected, in one line for the user."""
+
+
+def say(text):
+    print(f"convert_weights.py: {text}", file=sys.stderr)
+
+
+def first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_json(path, default=None):
+    """The object in a JSON file; `default`, when given, stands for a file that is not there."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ConvertError(f"{path}: not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ConvertError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+# ---------------------------------------------------------------- 2 config.json
+
+
+@dataclass
+class Config:
+    d_model: int
+    n_layer: int
+    vocab_size: int             # rows of the embedding, padding included
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    rms_eps: float
+    conv_bias: bool
+    tied: bool | None           # what config.json says; None: nothing
+    dt_b_c_eps: float | None    # FalconMamba normalises dt, B and C with this epsilon
+    context_length: int
+
+    @property
+    def xz(self):               # rows of in_proj: x and the gate z
+        return 2 * self.d_inner
+
+    @property
+    def dt_b_c(self):           # rows of x_proj: dt, B and C
+        return self.dt_rank + 2 * self.d_state
+
+
+def refuse(config, path, **expected):
+    """Every key in `expected` that config.json sets must have exactly this value: nothing else is implemented."""
+    for key, value in expected.items():
+        if config.get(key) not in (None, value):
+            raise ConvertError(f"{path}: {key} is {json.dumps(config[key])}, only {json.dumps(value)} is supported")
+
+
+def config_hf(c, path):
+    """transformers' MambaConfig and FalconMambaConfig."""
+    refuse(c, path, rms_norm=True, use_bias=False, hidden_act="silu")
+    falcon = c["model_type"] == "falcon_mamba"
+    d_model = c["hidden_size"]
+    dt_rank = c.get("time_step_rank", "auto")
+    return Config(
+        d_model=d_model, n_layer=c["num_hidden_layers"], vocab_size=c["vocab_size"],
+        d_inner=c.get("intermediate_size") or int(c.get("expand", 2) * d_model),
+        d_state=c.get("state_size", 16), d_conv=c.get("conv_kernel", 4),
+        dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+        rms_eps=c.get("layer_norm_epsilon", 1e-5), conv_bias=c.get("use_conv_bias", True),
+        tied=c.get("tie_word_embeddings"), dt_b_c_eps=c.get("mixer_rms_eps", 1e-6) if falcon else None,
+        context_length=c.get("max_position_embeddings", 2**20))
+
+
+def config_state_spaces(c, path):
+    """The state-spaces/mamba package's MambaConfig, whose defaults these are."""
+    ssm = c.get("ssm_cfg") or {}
+    refuse(c, path, rms_norm=True, d_intermediate=0, attn_layer_idx=[])
+    refuse(ssm, f"{path}: ssm_cfg", layer="Mamba1", bias=False)
+    d_model = c["d_model"]
+    pad = c.get("pad_vocab_size_multiple", 8)
+    dt_rank = ssm.get("dt_rank", "auto")
+    return Config(
+        d_model=d_model, n_layer=c["n_layer"], vocab_size=math.ceil(c["vocab_size"] / pad) * pad,
+        d_inner=int(ssm.get("expand", 2) * d_model), d_state=ssm.get("d_state", 16), d_conv=ssm.get("d_conv", 4),
+        dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+        rms_eps=1e-5, conv_bias=ssm.get("conv_bias", True), tied=c.get("tie_embeddings"), dt_b_c_eps=None,
+        context_length=2**20)   # a recurrence has no limit of its own; llama.cpp's converter writes this number too
+
+
+def load_config(folder):
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConvertError(f"{folder}: no config.json, expected a Mamba checkpoint folder")
+    c = read_json(path)
+    kind = c.get("model_type")
+    try:
+        if kind in ("mamba", "falcon_mamba"):
+            config = config_hf(c, path)
+        elif kind is None and "d_model" in c and "n_layer" in c:
+            config = config_state_spaces(c, path)
+        else:
+            found = f"model_type {kind!r}" if kind else f"no model_type, architectures {c.get('architectures')}"
+            raise ConvertError(f"{path}: {found}, expected model_type mamba or falcon_mamba, "
+                               "or the d_model and n_layer of a state-spaces checkpoint")
+        for key in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv", "dt_rank"):
+            value = getattr(config, key)
+            if not isinstance(value, int) or not 0 < value < 2**31:
+                raise ConvertError(f"{path}: {key} is {value!r}, expected a positive integer")
+        for key in ("rms_eps", "dt_b_c_eps"):
+            value = getattr(config, key)
+            if value is not None and not (isinstance(value, float) and 0 < value < 1):
+                raise ConvertError(f"{path}: {key} is {value!r}, expected a number between 0 and 1")
+    except KeyError as e:
+        raise ConvertError(f"{path}: {e.args[0]} is missing") from None
+    except (TypeError, AttributeError) as e:
+        raise ConvertError(f"{path}: a value of the wrong kind: {e}") from None
+    return config
+
+
+# ---------------------------------------------------------------- 3 the checkpoint's tensors
+
+
+class SafetensorsFile:
+    """Tensors of one .safetensors file: `shapes` by name, values mapped from the file on demand."""
+    DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+
+    def __init__(self, path):
+        try:
+            safe_open(path, "numpy")                    # the package's own check of header, offsets and file size
+        except SafetensorError as e:
+            raise ConvertError(f"{path}: {e}") from None
+        self.path = path
+        self.tensors = SafetensorsLocal(path).tensors   # numpy has no bfloat16, so the bytes are taken from here
+        self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    def read(self, name):
+        t = self.tensors[name]
+        if t.dtype not in self.DTYPES:
+            raise ConvertError(f"{self.path}: {name}: found type {t.dtype}, expected one of {', '.join(self.DTYPES)}")
+        values = t.mmap_bytes().view(self.DTYPES[t.dtype]).reshape(t.shape)
+        if t.dtype == "BF16":                           # bfloat16 is the upper half of a float32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32)
+
+
+class TorchFile:
+    """The same for a pytorch_model.bin; weights_only keeps its pickle from running code."""
+
+    def __init__(self, path):
+        try:
+            import torch
+        except ImportError:
+            raise ConvertError(f"{path}: reading it needs the torch package (pip install torch)") from None
+        try:
+            try:
+                self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:                        # torch's format before 1.6 cannot be mapped
+                self.tensors = torch.load(path, map_location="cpu", weights_only=True)
+            self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
+        except Exception as e:                          # unpickling fails in many ways; all of them mean this
+            raise ConvertError(f"{path}: not a PyTorch state dictionary: {first_line(e)}") from None
+        self.path = path
+
+    def read(self, name):
+        t = self.tensors[name]
+        if not t.is_floating_point():
+            raise ConvertError(f"{self.path}: {name}: found type {t.dtype}, expected a floating-point one")
+        return t.float().numpy()
+
+
+def weight_files(folder):
+    """The files that hold the weights, safetensors before pytorch_model.bin, shards through their index."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ConvertError(f"{index}: no weight_map, expected one that names the shards")
+            names = sorted(set(map(str, weight_map.values())))
+            for name in names:
+                if os.path.basename(name) != name or not (folder / name).is_file():
+                    raise ConvertError(f"{index}: lists {name}, which is not in {folder}")
+            return [folder / name for name in names]
+    raise ConvertError(f"{folder}: no weights found, expected model.safetensors, pytorch_model.bin or their .index.json")
+
+
+def open_checkpoint(folder):
+    """{tensor name as transformers spells it: (file, name in that file)}"""
+    tensors = {}
+    for path in weight_files(folder):
+        file = (SafetensorsFile if path.suffix == ".safetensors" else TorchFile)(path)
+        for name in file.shapes:
+            full = name if name.startswith(("backbone.", "lm_head.")) else f"backbone.{name}"   # saved without a head
+            full = full.replace("backbone.embedding.", "backbone.embeddings.")                  # state-spaces' spelling
+            if full in tensors:
+                raise ConvertError(f"{path}: tensor {name} is there twice")
+            tensors[full] = (file, name)
+    return tensors
+
+
+# ---------------------------------------------------------------- 4 which tensor becomes which
+
+# Name in the GGUF file, name in the checkpoint, its shape in terms of Config, and whether it takes --type: A, D, conv,
+# biases and norms stay F32. {} is the layer.
+MODEL_TENSORS = (
+    ("token_embd.weight", "backbone.embeddings.weight", ("vocab_size", "d_model"), True),
+    ("output_norm.weight", "backbone.norm_f.weight", ("d_model",), False),
+    ("output.weight", "lm_head.weight", ("vocab_size", "d_model"), True),
+)
+LAYER_TENSORS = (
+    ("attn_norm.weight", "norm.weight", ("d_model",), False),
+    ("ssm_in.weight", "mixer.in_proj.weight", ("xz", "d_model"), True),
+    ("ssm_conv1d.weight", "mixer.conv1d.weight", ("d_inner", 1, "d_conv"), False),
+    ("ssm_conv1d.bias", "mixer.conv1d.bias", ("d_inner",), False),
+    ("ssm_x.weight", "mixer.x_proj.weight", ("dt_b_c", "d_inner"), True),
+    ("ssm_dt.weight", "mixer.dt_proj.weight", ("d_inner", "dt_rank"), True),
+    ("ssm_dt.bias", "mixer.dt_proj.bias", ("d_inner",), False),
+    ("ssm_a", "mixer.A_log", ("d_inner", "d_state"), False),
+    ("ssm_d", "mixer.D", ("d_inner",), False),
+    ("ssm_out.weight", "mixer.out_proj.weight", ("d_model", "d_inner"), True),
+)
+TYPES = {name.lower(): (GGMLType[name], LlamaFileType[file_type]) for name, file_type in (
+    ("F32", "ALL_F32"), ("F16", "MOSTLY_F16"), ("BF16", "MOSTLY_BF16"), ("Q8_0", "MOSTLY_Q8_0"), ("Q4_0", "MOSTLY_Q4_0"),
+    ("Q4_1", "MOSTLY_Q4_1"), ("Q5_0", "MOSTLY_Q5_0"), ("Q5_1", "MOSTLY_Q5_1"))}
+
+
+def tensor_table(n_layer):
+    yield from MODEL_TENSORS
+    for i in range(n_layer):
+        for name, source, *rest in LAYER_TENSORS:
+            yield f"blk.{i}.{name}", f"backbone.layers.{i}.{source}", *rest
+
+
+@dataclass
+class Tensor:
+    """One tensor of the output."""
+    name: str
+    source: str                 # its name in the checkpoint
+    shape: tuple                # there
+    type: GGMLType
+    file: object = None         # SafetensorsFile or TorchFile; None: a bias that the model does not have, zeros
+    file_name: str = ""         # its name in that file
+
+    @property
+    def gguf_shape(self):       # conv1d's [d_inner, 1, d_conv] loses its middle
+        return self.shape if len(self.shape) < 3 else (self.shape[0], self.shape[2])
+
+    @property
+    def nbytes(self):
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+    def read(self):
+        """float32 [gguf_shape], as the file stores it apart from its type."""
+        if self.file is None:
+            return np.zeros(self.gguf_shape, np.float32)
+        values = self.file.read(self.file_name).reshape(self.gguf_shape)
+        if self.name.endswith("ssm_a"):
+            with np.errstate(over="ignore"):            # encode() reports an infinity
+                values = -np.exp(values)                # A = -exp(A_log)
+        return values
+
+    def encode(self):
+        """The bytes of the tensor in its type, as an array."""
+        values = self.read()
+        peak = np.abs([values.min(), values.max()]).max()       # NaN when there is one
+        if not np.isfinite(peak):
+            what = "NaN" if np.isnan(peak) else "infinity"
+            raise ConvertError(f"{self.file.path}: {self.file_name}: found {what}, expected finite weights")
+        # F16, and the F16 scales of the quantised types, end at 65504; no trained Mamba comes near it.
+        if self.type not in (GGMLType.F32, GGMLType.BF16) and peak > 65504:
+            raise ConvertError(f"{self.file.path}: {self.file_name}: found a weight of {peak:g}, {self.type.name} ends at "
+                               "65504; use --type bf16 or f32")
+        with np.errstate(all="ignore"):                 # blocks of denormals: scale 0, whatever their quotients are
+            return np.ascontiguousarray(gguf.quants.quantize(values, self.type))
+
+
+def storage_type(shape, wanted):
+    """A row must be whole blocks; F16 where it is not (dt_rank 48 against blocks of 32)."""
+    return GGMLType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def plan_tensors(checkpoint, config, wanted, folder):
+    """The output's tensors in file order, after every name and shape of the checkpoint has been checked."""
+    plan, left = [], dict(checkpoint)
+    for name, source, dims, takes_type in tensor_table(config.n_layer):
+        shape = tuple(d if isinstance(d, int) else getattr(config, d) for d in dims)
+        tensor = Tensor(name, source, shape, storage_type(shape, wanted) if takes_type else GGMLType.F32)
+        plan.append(tensor)
+        if name.endswith("conv1d.bias") and not config.conv_bias:
+            continue
+        if source == "lm_head.weight" and source not in left and config.tied is not False:
+            plan.pop()                                  # tied: llama.cpp and mamba use the embedding
+            continue
+        if source not in left:
+            raise ConvertError(f"{folder}: tensor {source} is missing, expected shape {list(shape)}")
+        tensor.file, tensor.file_name = left.pop(source)
+        found = tensor.file.shapes[tensor.file_name]
+        if found != shape:
+            raise ConvertError(f"{tensor.file.path}: {tensor.file_name}: found shape {list(found)}, "
+                               f"expected {list(shape)} ({' x '.join(map(str, dims))})")
+    if left:
+        file, name = next(iter(left.values()))
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ConvertError(f"{file.path}: {name} {list(file.shapes[name])}{more}: expected no such tensor in a Mamba of "
+                           f"{config.n_layer} layers")
+    return drop_tied_head(plan, config)
+
+
+def drop_tied_head(plan, config):
+    """A head that equals the embedding is not stored twice, whatever config.json says."""
+    by_name = {t.name: t for t in plan}
+    head = by_name.get("output.weight")
+    if head and np.array_equal(head.read(), by_name["token_embd.weight"].read(), equal_nan=True):
+        plan.remove(head)
+    elif head and config.tied:
+        raise ConvertError(f"{head.file.path}: lm_head.weight differs from the embedding, but config.json says that they "
+                           "are tied; set tie_word_embeddings (or tie_embeddings) there to what the model was trained with")
+    return plan
+
+
+# ---------------------------------------------------------------- 5 the tokenizer
+
+
+@dataclass
+class Tokenizer:
+    tokens: list                # GPT-2's byte alphabet for normal tokens, literal text for added ones
+    types: list                 # TokenType of each
+    merges: list                # "left right", best first; empty for a vocabulary of bytes or characters
+    pre: str                    # pre-tokenisation, by llama.cpp's name
+    normalizer: str             # "nfc" or "none"
+    ids: dict = field(default_factory=dict)     # bos, eos, unknown, padding
+    add_bos: bool = False
+    origin: str = ""
+
+
+def byte_alphabet():
+    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else the next character from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+BYTE_ALPHABET = byte_alphabet()
+
+
+def unsupported(path, what):
+    return ConvertError(f"{path}: {what} is not supported; --no-tokenizer converts the model without its tokenizer")
+
+
+def as_list(part):
+    """A normalizer, pre-tokenizer or post-processor of tokenizer.json as the list of its steps."""
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return next((part[key] for key in ("normalizers", "pretokenizers", "processors") if key in part), [])
+
+
+def read_normalizer(spec, path):
+    steps = [step["type"] for step in as_list(spec.get("normalizer"))]
+    if steps not in ([], ["NFC"]):
+        raise unsupported(path, f"normalizer {' + '.join(steps)}")
+    return "nfc" if steps else "none"
+
+
+def read_pre_tokenizer(spec, path):
+    """llama.cpp's name for it, or "characters" where every character stands alone."""
+    steps = as_list(spec.get("pre_tokenizer"))
+    names = [step["type"] for step in steps]
+    byte_level = next((step for step in steps if step["type"] == "ByteLevel"), None)
+    if byte_level and (byte_level.get("add_prefix_space", True) or not byte_level.get("use_regex", True)):
+        raise unsupported(path, "a ByteLevel pre-tokenizer with add_prefix_space or without use_regex")
+    if names == ["ByteLevel"]:
+        return "gpt-2"
+    if names == ["Punctuation", "ByteLevel", "Digits", "Split"]:
+        punctuation, _, digits, split = steps
+        if (punctuation.get("behavior") == "Contiguous" and not digits.get("individual_digits")
+                and split.get("pattern") == {"Regex": "[0-9][0-9][0-9]"} and split.get("behavior") == "Isolated"
+                and not split.get("invert")):
+            return "falcon"
+    empty_split = names == ["Split"] and steps[0].get("pattern") in ({"Regex": ""}, {"String": ""}) \
+        and steps[0].get("behavior") == "Isolated"
+    if names == [] or empty_split:
+        return "characters"
+    raise unsupported(path, f"pre-tokenizer {' + '.join(names)}")
+
+
+def read_model(spec, path):
+    """(vocabulary {token: id}, merges as "left right", unknown token or None) of tokenizer.json's model."""
+    model = spec.get("model") or {}
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    if kind not in ("BPE", "WordLevel"):
+        raise unsupported(path, f"a tokenizer model of type {kind}")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+        if model.get(option):
+            raise unsupported(path, f"{option} = {json.dumps(model[option])} in the tokenizer model")
+    vocab = model.get("vocab", {})
+    merges = []
+    for merge in model.get("merges", []):
+        pair = merge.split(" ") if isinstance(merge, str) else list(merge)
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ConvertError(f"{path}: merge {merge!r}: expected two tokens of the vocabulary that join to a third")
+        merges.append(" ".join(pair))
+    return vocab, merges, model.get("unk_token")
+
+
+def added_bos(spec, path):
+    """The id that the post-processor puts in front of a text, or None."""
+    bos = None
+    for step in as_list(spec.get("post_processor")):
+        template = step.get("single", [])
+        kinds = [next(iter(piece)) for piece in template]
+        if step["type"] == "ByteLevel" or kinds == ["Sequence"]:
+            continue                                    # changes offsets only, or nothing
+        if step["type"] != "TemplateProcessing" or kinds != ["SpecialToken", "Sequence"] or bos is not None:
+            raise unsupported(path, f"a post-processor ({step['type']}) that adds more than one token in front of the text")
+        bos = step["special_tokens"][template[0]["SpecialToken"]["id"]]["ids"][0]
+    return bos
+
+
+def build_tokenizer(vocab, added, merges, pre, normalizer, path):
+    """Put a vocabulary {token: id} and added tokens [{id, content, special, ...}] into id order."""
+    characters = pre == "characters"
+    added_ids = {a["id"] for a in added}
+    texts = {token: i for token, i in vocab.items() if i not in added_ids}
+    ids = {*texts.values(), *added_ids}
+    if not all(isinstance(i, int) and 0 <= i < 2**24 for i in ids) or not 0 < len(ids) == len(texts) + len(added):
+        raise ConvertError(f"{path}: {len(texts) + len(added)} tokens, expected some, each with a small number of its own")
+    if not merges and any(len(token) != 1 for token in texts):
+        longest = max(texts, key=len)
+        raise unsupported(path, f"a vocabulary without merges that holds more than single characters ({longest!r})")
+    if merges and characters:
+        raise unsupported(path, "merges without a ByteLevel pre-tokenizer")
+    n = 1 + max(ids)
+    tokens, types = [f"[PAD{i}]" for i in range(n)], [TokenType.UNUSED] * n
+    for token, i in texts.items():
+        tokens[i] = "".join(BYTE_ALPHABET[b] for b in token.encode()) if characters else token
+        types[i] = TokenType.NORMAL
+    for a in added:
+        if not a["special"] and (a.get("lstrip") or a.get("rstrip") or a.get("single_word")):
+            raise unsupported(path, f"added token {a['content']!r} with lstrip, rstrip or single_word")
+        tokens[a["id"]] = a["content"]
+        types[a["id"]] = TokenType.CONTROL if a["special"] else TokenType.USER_DEFINED
+    return Tokenizer(tokens, types, merges, "gpt-2" if characters else pre, normalizer, origin=path.name)
+
+
+def special_ids(folder, id_of, control):
+    """bos, eos, unknown and padding ids: by text from the tokenizer's own files, else by number from config.json."""
+    sources = [read_json(folder / name, {}) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config = read_json(folder / "config.json", {})
+    ids = {}
+    for short, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        for source in sources:
+            token = source.get(f"{short}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in id_of:
+                ids.setdefault(key, id_of[token])
+        number = config.get(f"{short}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if number in control:       # its default is 0, which in a vocabulary of characters may be a letter
+            ids.setdefault(key, number)
+    return ids
+
+
+def check_options(folder, path):
+    """tokenizer_config.json, after refusing what it may add to the tokenizer's own rules."""
+    options = read_json(folder / "tokenizer_config.json", {})
+    for key in ("add_prefix_space", "add_eos_token"):
+        if options.get(key):
+            raise unsupported(path, f"{key} in tokenizer_config.json")
+    return options
+
+
+def tokenizer_from_json(folder):
+    path = folder / "tokenizer.json"
+    spec = read_json(path)
+    options = check_options(folder, path)
+    vocab, merges, unknown = read_model(spec, path)
+    added = spec.get("added_tokens") or []
+    tokenizer = build_tokenizer(vocab, added, merges, read_pre_tokenizer(spec, path), read_normalizer(spec, path), path)
+    bos = added_bos(spec, path)
+    id_of = {**vocab, **{a["content"]: a["id"] for a in added}}
+    tokenizer.ids = special_ids(folder, id_of, {a["id"] for a in added if a["special"]})
+    # The unknown token that text can turn into is the model's; transformers' unk_token only names one.
+    tokenizer.ids.pop("unknown", None)
+    if unknown in id_of:
+        tokenizer.ids["unknown"] = id_of[unknown]
+        if not merges and spec["model"].get("fuse_unk"):
+            raise unsupported(path, "fuse_unk in a vocabulary of characters")
+    if bos is not None:
+        tokenizer.ids["bos"] = bos
+    tokenizer.add_bos = bos is not None or bool(options.get("add_bos_token") and "bos" in tokenizer.ids)
+    return tokenizer
+
+
+def tokenizer_from_gpt2_files(folder):
+    """vocab.json and merges.txt, as GPT-2's tokenizer has them; GPT-NeoX's class adds NFC."""
+    path = folder / "vocab.json"
+    options = check_options(folder, path)
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise ConvertError(f"{folder / 'merges.txt'}: not UTF-8: {e}") from None
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    vocab, merges, _ = read_model({"model": {"type": "BPE", "vocab": read_json(path), "merges": merges}}, path)
+    id_of = {**vocab, **read_json(folder / "added_tokens.json", {})}
+    ids = special_ids(folder, id_of, set())
+    special = set(ids.values())
+    added = [{"id": i, "content": token, "special": i in special} for token, i in id_of.items()
+             if i in special or token not in vocab]
+    normalizer = "nfc" if str(options.get("tokenizer_class", "")).startswith("GPTNeoX") else "none"
+    tokenizer = build_tokenizer(vocab, added, merges, "gpt-2", normalizer, path)
+    tokenizer.ids, tokenizer.add_bos = ids, bool(options.get("add_bos_token") and "bos" in ids)
+    return tokenizer
+
+
+def read_gguf_keys(path):
+    """The metadata of a GGUF file. gguf.GGUFReader needs ten seconds for a vocabulary of 50,000, this a fifth of one."""
+    codes = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    string, array, at = 8, 9, 0
+
+    def take(kind, count):
+        """The next `count` values of a kind."""
+        if kind == array:
+            return [take(*struct.unpack("<IQ", take_bytes(12))) for _ in range(count)]
+        if kind == string:
+            return [take_bytes(*struct.unpack("<Q", take_bytes(8))).decode() for _ in range(count)]
+        size = struct.calcsize(codes[kind]) * count
+        return list(struct.unpack(f"<{count}{codes[kind]}", take_bytes(size)))
+
+    def take_bytes(size):
+        nonlocal at
+        at += size
+        if at > len(data):
+            raise ValueError(f"{at - len(data)} bytes are missing")
+        return data[at - size:at]
+
+    try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            magic, version, _, n_keys = struct.unpack("<4sIQQ", take_bytes(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError("it does not start as one")
+            return {take(string, 1)[0]: take(*take(4, 1), 1)[0] for _ in range(n_keys)}
+    except (ValueError, KeyError, RecursionError, struct.error) as e:
+        raise ConvertError(f"{path}: not a readable GGUF file: {first_line(e)}") from None
+
+
+def tokenizer_from_gguf(path):
+    """The vocabulary of a GGUF file, without the [PADn] that fill it up to a model's embedding."""
+    key = read_gguf_keys(path)
+    if key.get("tokenizer.ggml.model") != "gpt2":
+        raise ConvertError(f"{path}: tokenizer.ggml.model is {key.get('tokenizer.ggml.model')!r}, expected 'gpt2'")
+    pre = key.get("tokenizer.ggml.pre")
+    if pre is None and key.get("general.architecture") == "gptneox":    # files older than the key: GPT-2's regex, NFC
+        pre = "olmo"
+    if pre not in ("gpt-2", "mpt", "olmo", "falcon"):
+        raise ConvertError(f"{path}: tokenizer.ggml.pre is {pre!r}, expected gpt-2, mpt, olmo or falcon")
+    normalizer = key.get("mamba.tokenizer.normalizer", "nfc" if pre in ("mpt", "olmo") else "none")
+    tokens, types = key.get("tokenizer.ggml.tokens", []), key.get("tokenizer.ggml.token_type", [])
+    if not tokens or len(types) != len(tokens):
+        raise ConvertError(f"{path}: {len(tokens)} tokens and {len(types)} token types, expected a type for each token")
+    while tokens and tokens[-1] == f"[PAD{len(tokens) - 1}]":
+        tokens.pop()
+    ids = {k: key[f"tokenizer.ggml.{k}_token_id"] for k in ("bos", "eos", "unknown", "padding")
+           if key.get(f"tokenizer.ggml.{k}_token_id", len(tokens)) < len(tokens)}
+    return Tokenizer(tokens, types[:len(tokens)], key.get("tokenizer.ggml.merges", []),
+                     "falcon" if pre == "falcon" else "gpt-2", normalizer, ids,
+                     bool(key.get("tokenizer.ggml.add_bos_token")), key.get("general.name", path.stem))
+
+
+def own_tokenizer(folder):
+    """The tokenizer that comes with a checkpoint, or None."""
+    if (folder / "tokenizer.json").is_file():
+        read, path = tokenizer_from_json, folder / "tokenizer.json"
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        read, path = tokenizer_from_gpt2_files, folder / "vocab.json"
+    else:
+        for name in ("tokenizer.model", "spiece.model", "vocab.txt"):
+            if (folder / name).is_file():
+                raise unsupported(folder / name, "this kind of tokenizer, without a tokenizer.json,")
+        return None
+    try:
+        return read(folder)
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as e:
+        raise ConvertError(f"{path}: not a tokenizer as the tokenizers package writes it ({e!r})") from None
+
+
+NEOX_TOKENS = 50277         # in tokenizer.bin
+
+
+def model_tokenizer(folder, vocab_size):
+    """The checkpoint's own tokenizer; else the repository's tokenizer.bin when the vocabulary fits it; else None."""
+    tokenizer = own_tokenizer(folder)
+    if tokenizer is None:
+        shared = Path(__file__).resolve().with_name("tokenizer.bin")
+        # Embeddings are padded to a multiple of 8 to 64; a vocabulary of another size is another vocabulary.
+        if not NEOX_TOKENS <= vocab_size < NEOX_TOKENS + 64 or not shared.is_file():
+            return None
+        tokenizer = tokenizer_from_gguf(shared)
+    n = len(tokenizer.tokens)
+    if n > vocab_size:
+        raise ConvertError(f"{folder}: {tokenizer.origin} has {n} tokens, the embedding only {vocab_size} rows; "
+                           "--no-tokenizer converts the model without its tokenizer")
+    # llama.cpp wants a token for each row of the embedding.
+    tokenizer.tokens += [f"[PAD{i}]" for i in range(n, vocab_size)]
+    tokenizer.types += [TokenType.UNUSED] * (vocab_size - n)
+    return tokenizer
+
+
+# ---------------------------------------------------------------- 6 writing the file
+
+
+class Writer(gguf.GGUFWriter):
+    """gguf's writer has no empty arrays, but llama.cpp wants the key of the merges even where there are none."""
+
+    def _pack_val(self, val, vtype, *args, **kwargs):
+        if vtype == gguf.GGUFValueType.ARRAY and len(val) == 0:
+            return struct.pack("<IIQ", vtype, gguf.GGUFValueType.STRING, 0)
+        return super()._pack_val(val, vtype, *args, **kwargs)
+
+
+def add_config(writer, config, file_type):
+    writer.add_file_type(file_type)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_feed_forward_length(0)       # llama.cpp asks for these two of every architecture
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(config.d_conv)
+    writer.add_ssm_inner_size(config.d_inner)
+    writer.add_ssm_state_size(config.d_state)
+    writer.add_ssm_time_step_rank(config.dt_rank)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_ssm_dt_b_c_rms(config.dt_b_c_eps is not None)
+    if config.dt_b_c_eps is not None:
+        writer.add_float32("mamba.ssm.dt_b_c_rms_epsilon", config.dt_b_c_eps)
+    if file_type not in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_tokenizer(writer, tokenizer):
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    writer.add_key_value("tokenizer.ggml.merges", tokenizer.merges, gguf.GGUFValueType.ARRAY)
+    for key, i in tokenizer.ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", i)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_string("mamba.tokenizer.normalizer", tokenizer.normalizer)
+
+
+def write_tensors(writer, plan):
+    """Metadata, then each tensor as it is read. Not writer.write_tensor_data: its error for a full disk has no errno."""
+    for t in plan:
+        writer.add_tensor_info(t.name, t.gguf_shape, np.dtype(np.float32), t.nbytes, raw_dtype=t.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    out = writer.fout[0]
+    writer.write_padding(out, out.tell())
+    with tqdm(total=sum(t.nbytes for t in plan), unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for t in plan:
+            data = t.encode()
+            out.write(data.data)
+            writer.write_padding(out, data.nbytes)
+            bar.update(data.nbytes)
+
+
+def write_gguf(path, name, config, file_type, tokenizer, plan):
+    """Write to a temporary file beside `path`, sync and rename: `path` is complete or untouched."""
+    if path.exists() and not path.is_file():
+        raise ConvertError(f"{path}: found a folder or device, expected the name of a file to write")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = Writer(temporary, "mamba")
+    writer.add_name(name)
+    if config:
+        add_config(writer, config, file_type)
+    add_tokenizer(writer, tokenizer)
+    try:
+        write_tensors(writer, plan)
+        writer.flush()
+        os.fsync(writer.fout[0].fileno())
+        writer.close()
+        os.replace(temporary, path)
+    except OSError as e:
+        raise ConvertError(f"{path}: {e.strerror or e}; nothing was written") from None
+    finally:                    # after success there is nothing left to remove
+        with contextlib.suppress(OSError):
+            writer.close()      # on a full disk this fails once more
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- 7 download and command line
+
+SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt")
+
+
+def download(repo_id, revision, weights):
+    """The folder with a snapshot of a Hugging Face repository: only what a conversion reads, one format of weights."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, logging
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        names = [file.rfilename for file in HfApi().model_info(repo_id, revision=revision).siblings or []]
+        wanted = [name for name in names if name in SMALL_FILES]
+        for pattern in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"):
+            found = [name for name in names if re.fullmatch(pattern, name)] if weights else []
+            if found:
+                wanted += found
+                break
+        if not wanted:
+            raise ConvertError(f"{repo_id}: no Mamba checkpoint in this repository, it has {', '.join(names[:5]) or 'no files'}")
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except ConvertError:
+        raise
+    except Exception as e:      # errors of HTTP, of the network, of authentication, of the cache folder: all one line
+        raise ConvertError(f"{repo_id}: cannot be fetched from the Hugging Face hub: {first_line(e)}") from None
+
+
+def source_folder(args):
+    """SRC as (folder or GGUF file, name of the model)."""
+    path = Path(args.src)
+    if path.is_dir() or path.is_file() and args.tokenizer_only:
+        return path, path.resolve().name
+    if path.exists():
+        raise ConvertError(f"{path}: found a file, expected a checkpoint folder or a Hugging Face id")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", args.src):
+        raise ConvertError(f"{path}: no such folder, and not a Hugging Face id (OWNER/NAME)")
+    return download(args.src, args.revision, weights=not args.tokenizer_only), args.src.split("/")[1]
+
+
+def convert_tokenizer(source, name, out):
+    tokenizer = tokenizer_from_gguf(source) if source.is_file() else own_tokenizer(source)
+    if tokenizer is None:
+        raise ConvertError(f"{source}: no tokenizer.json, expected one or a GGUF file with a vocabulary")
+    write_gguf(out, tokenizer.origin if source.is_file() else name, None, None, tokenizer, [])
+    say(f"{out}: {len(tokenizer.tokens)} tokens, {len(tokenizer.merges)} merges, pre-tokenizer {tokenizer.pre}, "
+         f"normalizer {tokenizer.normalizer}")
+
+
+def convert_model(folder, name, args):
+    config = load_config(folder)
+    wanted, file_type = TYPES[args.type]
+    plan = plan_tensors(open_checkpoint(folder), config, wanted, folder)
+    tokenizer = None if args.no_tokenizer else model_tokenizer(folder, config.vocab_size)
+    write_gguf(args.out, name, config, file_type, tokenizer, plan)
+    say(f"{args.out}: {config.n_layer} layers, d_model {config.d_model}, vocabulary {config.vocab_size}, "
+         f"{args.type.upper()}, {args.out.stat().st_size / 1e6:.1f} MB, "
+         f"tokenizer: {tokenizer.origin if tokenizer else 'none'}")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n", 1)[0],
+        epilog="""examples:
+  convert_weights.py state-spaces/mamba-130m-hf mamba-130m.bin          from Hugging Face (HF_ENDPOINT, HF_HOME, HF_TOKEN apply)
+  convert_weights.py ./my-checkpoint model.bin --type q8_0              from a folder, 8 bits a weight
+  convert_weights.py --tokenizer-only vocabulary.gguf tokenizer.bin     only a vocabulary
+
+SRC holds config.json with model.safetensors or pytorch_model.bin (or their shards), as state-spaces/mamba or transformers
+(mamba, falcon_mamba) write them. The tokenizer is the checkpoint's own tokenizer.json or vocab.json and merges.txt; without
+one, tokenizer.bin beside this script when the vocabulary has its size; else none, and the model runs on token ids.""")
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder or Hugging Face id (OWNER/NAME)")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, for example model.bin")
+    parser.add_argument("--type", choices=TYPES, default="f16", type=str.lower,
+                        help="type of the matrices (default f16); A, D, conv, biases and norms are always f32, and a matrix "
+                             "whose rows are no multiple of a quantised block of 32 is f16")
+    parser.add_argument("--no-tokenizer", action="store_true", help="store no tokenizer: the model runs on token ids")
+    parser.add_argument("--tokenizer-only", action="store_true",
+                        help="write only the vocabulary of SRC, a folder, an id or a GGUF file")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face repository")
+    args = parser.parse_args(argv)
+    if args.no_tokenizer and args.tokenizer_only:
+        parser.error("--no-tokenizer and --tokenizer-only exclude each other")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ends as Ctrl-C does, temporary file removed
+    try:
+        source, name = source_folder(args)
+        if args.tokenizer_only:
+            convert_tokenizer(source, name, args.out)
+        else:
+            convert_model(source, name, args)
+    except ConvertError as e:
+        say(" ".join(str(e).split()))
+        return 1
+    except OSError as e:
+        say(f"{e.filename or args.src}: {e.strerror or e}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4085 @@
+// mamba: selective state space models (Mamba, arXiv 2312.00752) on the CPU, in one file.
+//
+//   cc -std=gnu11 -O2 -ffp-contract=off -fopenmp mamba.c -o mamba -lm
+//
+// A model is a GGUF file, read through mmap and used in place. Every sequence owns one recurrent state a layer, so
+// memory does not grow with the length of the text. One forward serves prefill, decode, scoring and embedding: it takes
+// any number of sequences with any number of new tokens each.
+//
+// The promise: the same model, tokens and seed give the same bits whatever the number of threads, the batch, the way
+// the prompt is cut into chunks, a save and load of the state, and the instruction set. It holds because every output
+// is a sum whose additions happen in one order, fixed by its length and weight format alone (section 4).
+//
+// Sections, bottom up; each opens with its purpose, what it may call and who calls it:
+//
+//    0  structs                                  7  sequence state: save and load
+//    1  errors, memory, threads, half floats     8  Unicode and tokenizer
+//    2  GGUF                                     9  sampler
+//    3  configuration, tensor binding           10  commands
+//    4  kernels, once per instruction set       11  command line
+//    5  layers
+//    6  forward over a ragged batch
+
+#ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  // sched_getaffinity
+#endif
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define MAMBA_VERSION "0.1"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "GGUF files and state files are little-endian, and so must the machine be"
+#endif
+
+// ====================================================================================================================
+// 0. Structs.
+// What the sections share. No code. Used by all of them.
+// ====================================================================================================================
+
+struct error {
+    char text[640];  // one line, without the program's name and a line end
+};
+
+struct str {  // bytes that somebody else owns, not terminated
+    const char *p;
+    size_t n;
+};
+
+enum gguf_type {  // of a metadata value, numbered as in the file
+    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY,
+    GGUF_U64, GGUF_I64, GGUF_F64, GGUF_N_TYPES
+};
+
+struct gguf_kv {
+    struct str key;
+    enum gguf_type type;       // of the value, or of each element of an array
+    bool is_array;
+    uint64_t count;            // elements; 1 for a plain value
+    const uint8_t *value;      // first element, inside the mapping
+};
+
+enum format { F32, F16, BF16, Q8_0, N_FORMATS };  // of tensor data; table in section 2
+
+struct tensor {
+    struct str name;
+    enum format format;
+    int n_dims;
+    int64_t ne[4];             // elements a dimension, the fastest first; unused ones are 1
+    uint64_t offset, n_bytes;  // of the data; offset from the data section's start
+    const uint8_t *data;       // inside the mapping
+};
+
+struct gguf {                  // owner of the mapping, kv and tensors; gguf_close frees them
+    char *path;
+    const uint8_t *map;
+    size_t size, data_start;   // bytes of the file; where tensor data begins
+    struct gguf_kv *kv;        // [n_kv], in file order
+    struct tensor *tensors;    // [n_tensors], in file order
+    struct gguf_kv **by_key;   // [n_kv] into kv, sorted
+    struct tensor **by_name;   // [n_tensors] into tensors, sorted
+    uint64_t n_kv, n_tensors;
+    uint32_t version;
+};
+
+struct config {
+    int n_layer, d_model, d_inner, d_state, d_conv, dt_rank;  // the paper's names; d_inner = E*D, d_state = N
+    int n_vocab;               // rows of the embedding; a tokenizer may use fewer
+    int context_length;        // of the training; 0 when unknown. Nothing limits how long a text may be
+    float norm_eps;
+    bool dt_b_c_rms;           // FalconMamba: RMSNorm without weight on dt, B and C
+    float dt_b_c_eps;
+};
+
+struct matrix {                // [rows][cols], row-major, in the mapping
+    const uint8_t *data;
+    enum format format;
+    int rows, cols;
+    size_t row_bytes;
+};
+
+// Vectors and the small per-channel arrays are copied at load: rows padded with zeros to 16 floats, channels innermost.
+struct layer {
+    const float *norm;         // [d_model]
+    struct matrix in;          // [2*d_inner][d_model]: rows of x, then rows of the gate z
+    const float *conv_w;       // [d_conv][d_inner], the oldest tap first
+    const float *conv_b;       // [d_inner]
+    struct matrix x;           // [dt_rank + 2*d_state][d_inner]: rows of dt, B, C
+    struct matrix dt;          // [d_inner][dt_rank]
+    const float *dt_b;         // [d_inner]
+    const float *a2;           // [d_inner/16][d_state][16]: A * log2(e), so that exp(dt*A) = exp2(dt*a2)
+    const float *d;            // [d_inner]
+    struct matrix out;         // [d_model][d_inner]
+};
+
+struct model {                 // owner of the file, layers and the arena of small arrays; model_close frees them
+    struct gguf file;
+    struct config c;
+    struct matrix embd;        // [n_vocab][d_model]
+    struct matrix head;        // [n_vocab][d_model]; the embedding itself when tied
+    const float *norm;         // [d_model]
+    struct layer *layers;      // [n_layer]
+    float *arena;
+    uint64_t fingerprint;      // of header and samples of the weights: ties a saved state to its model
+};
+
+struct sequence {              // one stream of tokens; owner of both buffers
+    float *conv;               // [n_layer][d_conv-1][d_inner], the last inputs of the convolution, the oldest first
+    float *ssm;                // [n_layer][d_inner/16][d_state][16], h of equation 2a
+    int64_t n_past;            // tokens consumed
+};
+
+// Activations, one row a token: floats, and for block-quantised weights the same numbers as int8 blocks of 32.
+struct act {
+    float *f;                  // [tokens][ld]; what pads a row to ld stays zero
+    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised
+    float *scale;              // [tokens][ld/32], value = q * scale
+    int ld;                    // a multiple of 32
+};
+
+struct segment {               // the new tokens of one sequence in a batch
+    struct sequence *seq;
+    const int32_t *tokens;
+    int n_tokens;
+    bool want_logits;          // of the last token
+};
+
+struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
+    const struct model *m;
+    const struct kernels *k;
+    int n_threads, max_tokens, max_rows;  // tokens a forward, logit rows a call
+    float *x;                  // [max_tokens][ld_model] residual stream
+    int ld_model, ld_inner, ld_dbc, ld_vocab;
+    struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward: the final norm's output
+    struct act u;              // [max_tokens][d_inner] x of equation 2, after convolution and SiLU
+    float *z;                  // [max_tokens][ld_inner] gate
+    float *dbc;                // [max_tokens][ld_dbc] dt (low rank), B, C of each token
+    struct act dt_low;         // [max_tokens][dt_rank] input of dt_proj
+    struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
+    struct act head_in;        // [max_rows][d_model]
+    float *logits;             // [max_rows][ld_vocab]
+    atomic_int *work;          // [phases of a forward] next item of each phase
+    atomic_int n_arrived, phases_ended;  // of the barrier between phases
+    const struct segment *segments;  // the batch in progress
+    int n_segments, n_tokens, n_rows, n_run_layers;
+};
+
+// ====================================================================================================================
+// 1. Errors, memory, threads, half floats.
+// Calls libc only; called from everywhere. die() is for what a command cannot go on from; parsers return false and
+// fill a struct error, so that they can be tested with hostile input inside one process.
+// ====================================================================================================================
+
+// Control characters of names found in files must not reach the terminal.
+static void print_line(FILE *f, const char *text) {
+    fputs("mamba: ", f);
+    for (; *text; text++) fputc((unsigned char)*text < 32 || *text == 127 ? '?' : *text, f);
+    fputc('\n', f);
+}
+
+__attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *format, ...) {
+    struct error e;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
+    fflush(stdout);  // what was written so far is kept
+    print_line(stderr, e.text);
+    exit(1);
+}
+
+// Returns false, so that a check reads: return fail(e, ...). The first error of a parse stays.
+__attribute__((format(printf, 2, 3))) static bool fail(struct error *e, const char *format, ...) {
+    if (!e->text[0]) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(e->text, sizeof e->text, format, args);
+        va_end(args);
+    }
+    return false;
+}
+
+static void *xmalloc(size_t n) {
+    void *p = malloc(n ? n : 1);
+    if (!p) die("out of memory: %zu bytes more were asked for", n);
+    return p;
+}
+
+static void *xrealloc(void *old, size_t n) {
+    void *p = realloc(old, n ? n : 1);
+    if (!p) die("out of memory: %zu bytes more were asked for", n);
+    return p;
+}
+
+// Zeroed, 64-byte aligned; free() releases it.
+static void *xcalloc(size_t count, size_t size) {
+    size_t bytes;
+    void *p = NULL;
+    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || posix_memalign(&p, 64, bytes ? bytes : 1))
+        die("out of memory: %zu times %zu bytes more were asked for", count, size);
+    return memset(p, 0, bytes);
+}
+
+struct buffer {  // growing bytes; owner of p
+    char *p;
+    size_t n, capacity;
+};
+
+static void buffer_add(struct buffer *b, const void *data, size_t n) {
+    if (n > b->capacity - b->n) {
+        b->capacity = (b->n + n) * 2 + 64;
+        b->p = xrealloc(b->p, b->capacity);
+    }
+    if (n) memcpy(b->p + b->n, data, n);
+    b->n += n;
+}
+
+// An output file appears under its name only when it is whole: it is written beside its destination, synced and renamed.
+// A pipe or device (/dev/stdout, a FIFO) is written directly.
+struct outfile {
+    FILE *f;
+    const char *path;          // the caller's
+    char *temporary;           // owned; NULL when written directly
+};
+
+static struct outfile *unfinished;  // removed at exit, so that an error leaves nothing half-written
+
+static void outfile_discard(struct outfile *o) {
+    if (o->f && o->f != stdout) fclose(o->f);
+    if (o->temporary) unlink(o->temporary);
+    free(o->temporary);
+    o->f = NULL;
+    o->temporary = NULL;
+    unfinished = NULL;
+}
+
+static void discard_unfinished(void) {
+    if (unfinished) outfile_discard(unfinished);
+}
+
+// path NULL or "-": standard output.
+static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
+    struct stat st;
+    *o = (struct outfile){.path = path};
+    if (!path || strcmp(path, "-") == 0) {
+        o->f = stdout;
+        o->path = "standard output";
+        return true;
+    }
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
+        o->f = fopen(path, "wb");
+        return o->f ? true : fail(e, "%s: %s", path, strerror(errno));
+    }
+    size_t n = strlen(path);
+    o->temporary = xmalloc(n + 8);
+    memcpy(o->temporary, path, n);
+    memcpy(o->temporary + n, ".XXXXXX", 8);
+    int fd = mkstemp(o->temporary);
+    mode_t mask = umask(0);
+    umask(mask);
+    if (fd < 0 || fchmod(fd, 0666 & ~mask) != 0 || !(o->f = fdopen(fd, "wb"))) {
+        fail(e, "%s: cannot be written: %s", path, strerror(errno));
+        if (fd >= 0) close(fd);
+        else o->temporary[0] = 0;
+        outfile_discard(o);
+        return false;
+    }
+    unfinished = o;
+    return true;
+}
+
+static bool outfile_commit(struct outfile *o, struct error *e) {
+    bool ok = fflush(o->f) == 0 && !ferror(o->f);
+    if (o->temporary) ok = ok && fsync(fileno(o->f)) == 0 && rename(o->temporary, o->path) == 0;
+    if (!ok) {
+        fail(e, "%s: %s", o->path, strerror(errno));
+        outfile_discard(o);
+        return false;
+    }
+    if (o->temporary) {  // the rename itself is on disk only when its directory is
+        char *slash = strrchr(o->temporary, '/');
+        if (slash) slash[1] = 0;
+        int dir = open(slash ? o->temporary : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (dir >= 0) {
+            fsync(dir);
+            close(dir);
+        }
+        o->temporary[0] = 0;
+    }
+    outfile_discard(o);
+    return true;
+}
+
+static double now_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static int min_int(int a, int b) { return a < b ? a : b; }
+
+// The first two numbers in a small file of the kernel, such as cpu.max; returns how many it found.
+static int read_numbers(const char *path, long long *a, long long *b) {
+    FILE *f = fopen(path, "r");
+    if (!f) return 0;
+    int n = fscanf(f, "%lld%*[,- ]%lld", a, b);
+    fclose(f);
+    return n > 0 ? n : 0;
+}
+
+// Physical cores that this process may use: affinity mask, one hardware thread a core, cgroup quota.
+static int default_threads(void) {
+    int n = 1;
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        n = 0;
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+            if (!CPU_ISSET(cpu, &allowed)) continue;
+            // The siblings file reads "0,64" or "0-1". A core counts once, at its first hardware thread that is allowed.
+            char path[96];
+            long long first = cpu, second = cpu;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+            read_numbers(path, &first, &second);
+            bool counted = first < cpu && first >= 0 && first < CPU_SETSIZE && CPU_ISSET((int)first, &allowed);
+            if (!counted) n++;
+        }
+    }
+    long long quota, period;
+    if (read_numbers("/sys/fs/cgroup/cpu.max", &quota, &period) == 2 && quota > 0 && period > 0)
+        n = min_int(n, (int)((quota + period - 1) / period));
+#else
+    n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    return n > 0 ? n : 1;
+}
+
+// Denormal numbers are read and written as zero, in every thread: they cost time (a decayed state is full of them),
+// and all instruction sets must agree on what they do with them.
+static void flush_denormals(void) {
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() | 0x8040);  // FTZ and DAZ
+#elif defined(__aarch64__)
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+    __asm__ volatile("msr fpcr, %0" : : "r"(fpcr | 1u << 24));
+#endif
+}
+
+static float float_from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint32_t bits_from_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static float f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    if (exponent == 31) return float_from_bits(sign | 0x7f800000 | mantissa << 13);
+    if (exponent) return float_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+    float tiny = (float)mantissa * 0x1p-24f;  // a half's denormals are normal floats: exact, flushed by nothing
+    return sign ? -tiny : tiny;
+}
+
+static float bf16_to_f32(uint16_t b) { return float_from_bits((uint32_t)b << 16); }
+
+static uint16_t load_u16(const uint8_t *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
+}
+
+// Eight bytes at a time; not for enemies, who can forge it, but for accidents. n may be any number.
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
+    const uint8_t *p = data;
+    for (; n; p += 8) {
+        uint64_t word = 0;
+        size_t take = n < 8 ? n : 8;
+        memcpy(&word, p, take);
+        h = (h ^ word ^ (uint64_t)take << 56) * UINT64_C(0x9e3779b97f4a7c15);
+        h ^= h >> 29;
+        n -= take;
+    }
+    return h;
+}
+
+// ====================================================================================================================
+// 2. GGUF.
+// Reads the header of an untrusted file through a cursor that cannot overrun, and checks every size before use. Calls
+// section 1; called by section 3, the tokenizer and `inspect`. Errors name the byte offset where it helps.
+// ====================================================================================================================
+
+static const struct {
+    const char *name;
+    int block, bytes;  // elements a block, bytes a block
+    int gguf_id;       // number of the type in the file
+} formats[N_FORMATS] = {
+    [F32] = {"F32", 1, 4, 0},
+    [F16] = {"F16", 1, 2, 1},
+    [BF16] = {"BF16", 1, 2, 30},
+    [Q8_0] = {"Q8_0", 32, 34, 8},
+};
+
+// Q8_0: 32 elements, element i = d * qs[i].
+struct block_q8_0 {
+    uint16_t d;  // half float
+    int8_t qs[32];
+};
+_Static_assert(sizeof(struct block_q8_0) == 34, "as in the file");
+
+static const struct {
+    const char *name;
+    int bytes;
+} gguf_types[GGUF_N_TYPES] = {
+    [GGUF_U8] = {"u8", 1},   [GGUF_I8] = {"i8", 1},   [GGUF_U16] = {"u16", 2},  [GGUF_I16] = {"i16", 2},
+    [GGUF_U32] = {"u32", 4}, [GGUF_I32] = {"i32", 4}, [GGUF_F32] = {"f32", 4},  [GGUF_BOOL] = {"bool", 1},
+    [GGUF_U64] = {"u64", 8}, [GGUF_I64] = {"i64", 8}, [GGUF_F64] = {"f64", 8},  [GGUF_STRING] = {"string", 0},
+    [GGUF_ARRAY] = {"array", 0},
+};
+
+struct cursor {
+    const uint8_t *p;
+    size_t size, pos;
+    struct error *error;  // the first error stays, and every later read gives zeros
+};
+
+static bool cursor_take(struct cursor *c, size_t n, const uint8_t **data) {
+    if (c->error->text[0]) return false;
+    if (n > c->size - c->pos)
+        return fail(c->error, "the file ends at byte %zu, inside its header: %zu bytes more were expected at byte %zu",
+                    c->size, n, c->pos);
+    *data = c->p + c->pos;
+    c->pos += n;
+    return true;
+}
+
+static uint64_t cursor_uint(struct cursor *c, int bytes) {
+    const uint8_t *p = NULL;
+    uint64_t v = 0;
+    if (cursor_take(c, (size_t)bytes, &p)) memcpy(&v, p, (size_t)bytes);
+    return v;
+}
+
+static struct str cursor_str(struct cursor *c) {
+    uint64_t n = cursor_uint(c, 8);
+    const uint8_t *p = NULL;
+    if (n > SIZE_MAX / 2) fail(c->error, "a string of %" PRIu64 " bytes at byte %zu of the header", n, c->pos);
+    if (!cursor_take(c, (size_t)n, &p)) return (struct str){"", 0};
+    return (struct str){(const char *)p, (size_t)n};
+}
+
+static bool str_is(struct str s, const char *text) { return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0; }
+
+// For "%.*s": names found in a file can be of any length.
+static int str_show(struct str s) { return s.n < 64 ? (int)s.n : 64; }
+
+static int str_compare(struct str a, struct str b) {
+    int order = memcmp(a.p, b.p, a.n < b.n ? a.n : b.n);
+    return order ? order : (a.n > b.n) - (a.n < b.n);
+}
+
+// A metadata value; strings are walked so that a later walk over them needs no checks.
+static void read_kv(struct cursor *c, struct gguf_kv *kv) {
+    kv->key = cursor_str(c);
+    uint64_t type = cursor_uint(c, 4);
+    kv->is_array = type == GGUF_ARRAY;
+    kv->count = 1;
+    if (kv->is_array) {
+        type = cursor_uint(c, 4);
+        kv->count = cursor_uint(c, 8);
+    }
+    if (type >= GGUF_N_TYPES || type == GGUF_ARRAY) {
+        fail(c->error, "metadata '%.*s' has type %" PRIu64 "; expected a plain type or an array of one",
+             str_show(kv->key), kv->key.p, type);
+        return;
+    }
+    kv->type = (enum gguf_type)type;
+    kv->value = c->p + c->pos;
+    size_t bytes;
+    const uint8_t *skipped;
+    if (kv->type == GGUF_STRING) {
+        for (uint64_t i = 0; i < kv->count && !c->error->text[0]; i++) cursor_str(c);
+    } else if (__builtin_mul_overflow(kv->count, (uint64_t)gguf_types[kv->type].bytes, &bytes)) {
+        fail(c->error, "metadata '%.*s' has %" PRIu64 " elements", str_show(kv->key), kv->key.p,
+             kv->count);
+    } else {
+        cursor_take(c, bytes, &skipped);
+    }
+}
+
+// Name, shape, type and place of a tensor. Bytes are computed with overflow checks.
+static bool read_tensor_info(struct cursor *c, struct tensor *t) {
+    t->name = cursor_str(c);
+    uint64_t n_dims = cursor_uint(c, 4), elements = 1, blocks;
+    if (n_dims < 1 || n_dims > 4)
+        return fail(c->error, "tensor '%.*s' has %" PRIu64 " dimensions; expected 1 to 4", str_show(t->name), t->name.p, n_dims);
+    t->n_dims = (int)n_dims;
+    for (int i = 0; i < 4; i++) {
+        uint64_t ne = i < t->n_dims ? cursor_uint(c, 8) : 1;
+        if (c->error->text[0]) return false;
+        if (ne < 1 || ne > INT_MAX || __builtin_mul_overflow(elements, ne, &elements) || elements > INT64_MAX)
+            return fail(c->error, "tensor '%.*s': dimension %d has %" PRIu64 " elements", str_show(t->name), t->name.p, i, ne);
+        t->ne[i] = (int64_t)ne;
+    }
+    uint64_t type = cursor_uint(c, 4);
+    t->offset = cursor_uint(c, 8);
+    if (c->error->text[0]) return false;
+    int f = 0;
+    while (f < N_FORMATS && (uint64_t)formats[f].gguf_id != type) f++;
+    if (f == N_FORMATS)
+        return fail(c->error, "tensor '%.*s' has GGUF type %" PRIu64 "; this version reads F32, F16, BF16 and Q8_0",
+                    str_show(t->name), t->name.p, type);
+    t->format = (enum format)f;
+    if (t->ne[0] % formats[f].block)
+        return fail(c->error, "tensor '%.*s': a row of %" PRId64 " elements is not a multiple of %s's block of %d",
+                    str_show(t->name), t->name.p, t->ne[0], formats[f].name, formats[f].block);
+    blocks = elements / (uint64_t)formats[f].block;
+    if (__builtin_mul_overflow(blocks, (uint64_t)formats[f].bytes, &t->n_bytes) || t->n_bytes > INT64_MAX)
+        return fail(c->error, "tensor '%.*s' is larger than any file", str_show(t->name), t->name.p);
+    return true;
+}
+
+static int compare_tensor_names(const void *a, const void *b) {
+    return str_compare((*(struct tensor *const *)a)->name, (*(struct tensor *const *)b)->name);
+}
+
+static int compare_keys(const void *a, const void *b) {
+    return str_compare((*(struct gguf_kv *const *)a)->key, (*(struct gguf_kv *const *)b)->key);
+}
+
+// Sorts both name lists, for lookups that a header with millions of entries cannot slow down, and refuses duplicates.
+static bool gguf_sort(struct gguf *g, struct error *e) {
+    g->by_name = xmalloc((size_t)g->n_tensors * sizeof(void *));
+    g->by_key = xmalloc((size_t)g->n_kv * sizeof(void *));
+    for (uint64_t i = 0; i < g->n_tensors; i++) g->by_name[i] = &g->tensors[i];
+    for (uint64_t i = 0; i < g->n_kv; i++) g->by_key[i] = &g->kv[i];
+    qsort(g->by_name, (size_t)g->n_tensors, sizeof(void *), compare_tensor_names);
+    qsort(g->by_key, (size_t)g->n_kv, sizeof(void *), compare_keys);
+    const struct str *twice = NULL;
+    for (uint64_t i = 1; i < g->n_tensors; i++)
+        if (compare_tensor_names(&g->by_name[i - 1], &g->by_name[i]) == 0) twice = &g->by_name[i]->name;
+    for (uint64_t i = 1; i < g->n_kv; i++)
+        if (compare_keys(&g->by_key[i - 1], &g->by_key[i]) == 0) twice = &g->by_key[i]->key;
+    if (twice) return fail(e, "the name '%.*s' stands twice in the header", str_show(*twice), twice->p);
+    return true;
+}
+
+static const struct gguf_kv *gguf_find(const struct gguf *g, const char *key) {
+    struct gguf_kv wanted = {.key = {key, strlen(key)}}, *p = &wanted;
+    void *found = bsearch(&p, g->by_key, (size_t)g->n_kv, sizeof(void *), compare_keys);
+    return found ? *(struct gguf_kv **)found : NULL;
+}
+
+static const struct tensor *gguf_tensor(const struct gguf *g, const char *name) {
+    struct tensor wanted = {.name = {name, strlen(name)}}, *p = &wanted;
+    void *found = bsearch(&p, g->by_name, (size_t)g->n_tensors, sizeof(void *), compare_tensor_names);
+    return found ? *(struct tensor **)found : NULL;
+}
+
+// An integer of any width, or a bool; false when the key is absent or of another type.
+static bool gguf_int(const struct gguf *g, const char *key, int64_t *out) {
+    const struct gguf_kv *kv = gguf_find(g, key);
+    if (!kv || kv->is_array) return false;
+    uint64_t u = 0;
+    int bytes = gguf_types[kv->type].bytes;
+    if (kv->type == GGUF_F32 || kv->type == GGUF_F64 || kv->type == GGUF_STRING) return false;
+    memcpy(&u, kv->value, (size_t)bytes);
+    bool is_signed = kv->type == GGUF_I8 || kv->type == GGUF_I16 || kv->type == GGUF_I32;
+    if (is_signed && u >> (8 * bytes - 1)) u |= ~UINT64_C(0) << (8 * bytes - 1);
+    *out = (int64_t)u;
+    return true;
+}
+
+static bool gguf_float(const struct gguf *g, const char *key, float *out) {
+    const struct gguf_kv *kv = gguf_find(g, key);
+    if (!kv || kv->is_array || kv->type != GGUF_F32) return false;
+    memcpy(out, kv->value, 4);
+    return true;
+}
+
+// The string at *at of a walk over an array of strings; moves *at behind it.
+static struct str gguf_next_str(const uint8_t **at) {
+    uint64_t n;
+    memcpy(&n, *at, 8);
+    struct str s = {(const char *)*at + 8, (size_t)n};
+    *at += 8 + n;
+    return s;
+}
+
+static bool gguf_str(const struct gguf *g, const char *key, struct str *out) {
+    const struct gguf_kv *kv = gguf_find(g, key);
+    if (!kv || kv->is_array || kv->type != GGUF_STRING) return false;
+    const uint8_t *at = kv->value;
+    *out = gguf_next_str(&at);
+    return true;
+}
+
+// Parses the header of map[0..size). On failure nothing stays allocated.
+static bool gguf_parse(struct gguf *g, struct error *e) {
+    struct cursor c = {g->map, g->size, 0, e};
+    const uint8_t *magic;
+    if (g->size < 24 || !cursor_take(&c, 4, &magic) || memcmp(magic, "GGUF", 4) != 0)
+        return fail(e, "not a GGUF file (%zu bytes, begins otherwise); convert a checkpoint with convert_weights.py",
+                    g->size);
+    g->version = (uint32_t)cursor_uint(&c, 4);
+    if (g->version != 3 && g->version != 2)
+        return fail(e, "GGUF version %" PRIu32 "; expected 3 (or 2), little-endian", g->version);
+    g->n_tensors = cursor_uint(&c, 8);
+    g->n_kv = cursor_uint(&c, 8);
+    // The smallest tensor entry takes 8+4+8+4+8 bytes, the smallest metadata entry 8+4+1: this bounds what is allocated.
+    if (g->n_tensors > (g->size - c.pos) / 32 || g->n_kv > (g->size - c.pos) / 13)
+        return fail(e, "the header counts %" PRIu64 " tensors and %" PRIu64 " metadata entries in a file of %zu bytes",
+                    g->n_tensors, g->n_kv, g->size);
+    g->kv = xcalloc((size_t)g->n_kv, sizeof *g->kv);
+    g->tensors = xcalloc((size_t)g->n_tensors, sizeof *g->tensors);
+    for (uint64_t i = 0; i < g->n_kv && !e->text[0]; i++) read_kv(&c, &g->kv[i]);
+    for (uint64_t i = 0; i < g->n_tensors && !e->text[0]; i++) read_tensor_info(&c, &g->tensors[i]);
+    if (e->text[0] || !gguf_sort(g, e)) return false;
+
+    int64_t alignment = 32;
+    gguf_int(g, "general.alignment", &alignment);
+    if (alignment < 8 || alignment > 1 << 20 || (alignment & (alignment - 1)))
+        return fail(e, "general.alignment is %" PRId64 "; expected a power of two from 8 on", alignment);
+    g->data_start = (c.pos + (size_t)alignment - 1) & ~((size_t)alignment - 1);
+    for (uint64_t i = 0; i < g->n_tensors; i++) {
+        struct tensor *t = &g->tensors[i];
+            if (t->offset % (uint64_t)alignment)
+            return fail(e, "tensor '%.*s' is at offset %" PRIu64 ", which is not a multiple of the alignment %" PRId64,
+                        str_show(t->name), t->name.p, t->offset, alignment);
+        if (g->data_start > g->size || t->offset > g->size - g->data_start ||
+            t->n_bytes > g->size - g->data_start - t->offset)
+            return fail(e, "tensor '%.*s' needs bytes %" PRIu64 " to %" PRIu64 " of the file, which has %zu: is it cut off?",
+                        str_show(t->name), t->name.p, g->data_start + t->offset, g->data_start + t->offset + t->n_bytes, g->size);
+        t->data = g->map + g->data_start + t->offset;
+    }
+    return true;
+}
+
+static void gguf_close(struct gguf *g) {
+    if (g->map) munmap((void *)g->map, g->size);
+    free(g->kv);
+    free(g->tensors);
+    free(g->by_key);
+    free(g->by_name);
+    free(g->path);
+    *g = (struct gguf){0};
+}
+
+static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
+    *g = (struct gguf){0};
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0) return fail(e, "%s: %s", path, strerror(errno));
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+        close(fd);
+        return fail(e, "%s: not a regular file: a model is mapped into memory, so it cannot come from a pipe", path);
+    }
+    if (st.st_size == 0) {
+        close(fd);
+        return fail(e, "%s: the file is empty; expected a GGUF file", path);
+    }
+    void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    close(fd);
+    if (map == MAP_FAILED) return fail(e, "%s: cannot map %lld bytes: %s", path, (long long)st.st_size, strerror(errno));
+    g->map = map;
+    g->size = (size_t)st.st_size;
+    g->path = strcpy(xmalloc(strlen(path) + 1), path);
+    struct error inner = {""};
+    if (gguf_parse(g, &inner)) return true;
+    gguf_close(g);
+    return fail(e, "%s: %s", path, inner.text);
+}
+
+// ====================================================================================================================
+// 3. Configuration and tensor binding.
+// Turns a GGUF file into a struct model: every name is bound to a field once, with its type and shape checked. Calls
+// sections 1 and 2; called by the commands.
+// ====================================================================================================================
+
+static bool config_read(const struct gguf *g, struct config *c, struct error *e) {
+    struct str arch = {"", 0};
+    if (!gguf_str(g, "general.architecture", &arch))
+        return fail(e, "metadata 'general.architecture' is missing; expected \"mamba\"");
+    if (!str_is(arch, "mamba"))
+        return fail(e, "general.architecture is \"%.*s\"; expected \"mamba\"", str_show(arch), arch.p);
+    const struct {
+        const char *key;
+        int *field;
+        int max;  // far above every published model; keeps products of sizes inside their types
+    } fields[] = {
+        {"mamba.block_count", &c->n_layer, 1 << 16},       {"mamba.embedding_length", &c->d_model, 1 << 20},
+        {"mamba.ssm.inner_size", &c->d_inner, 1 << 20},    {"mamba.ssm.state_size", &c->d_state, 1 << 12},
+        {"mamba.ssm.conv_kernel", &c->d_conv, 16},         {"mamba.ssm.time_step_rank", &c->dt_rank, 1 << 20},
+    };
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        int64_t v;
+        if (!gguf_int(g, fields[i].key, &v)) return fail(e, "metadata '%s' is missing; expected an integer", fields[i].key);
+        if (v < 1 || v > fields[i].max)
+            return fail(e, "%s is %" PRId64 "; expected 1 to %d", fields[i].key, v, fields[i].max);
+        *fields[i].field = (int)v;
+    }
+    c->norm_eps = 1e-5f;
+    c->dt_b_c_eps = 1e-6f;  // transformers' mixer_rms_eps
+    gguf_float(g, "mamba.attention.layer_norm_rms_epsilon", &c->norm_eps);
+    gguf_float(g, "mamba.ssm.dt_b_c_rms_epsilon", &c->dt_b_c_eps);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1) || !(c->dt_b_c_eps >= 0 && c->dt_b_c_eps < 1))
+        return fail(e, "a norm's epsilon is %g or %g; expected a small positive number", (double)c->norm_eps,
+                    (double)c->dt_b_c_eps);
+    int64_t v = 0;
+    c->dt_b_c_rms = gguf_int(g, "mamba.ssm.dt_b_c_rms", &v) && v != 0;
+    v = 0;
+    c->context_length = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < INT_MAX ? (int)v : 0;
+    return true;
+}
+
+struct binder {  // binding in progress; the first error stays
+    const struct gguf *g;
+    float *next;  // free part of the arena; NULL while its size is being counted
+    size_t used;  // floats of the arena given out
+    struct error *error;
+};
+
+// The tensor of this name with shape [rows][cols], or [cols] when rows is 0; rows -1 accepts any number of rows.
+static const struct tensor *bind(struct binder *b, const char *name, int64_t rows, int64_t cols) {
+    if (b->error->text[0]) return NULL;
+    const struct tensor *t = gguf_tensor(b->g, name);
+    if (!t) {
+        fail(b->error, "tensor '%s' is missing", name);
+        return NULL;
+    }
+    // A vector may be stored as [1][cols], and a convolution as [d_inner][1][d_conv]: same numbers, same order.
+    int64_t found_rows = t->ne[1] * t->ne[2] * t->ne[3];
+    bool rows_fit = rows < 0 ? found_rows <= INT_MAX : found_rows == (rows ? rows : 1);
+    if (t->ne[0] != cols || !rows_fit) {
+        char wanted[24] = "any, ";
+        if (rows >= 0) snprintf(wanted, sizeof wanted, "%" PRId64 ", ", rows ? rows : 1);
+        fail(b->error, "tensor '%s' has shape [%" PRId64 ", %" PRId64 "]; expected [%s%" PRId64 "]", name, found_rows,
+             t->ne[0], wanted, cols);
+        return NULL;
+    }
+    return t;
+}
+
+static struct matrix bind_matrix(struct binder *b, const char *name, int rows, int cols) {
+    const struct tensor *t = bind(b, name, rows, cols);
+    if (!t) return (struct matrix){0};
+    return (struct matrix){
+        .data = t->data, .format = t->format, .rows = (int)(t->ne[1] * t->ne[2] * t->ne[3]), .cols = cols,
+        .row_bytes = (size_t)cols / (size_t)formats[t->format].block * (size_t)formats[t->format].bytes};
+}
+
+// n floats of the arena, zeroed; a dummy while sizes are counted.
+static float *arena_take(struct binder *b, size_t n) {
+    float *p = b->next;
+    n = (n + 15) & ~(size_t)15;
+    b->used += n;
+    if (p) b->next += n;
+    return p;
+}
+
+// Copies an F32 tensor of shape [rows][cols] to `to`, element (r, c) to to[r * row_step + c * col_step], times scale.
+static void copy_floats(struct binder *b, const char *name, int rows, int cols, float *to, size_t row_step,
+                        size_t col_step) {
+    const struct tensor *t = bind(b, name, rows, cols);
+    if (!t) return;
+    if (t->format != F32) {
+        fail(b->error, "tensor '%s' has type %s; expected F32", name, formats[t->format].name);
+        return;
+    }
+    for (int r = 0; r < (rows ? rows : 1); r++)
+        for (int c = 0; c < cols; c++) {
+            float v;
+            memcpy(&v, t->data + 4 * ((size_t)r * (size_t)cols + (size_t)c), 4);
+            if (!isfinite(v)) {
+                fail(b->error, "tensor '%s' holds %g at [%d, %d]; expected a finite number", name, (double)v, r, c);
+                return;
+            }
+            if (to) to[(size_t)r * row_step + (size_t)c * col_step] = v;
+        }
+}
+
+static const float *bind_vector(struct binder *b, const char *name, int n) {
+    float *to = arena_take(b, (size_t)n);
+    copy_floats(b, name, 0, n, to, 0, 1);
+    return to;
+}
+
+// A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state]: channel c, state n to
+// [c/16][n][16], times log2(e).
+static const float *bind_a2(struct binder *b, const char *name, const struct config *c) {
+    size_t ld = (size_t)round_up(c->d_inner, 16), n_state = (size_t)c->d_state;
+    float *to = arena_take(b, ld * n_state);
+    if (!to) {
+        copy_floats(b, name, c->d_inner, c->d_state, NULL, 0, 0);
+        return NULL;
+    }
+    float *plain = xmalloc((size_t)c->d_inner * n_state * sizeof *plain);
+    copy_floats(b, name, c->d_inner, c->d_state, plain, n_state, 1);
+    if (!b->error->text[0])
+        for (size_t ch = 0; ch < (size_t)c->d_inner; ch++)
+            for (size_t n = 0; n < n_state; n++)
+                to[(ch / 16 * n_state + n) * 16 + ch % 16] = plain[ch * n_state + n] * 0x1.715476p+0f;
+    free(plain);
+    return to;
+}
+
+static void bind_layer(struct binder *b, struct layer *l, const struct config *c, int i) {
+    char name[64];
+#define NAME(suffix) (snprintf(name, sizeof name, "blk.%d." suffix, i), name)
+    size_t ld = (size_t)round_up(c->d_inner, 16);
+    l->norm = bind_vector(b, NAME("attn_norm.weight"), c->d_model);
+    l->in = bind_matrix(b, NAME("ssm_in.weight"), 2 * c->d_inner, c->d_model);
+    float *conv = arena_take(b, ld * (size_t)c->d_conv);  // [d_inner][d_conv] in the file, channels innermost here
+    copy_floats(b, NAME("ssm_conv1d.weight"), c->d_inner, c->d_conv, conv, 1, ld);
+    l->conv_w = conv;
+    l->conv_b = bind_vector(b, NAME("ssm_conv1d.bias"), c->d_inner);
+    l->x = bind_matrix(b, NAME("ssm_x.weight"), c->dt_rank + 2 * c->d_state, c->d_inner);
+    l->dt = bind_matrix(b, NAME("ssm_dt.weight"), c->d_inner, c->dt_rank);
+    l->dt_b = bind_vector(b, NAME("ssm_dt.bias"), c->d_inner);
+    l->a2 = bind_a2(b, NAME("ssm_a"), c);
+    l->d = bind_vector(b, NAME("ssm_d"), c->d_inner);
+    l->out = bind_matrix(b, NAME("ssm_out.weight"), c->d_model, c->d_inner);
+#undef NAME
+}
+
+static void bind_all(struct binder *b, struct model *m) {
+    m->embd = bind_matrix(b, "token_embd.weight", -1, m->c.d_model);
+    m->c.n_vocab = m->embd.rows;
+    m->head = gguf_tensor(b->g, "output.weight") ? bind_matrix(b, "output.weight", m->c.n_vocab, m->c.d_model) : m->embd;
+    m->norm = bind_vector(b, "output_norm.weight", m->c.d_model);
+    for (int i = 0; i < m->c.n_layer && !b->error->text[0]; i++) bind_layer(b, &m->layers[i], &m->c, i);
+}
+
+// Of everything in the header (names, shapes, types, vocabulary) and 64 bytes at both ends of every tensor: two models
+// of one shape, or two quantisations of one model, differ in it.
+static uint64_t model_fingerprint(const struct gguf *g) {
+    uint64_t h = hash_bytes(UINT64_C(0x6d616d6261), g->map, g->data_start < g->size ? g->data_start : g->size);
+    for (uint64_t i = 0; i < g->n_tensors; i++) {
+        const struct tensor *t = &g->tensors[i];
+        size_t n = t->n_bytes < 64 ? (size_t)t->n_bytes : 64;
+        h = hash_bytes(h, t->data, n);
+        h = hash_bytes(h, t->data + t->n_bytes - n, n);
+    }
+    return h;
+}
+
+static void model_close(struct model *m) {
+    free(m->layers);
+    free(m->arena);
+    gguf_close(&m->file);
+    *m = (struct model){0};
+}
+
+// Checks and binds what m->file holds. Tensors that the architecture does not name are ignored, as llama.cpp does.
+static bool model_bind(struct model *m, struct error *e) {
+    const struct gguf *g = &m->file;
+    if (!config_read(g, &m->c, e)) return false;
+    if ((uint64_t)m->c.n_layer > g->n_tensors / 10)  // bounds the allocation by what the file really holds
+        return fail(e, "mamba.block_count is %d, but the file holds only %" PRIu64 " tensors", m->c.n_layer, g->n_tensors);
+    m->layers = xcalloc((size_t)m->c.n_layer, sizeof *m->layers);
+    struct binder b = {g, NULL, 0, e};
+    bind_all(&b, m);  // first pass: checks everything, counts the arena
+    if (e->text[0]) return false;
+    m->arena = xcalloc(b.used, sizeof *m->arena);
+    b = (struct binder){g, m->arena, 0, e};
+    bind_all(&b, m);
+    m->fingerprint = model_fingerprint(g);
+    return true;
+}
+
+static bool model_open(struct model *m, const char *path, struct error *e) {
+    *m = (struct model){0};
+    struct error inner = {""};
+    if (!gguf_open(&m->file, path, e)) return false;
+    if (model_bind(m, &inner)) return true;
+    model_close(m);
+    return fail(e, "%s: %s", path, inner.text);
+}
+
+// ====================================================================================================================
+// 4. Kernels.
+// Everything that touches many numbers. Calls section 1; called by sections 5 and 6 through struct kernels. Each kernel
+// is written once, over vectors of 16 lanes, and compiled once per instruction set: this file includes itself, and the
+// part between the two ISA PASS lines below is the body. What differs is the vocabulary of a dozen vector operations at
+// its head. The plain C vocabulary defines what the others must compute, bit for bit.
+//
+// The order of summation, which every kernel keeps:
+//   float weights   lane j adds the products k = j, j+16, j+32 ... by fused multiply-add; then the lanes are added as a
+//                   tree, j with j+8, j+4, j+2, j+1.
+//   Q8_0 weights    against activations quantised in blocks of 32 as well: an exact integer dot product a block, then
+//                   sum = fma(weight_scale * activation_scale, dot, sum), blocks in rising order.
+// How many rows and tokens are in flight together never changes a sum, so a GEMV and a GEMM give the same bits.
+// ====================================================================================================================
+
+struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
+    const float *w, *b;     // [d_conv][ld_w], [n]
+    float *state;           // [d_conv-1][ld_w], the oldest first
+    const float *in;        // [n_tokens][ld]
+    float *out;             // [n_tokens][ld]; may be `in`
+    int d_conv, n_tokens, n, ld_w, ld;
+};
+
+struct scan_args {          // one sequence, channels [0, n) likewise; n and all strides are multiples of 16
+    const float *a2;        // [n/16][d_state][16]
+    const float *d, *dt_b;  // [n]
+    float *state;           // [n/16][d_state][16]
+    const float *u;         // [n_tokens][ld]
+    const float *z;         // [n_tokens][ld_z]
+    const float *bc;        // [n_tokens][ld_bc]: B [d_state], C [d_state]
+    float *dt_y;            // [n_tokens][ld]: dt before its bias and softplus; replaced by the output
+    int d_state, n_tokens, n, ld, ld_z, ld_bc;
+};
+
+struct kernels {
+    const char *name;
+    // y[t*ldy + r] = (or +=) row row0+r of w times row token0+t of x
+    void (*matmul)(const struct matrix *w, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
+                   int ldy, bool add);
+    void (*quantize)(const float *x, int n, int8_t *q, float *scale);  // n a multiple of 32
+    void (*rms_norm)(const float *x, const float *w, float *y, int n, float eps);  // w NULL: no weight
+    void (*conv_silu)(const struct conv_args *a);
+    void (*scan)(const struct scan_args *a);
+    float (*finite_max)(const float *x, int n);                      // NaN when any element is NaN or infinite
+    void (*exp_minus)(const float *x, int n, float max, float *y);   // y = exp(x - max)
+};
+
+// Defined by each pass over the body: the vector type, its operations, and the kernels.
+#define PASTE2(a, b) a##_##b
+#define PASTE(a, b) PASTE2(a, b)
+#define ISA_NAME(name) PASTE(name, MAMBA_ISA_PASS)
+#define vf ISA_NAME(vf)
+#define v_set ISA_NAME(v_set)
+#define v_load ISA_NAME(v_load)
+#define v_load_n ISA_NAME(v_load_n)
+#define v_load_f16 ISA_NAME(v_load_f16)
+#define v_load_bf16 ISA_NAME(v_load_bf16)
+#define v_store ISA_NAME(v_store)
+#define v_store_n ISA_NAME(v_store_n)
+#define v_store_i8 ISA_NAME(v_store_i8)
+#define v_add ISA_NAME(v_add)
+#define v_sub ISA_NAME(v_sub)
+#define v_mul ISA_NAME(v_mul)
+#define v_div ISA_NAME(v_div)
+#define v_fma ISA_NAME(v_fma)
+#define v_min ISA_NAME(v_min)
+#define v_max ISA_NAME(v_max)
+#define v_sum ISA_NAME(v_sum)
+#define v_add_exponent ISA_NAME(v_add_exponent)
+#define v_split_exponent ISA_NAME(v_split_exponent)
+#define v_exp2 ISA_NAME(v_exp2)
+#define v_silu ISA_NAME(v_silu)
+#define v_softplus ISA_NAME(v_softplus)
+#define v_reduce_max ISA_NAME(v_reduce_max)
+#define v_load_weights ISA_NAME(v_load_weights)
+#define fma1 ISA_NAME(fma1)
+#define dot_i8 ISA_NAME(dot_i8)
+#define tile ISA_NAME(tile)
+#define matmul_float ISA_NAME(matmul_float)
+#define matmul_q8_0 ISA_NAME(matmul_q8_0)
+#define conv_4_taps ISA_NAME(conv_4_taps)
+#define conv_any_taps ISA_NAME(conv_any_taps)
+#define scan_step ISA_NAME(scan_step)
+#define scan_channels ISA_NAME(scan_channels)
+
+// In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers.
+#ifdef __clang__
+#define UNROLL_FULLY _Pragma("clang loop unroll(full)")
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
+#else
+#define UNROLL_FULLY _Pragma("GCC unroll 16")
+#define NO_UNROLL _Pragma("GCC unroll 1")
+#endif
+#define LANE static inline __attribute__((always_inline, unused))
+
+#endif  // not MAMBA_ISA_PASS
+#ifdef MAMBA_ISA_PASS  // ---------------------------------------------------------------------- ISA PASS: begin --------
+
+#if defined(ISA_AVX512)
+
+typedef __m512 vf;
+#define TILE_ROWS 4
+#define TILE_TOKENS 6
+#define UNROLL UNROLL_FULLY
+LANE vf v_set(float x) { return _mm512_set1_ps(x); }
+LANE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+LANE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+LANE vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+LANE vf v_load_bf16(const uint16_t *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+LANE void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+LANE void v_store_n(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
+LANE void v_store_i8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+LANE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+LANE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+LANE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+LANE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+LANE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+LANE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+LANE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+LANE float v_sum(vf v) {
+    __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+LANE vf v_add_exponent(vf p, vf n) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
+LANE vf v_split_exponent(vf x, vf *e) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f2aaaab)), 23);
+    *e = _mm512_cvtepi32_ps(n);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
+}
+LANE float fma1(float a, float b, float c) {
+    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+}
+// |w| is at most 128 as an unsigned byte and x lies in [-127, 127], so that no product or sum saturates.
+LANE int dot_i8(const int8_t *wp, const int8_t *xp) {
+    __m256i w = _mm256_loadu_si256((const __m256i *)wp), x = _mm256_loadu_si256((const __m256i *)xp);
+    __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+
+#elif defined(ISA_AVX2)
+
+typedef struct {
+    __m256 lo, hi;
+} vf;
+#define TILE_ROWS 2
+#define TILE_TOKENS 3
+#define UNROLL UNROLL_FULLY
+LANE vf v_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+LANE vf v_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LANE vf v_load_n(const float *p, int n) {
+    float full[16] = {0};
+    memcpy(full, p, (size_t)n * sizeof *p);
+    return v_load(full);
+}
+LANE vf v_load_f16(const uint16_t *p) {
+    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+LANE vf v_load_bf16(const uint16_t *p) {
+    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+}
+LANE void v_store(float *p, vf a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+LANE void v_store_n(float *p, vf a, int n) {
+    float full[16];
+    v_store(full, a);
+    memcpy(p, full, (size_t)n * sizeof *p);
+}
+LANE void v_store_i8(int8_t *p, vf a) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+LANE vf v_add(vf a, vf b) { return (vf){_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+LANE vf v_sub(vf a, vf b) { return (vf){_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+LANE vf v_mul(vf a, vf b) { return (vf){_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+LANE vf v_div(vf a, vf b) { return (vf){_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+LANE vf v_fma(vf a, vf b, vf c) {
+    return (vf){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+LANE vf v_min(vf a, vf b) { return (vf){_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+LANE vf v_max(vf a, vf b) { return (vf){_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+LANE float v_sum(vf v) {
+    __m256 a = _mm256_add_ps(v.lo, v.hi);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+LANE vf v_add_exponent(vf p, vf n) {
+    __m256i lo = _mm256_slli_epi32(_mm256_castps_si256(n.lo), 23), hi = _mm256_slli_epi32(_mm256_castps_si256(n.hi), 23);
+    return (vf){_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.lo), lo)),
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.hi), hi))};
+}
+LANE vf v_split_exponent(vf x, vf *e) {
+    __m256i lo = _mm256_castps_si256(x.lo), hi = _mm256_castps_si256(x.hi), base = _mm256_set1_epi32(0x3f2aaaab);
+    __m256i n_lo = _mm256_srai_epi32(_mm256_sub_epi32(lo, base), 23);
+    __m256i n_hi = _mm256_srai_epi32(_mm256_sub_epi32(hi, base), 23);
+    *e = (vf){_mm256_cvtepi32_ps(n_lo), _mm256_cvtepi32_ps(n_hi)};
+    return (vf){_mm256_castsi256_ps(_mm256_sub_epi32(lo, _mm256_slli_epi32(n_lo, 23))),
+                _mm256_castsi256_ps(_mm256_sub_epi32(hi, _mm256_slli_epi32(n_hi, 23)))};
+}
+LANE float fma1(float a, float b, float c) {
+    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+}
+// Pairs of products stay below 2 * 128 * 127 < 32768.
+LANE int dot_i8(const int8_t *wp, const int8_t *xp) {
+    __m256i w = _mm256_loadu_si256((const __m256i *)wp), x = _mm256_loadu_si256((const __m256i *)xp);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    __m256i s = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+
+#else  // plain C: the definition
+
+typedef struct {
+    float lane[16];
+} vf;
+#define TILE_ROWS 1
+#define TILE_TOKENS 1
+#define UNROLL  // sixteen lanes are loops themselves here
+#define EACH NO_UNROLL for (int i = 0; i < 16; i++)
+LANE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
+LANE vf v_set(float x) {
+    vf r;
+    EACH r.lane[i] = x;
+    return r;
+}
+LANE vf v_load(const float *p) {
+    vf r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+LANE vf v_load_n(const float *p, int n) {  // n lanes, the others zero
+    vf r = {{0}};
+    memcpy(&r, p, (size_t)n * sizeof *p);
+    return r;
+}
+LANE vf v_load_f16(const uint16_t *p) {
+    vf r;
+    EACH r.lane[i] = f16_to_f32(p[i]);
+    return r;
+}
+LANE vf v_load_bf16(const uint16_t *p) {
+    vf r;
+    EACH r.lane[i] = bf16_to_f32(p[i]);
+    return r;
+}
+LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+LANE void v_store_n(float *p, vf a, int n) { memcpy(p, &a, (size_t)n * sizeof *p); }
+LANE void v_store_i8(int8_t *p, vf a) { EACH p[i] = (int8_t)lrintf(a.lane[i]); }  // to nearest, ties to even
+LANE vf v_add(vf a, vf b) {
+    EACH a.lane[i] += b.lane[i];
+    return a;
+}
+LANE vf v_sub(vf a, vf b) {
+    EACH a.lane[i] -= b.lane[i];
+    return a;
+}
+LANE vf v_mul(vf a, vf b) {
+    EACH a.lane[i] *= b.lane[i];
+    return a;
+}
+LANE vf v_div(vf a, vf b) {
+    EACH a.lane[i] /= b.lane[i];
+    return a;
+}
+LANE vf v_fma(vf a, vf b, vf c) {  // a * b + c, rounded once
+    EACH c.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
+    return c;
+}
+LANE vf v_min(vf a, vf b) {  // b where either is NaN
+    EACH a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+LANE vf v_max(vf a, vf b) {  // b where either is NaN
+    EACH a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+LANE float v_sum(vf v) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) v.lane[i] += v.lane[i + half];
+    return v.lane[0];
+}
+LANE vf v_add_exponent(vf p, vf n) {  // p * 2^n, where n is an integer in the lowest bits of its mantissa
+    EACH p.lane[i] = float_from_bits(bits_from_float(p.lane[i]) + (bits_from_float(n.lane[i]) << 23));
+    return p;
+}
+LANE vf v_split_exponent(vf x, vf *e) {  // x = m * 2^e with m in [2/3, 4/3): returns m
+    EACH {
+        uint32_t bits = bits_from_float(x.lane[i]);
+        int32_t n = (int32_t)(bits - 0x3f2aaaab) >> 23;
+        e->lane[i] = (float)n;
+        x.lane[i] = float_from_bits(bits - ((uint32_t)n << 23));
+    }
+    return x;
+}
+LANE int dot_i8(const int8_t *w, const int8_t *x) {
+    int s = 0;
+    for (int i = 0; i < 32; i++) s += w[i] * x[i];
+    return s;
+}
+#undef EACH
+
+#endif  // vocabulary
+
+// 2^t for t clamped to [-126, 126]. t = n + f with n the nearest integer; 2^f by a polynomial with relative error 2e-8
+// (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+LANE vf v_exp2(vf t) {
+    t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
+    vf shift = v_set(0x1.8p23f), rounded = v_add(t, shift), f = v_sub(t, v_sub(rounded, shift));
+    vf p = v_set(0x1.41fbbcp-13f);
+    p = v_fma(p, f, v_set(0x1.5f3e54p-10f));
+    p = v_fma(p, f, v_set(0x1.3b2d4cp-7f));
+    p = v_fma(p, f, v_set(0x1.c6aee8p-5f));
+    p = v_fma(p, f, v_set(0x1.ebfbdcp-3f));
+    p = v_fma(p, f, v_set(0x1.62e430p-1f));
+    p = v_fma(p, f, v_set(1.0f));
+    return v_add_exponent(p, rounded);
+}
+
+// x * sigmoid(x)
+LANE vf v_silu(vf x) {
+    return v_div(x, v_add(v_set(1.0f), v_exp2(v_mul(x, v_set(-0x1.715476p+0f)))));
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + t) with t = e^-|x|. u = 1 + t loses the low bits of t; they come back as the
+// first term of the logarithm's series at u. log(m) = s - s^2/2 + s^3 P(s), s = m - 1 (tests/fit_polynomials.py).
+LANE vf v_softplus(vf x) {
+    vf one = v_set(1.0f), minus_abs = v_min(x, v_sub(v_set(0.0f), x));
+    vf t = v_exp2(v_mul(minus_abs, v_set(0x1.715476p+0f))), u = v_add(one, t), e;
+    vf s = v_sub(v_split_exponent(u, &e), one);
+    vf p = v_set(-0x1.0e2acp-3f);
+    p = v_fma(p, s, v_set(0x1.1df35p-3f));
+    p = v_fma(p, s, v_set(-0x1.f03c18p-4f));
+    p = v_fma(p, s, v_set(0x1.1ef19ap-3f));
+    p = v_fma(p, s, v_set(-0x1.55b7e6p-3f));
+    p = v_fma(p, s, v_set(0x1.99ce42p-3f));
+    p = v_fma(p, s, v_set(-0x1.fffe5ep-3f));
+    p = v_fma(p, s, v_set(0x1.55550cp-2f));
+    p = v_fma(p, s, v_set(-0.5f));
+    vf log_u = v_fma(e, v_set(0x1.62e43p-1f), v_fma(v_mul(s, s), p, s));
+    vf lost = v_div(v_sub(t, v_sub(u, one)), u);
+    return v_add(v_max(v_set(0.0f), x), v_add(log_u, lost));
+}
+
+LANE float v_reduce_max(vf v) {
+    float lane[16];
+    v_store(lane, v);
+    float max = lane[0];
+    for (int i = 1; i < 16; i++) max = lane[i] > max ? lane[i] : max;
+    return max;
+}
+
+// 16 weights of a float format from element k on; n of them when fewer remain in the row, the other lanes zero.
+LANE vf v_load_weights(enum format format, const uint8_t *row, int k, int n) {
+    if (format == F32) return n < 16 ? v_load_n((const float *)row + k, n) : v_load((const float *)row + k);
+    const uint16_t *p = (const uint16_t *)row + k;
+    uint16_t full[16] = {0};
+    if (n < 16) p = memcpy(full, p, (size_t)n * sizeof *p);
+    return format == F16 ? v_load_f16(p) : v_load_bf16(p);
+}
+
+// A tile of `rows` rows by `tokens` tokens, both constants at every call, so that the sums stay in registers.
+LANE void tile(enum format format, int rows, int tokens, const uint8_t *w, size_t row_bytes, const float *x, int ldx,
+               float *y, int ldy, int n, bool add) {
+    vf sum[TILE_ROWS][TILE_TOKENS], wv[TILE_ROWS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int t = 0; t < tokens; t++) sum[r][t] = v_set(0.0f);
+    int k = 0;
+    for (; k + 16 <= n; k += 16) {
+        UNROLL for (int r = 0; r < rows; r++) wv[r] = v_load_weights(format, w + (size_t)r * row_bytes, k, 16);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            vf xv = v_load(x + (size_t)t * (size_t)ldx + k);
+            UNROLL for (int r = 0; r < rows; r++) sum[r][t] = v_fma(wv[r], xv, sum[r][t]);
+        }
+    }
+    if (k < n) {  // activations are padded with zeros, weights are not
+        UNROLL for (int r = 0; r < rows; r++) wv[r] = v_load_weights(format, w + (size_t)r * row_bytes, k, n - k);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            vf xv = v_load(x + (size_t)t * (size_t)ldx + k);
+            UNROLL for (int r = 0; r < rows; r++) sum[r][t] = v_fma(wv[r], xv, sum[r][t]);
+        }
+    }
+    UNROLL for (int t = 0; t < tokens; t++)
+        UNROLL for (int r = 0; r < rows; r++) {
+            float *to = y + (size_t)t * (size_t)ldy + r, s = v_sum(sum[r][t]);
+            *to = add ? *to + s : s;
+        }
+}
+
+// Tokens outside, rows inside: a block of rows stays in the cache while the tokens pass.
+LANE void matmul_float(enum format format, const uint8_t *w, size_t row_bytes, int n_rows, const float *x, int ldx,
+                       int n_tokens, float *y, int ldy, int n, bool add) {
+    int t = 0;
+    for (; t + TILE_TOKENS <= n_tokens; t += TILE_TOKENS) {
+        int r = 0;
+        for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
+            tile(format, TILE_ROWS, TILE_TOKENS, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
+                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
+        for (; r < n_rows; r++)
+            tile(format, 1, TILE_TOKENS, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
+                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
+    }
+    for (; t < n_tokens; t++)
+        for (int r = 0; r < n_rows; r++)
+            tile(format, 1, 1, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
+                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
+}
+
+static void matmul_q8_0(const uint8_t *w, size_t row_bytes, int n_rows, const struct act *x, int token0, int n_tokens,
+                        float *y, int ldy, int n, bool add) {
+    for (int t = 0; t < n_tokens; t++) {
+        const int8_t *xq = x->q + (size_t)(token0 + t) * (size_t)x->ld;
+        const float *scale = x->scale + (size_t)(token0 + t) * (size_t)(x->ld / 32);
+        for (int r = 0; r < n_rows; r++) {
+            const struct block_q8_0 *block = (const struct block_q8_0 *)(w + (size_t)r * row_bytes);
+            float s = 0.0f, *to = y + (size_t)t * (size_t)ldy + r;
+            for (int b = 0; b < n / 32; b++)
+                s = fma1(f16_to_f32(block[b].d) * scale[b], (float)dot_i8(block[b].qs, xq + 32 * b), s);
+            *to = add ? *to + s : s;
+        }
+    }
+}
+
+static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                             float *y, int ldy, bool add) {
+    const uint8_t *w = m->data + (size_t)row0 * m->row_bytes;
+    const float *xf = x->f + (size_t)token0 * (size_t)x->ld;
+    switch (m->format) {
+    case F32: matmul_float(F32, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
+    case F16: matmul_float(F16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
+    case BF16: matmul_float(BF16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
+    case Q8_0: matmul_q8_0(w, m->row_bytes, n_rows, x, token0, n_tokens, y, ldy, m->cols, add); break;
+    case N_FORMATS: break;
+    }
+}
+
+// q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the scale NaN or infinite, so that
+// it reaches the logits, where it is reported.
+static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale) {
+    vf zero = v_set(0.0f);
+    for (int b = 0; b < n / 32; b++, x += 32, q += 32) {
+        vf lo = v_load(x), hi = v_load(x + 16);
+        vf abs_max = v_max(v_max(lo, v_sub(zero, lo)), v_max(hi, v_sub(zero, hi)));
+        float max = v_reduce_max(abs_max), poison = v_sum(v_mul(v_add(lo, hi), zero));
+        vf inverse = v_set(max > 1e-30f && max < 1e30f ? 127.0f / max : 0.0f);
+        vf limit = v_set(127.0f), minus_limit = v_set(-127.0f);
+        v_store_i8(q, v_min(v_max(v_mul(lo, inverse), minus_limit), limit));
+        v_store_i8(q + 16, v_min(v_max(v_mul(hi, inverse), minus_limit), limit));
+        scale[b] = max / 127.0f + poison;
+    }
+}
+
+static void ISA_NAME(rms_norm)(const float *x, const float *w, float *y, int n, float eps) {
+    vf squares = v_set(0.0f);
+    for (int k = 0; k < n; k += 16) {
+        vf v = n - k < 16 ? v_load_n(x + k, n - k) : v_load(x + k);
+        squares = v_fma(v, v, squares);
+    }
+    vf r = v_set(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
+    for (int k = 0; k < n; k += 16) {
+        int left = n - k;
+        vf v = v_mul(left < 16 ? v_load_n(x + k, left) : v_load(x + k), r);
+        if (w) v = v_mul(v, left < 16 ? v_load_n(w + k, left) : v_load(w + k));
+        if (left < 16) v_store_n(y + k, v, left);
+        else v_store(y + k, v);
+    }
+}
+
+// out = silu(b + sum over taps of w[tap] * input), in tap order. The last inputs move through `past`, the oldest first.
+// Four taps, as in every published model, stay in registers.
+static void conv_4_taps(const struct conv_args *a) {
+    for (int c = 0; c < a->n; c += 16) {
+        vf past[4], w[4], b = v_load(a->b + c);
+        UNROLL for (int i = 0; i < 4; i++) w[i] = v_load(a->w + (size_t)i * (size_t)a->ld_w + c);
+        UNROLL for (int i = 0; i < 3; i++) past[i] = v_load(a->state + (size_t)i * (size_t)a->ld_w + c);
+        for (int t = 0; t < a->n_tokens; t++) {
+            past[3] = v_load(a->in + (size_t)t * (size_t)a->ld + c);
+            vf sum = b;
+            UNROLL for (int i = 0; i < 4; i++) sum = v_fma(w[i], past[i], sum);
+            UNROLL for (int i = 0; i < 3; i++) past[i] = past[i + 1];
+            v_store(a->out + (size_t)t * (size_t)a->ld + c, v_silu(sum));
+        }
+        UNROLL for (int i = 0; i < 3; i++) v_store(a->state + (size_t)i * (size_t)a->ld_w + c, past[i]);
+    }
+}
+
+static void conv_any_taps(const struct conv_args *a) {
+    for (int c = 0; c < a->n; c += 16)
+        for (int t = 0; t < a->n_tokens; t++) {
+            float *to = a->out + (size_t)t * (size_t)a->ld + c, *state = a->state + c;
+            vf now = v_load(a->in + (size_t)t * (size_t)a->ld + c), sum = v_load(a->b + c);
+            for (int i = 0; i < a->d_conv - 1; i++) {  // shifts the state while it reads it
+                vf past = v_load(state + (size_t)i * (size_t)a->ld_w);
+                vf next = i + 2 < a->d_conv ? v_load(state + (size_t)(i + 1) * (size_t)a->ld_w) : now;
+                sum = v_fma(v_load(a->w + (size_t)i * (size_t)a->ld_w + c), past, sum);
+                v_store(state + (size_t)i * (size_t)a->ld_w, next);
+            }
+            sum = v_fma(v_load(a->w + (size_t)(a->d_conv - 1) * (size_t)a->ld_w + c), now, sum);
+            v_store(to, v_silu(sum));
+        }
+}
+
+static void ISA_NAME(conv_silu)(const struct conv_args *a) {
+    if (a->d_conv == 4) conv_4_taps(a);
+    else conv_any_taps(a);
+}
+
+// One state of 16 channels: h = exp(dt * A) * h + dt * B * u, and what it adds to the output, y += C * h.
+LANE vf scan_step(vf h, vf dt, vf dt_u, const float *a2, const float *b, const float *c, vf *y) {
+    h = v_fma(v_exp2(v_mul(dt, v_load(a2))), h, v_mul(dt_u, v_set(*b)));
+    *y = v_fma(h, v_set(*c), *y);
+    return h;
+}
+
+// The selective scan with discretisation, skip and gate (equations 2 and 4; algorithm 2, line 6), 16 channels a vector:
+//   dt = softplus(dt + dt_b)    h[n] = exp(dt * A[n]) * h[n] + dt * B[n] * u    y = (sum of C[n] * h[n] + D * u) * silu(z)
+// Sixteen states, as in every published model, stay in registers; other counts go through memory.
+LANE void scan_channels(const struct scan_args *a, const int n_state, const bool in_registers) {
+    for (int c = 0; c < a->n; c += 16) {
+        const float *a2 = a->a2 + (size_t)c * (size_t)n_state;
+        float *state = a->state + (size_t)c * (size_t)n_state;
+        vf h[16] = {v_set(0.0f)}, d = v_load(a->d + c), dt_b = v_load(a->dt_b + c);
+        if (in_registers) UNROLL for (int n = 0; n < 16; n++) h[n] = v_load(state + 16 * n);
+        for (int t = 0; t < a->n_tokens; t++) {
+            float *dt_y = a->dt_y + (size_t)t * (size_t)a->ld + c;
+            const float *b_row = a->bc + (size_t)t * (size_t)a->ld_bc, *c_row = b_row + n_state;
+            vf dt = v_softplus(v_add(v_load(dt_y), dt_b)), u = v_load(a->u + (size_t)t * (size_t)a->ld + c);
+            vf dt_u = v_mul(dt, u), y = v_mul(d, u);
+            if (in_registers) {
+                UNROLL for (int n = 0; n < 16; n++) h[n] = scan_step(h[n], dt, dt_u, a2 + 16 * n, b_row + n, c_row + n, &y);
+            } else {
+                for (int n = 0; n < n_state; n++) {
+                    vf new = scan_step(v_load(state + 16 * n), dt, dt_u, a2 + 16 * n, b_row + n, c_row + n, &y);
+                    v_store(state + 16 * n, new);
+                }
+            }
+            v_store(dt_y, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
+        }
+        if (in_registers) UNROLL for (int n = 0; n < 16; n++) v_store(state + 16 * n, h[n]);
+    }
+}
+
+static void ISA_NAME(scan)(const struct scan_args *a) {
+    if (a->d_state == 16) scan_channels(a, 16, true);
+    else scan_channels(a, a->d_state, false);
+}
+
+// Reads the last 16 elements twice when n is not a multiple of 16: a maximum does not mind.
+static float ISA_NAME(finite_max)(const float *x, int n) {
+    if (n < 16) {
+        float max = x[0], poison = 0.0f;
+        for (int i = 0; i < n; i++) max = x[i] > max ? x[i] : max, poison += x[i] * 0.0f;
+        return max + poison;
+    }
+    vf max = v_load(x), poison = v_set(0.0f), zero = v_set(0.0f);
+    for (int k = 0; k < n; k += 16) {
+        vf v = v_load(x + (k + 16 <= n ? k : n - 16));
+        max = v_max(max, v);
+        poison = v_fma(v, zero, poison);
+    }
+    return v_reduce_max(max) + v_sum(poison);
+}
+
+static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
+    for (int k = 0; k < n; k += 16) {
+        int left = n - k;
+        vf v = left < 16 ? v_load_n(x + k, left) : v_load(x + k);
+        v = v_exp2(v_mul(v_sub(v, v_set(max)), v_set(0x1.715476p+0f)));
+        if (left < 16) v_store_n(y + k, v, left);
+        else v_store(y + k, v);
+    }
+}
+
+#define ISA_STRING2(x) #x
+#define ISA_STRING(x) ISA_STRING2(x)
+static const struct kernels ISA_NAME(kernels) = {
+    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
+    ISA_NAME(scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
+};
+#undef ISA_STRING
+#undef ISA_STRING2
+#undef TILE_ROWS
+#undef TILE_TOKENS
+#undef UNROLL
+
+#endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------
+#ifndef MAMBA_ISA_PASS
+
+#if defined(__x86_64__)
+#define MAMBA_ISA_PASS avx512
+#define ISA_AVX512
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,avx2"))), apply_to = function)
+#include "mamba.c"
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,avx2")
+#include "mamba.c"
+#pragma GCC pop_options
+#endif
+#undef ISA_AVX512
+#undef MAMBA_ISA_PASS
+
+#define MAMBA_ISA_PASS avx2
+#define ISA_AVX2
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#include "mamba.c"
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#include "mamba.c"
+#pragma GCC pop_options
+#endif
+#undef ISA_AVX2
+#undef MAMBA_ISA_PASS
+#endif  // x86-64
+
+#define MAMBA_ISA_PASS generic
+#include "mamba.c"
+#undef MAMBA_ISA_PASS
+
+// The kernels that this processor runs, the widest first; returns how many.
+static int usable_kernels(const struct kernels *usable[3]) {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C too
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        usable[n++] = &kernels_avx512;
+    if (avx2) usable[n++] = &kernels_avx2;
+#endif
+    usable[n++] = &kernels_generic;
+    return n;
+}
+
+// The widest kernels, or those that MAMBA_ISA names.
+static const struct kernels *choose_kernels(void) {
+    const struct kernels *usable[3];
+    int n = usable_kernels(usable);
+    const char *wanted = getenv("MAMBA_ISA");
+    if (!wanted || !*wanted) return usable[0];
+    for (int i = 0; i < n; i++)
+        if (strcmp(usable[i]->name, wanted) == 0) return usable[i];
+    die("MAMBA_ISA=%s: this processor offers %s%s%s%s%s", wanted, usable[0]->name, n > 1 ? ", " : "",
+        n > 1 ? usable[1]->name : "", n > 2 ? ", " : "", n > 2 ? usable[2]->name : "");
+}
+
+// ====================================================================================================================
+// 5. Layers.
+// The phases of a Mamba block (figure 3 of the paper), each run by all threads of a team. A phase is cut into items
+// that do not depend on each other, and a thread takes the next item when it is free: one that lost its core holds
+// nobody up. Who computes an item never changes its bits. Calls section 4; called by section 6.
+// ====================================================================================================================
+
+struct team {               // one thread's view of a forward in progress
+    struct context *ctx;
+    int n_threads;
+    int phase;              // how many phases have ended
+};
+
+static bool take_item(struct team *t, int n_items, int *item) {
+    *item = atomic_fetch_add_explicit(&t->ctx->work[t->phase], 1, memory_order_relaxed);
+    return *item < n_items;
+}
+
+// A barrier. A thread that waits spins for a few microseconds, and then offers its core to whoever wants it: when other
+// processes keep the cores busy, the thread that is waited for may be the one that does not run. (OpenMP's own barrier
+// spins on.)
+static void end_phase(struct team *t) {
+    struct context *ctx = t->ctx;
+    t->phase++;
+    if (t->n_threads == 1) return;
+    if (atomic_fetch_add_explicit(&ctx->n_arrived, 1, memory_order_acq_rel) + 1 == t->n_threads * t->phase) {
+        atomic_store_explicit(&ctx->phases_ended, t->phase, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&ctx->phases_ended, memory_order_acquire) < t->phase; spins++) {
+        if (spins >= 4000) sched_yield();
+#if defined(__x86_64__)
+        else _mm_pause();
+#endif
+    }
+}
+
+static void quantize_rows(const struct kernels *k, struct act *a, int row0, int n_rows, int col0, int n_cols) {
+    if (!a->q) return;
+    for (int r = row0; r < row0 + n_rows; r++) {
+        size_t at = (size_t)r * (size_t)a->ld + (size_t)col0;
+        k->quantize(a->f + at, n_cols, a->q + at, a->scale + at / 32);
+    }
+}
+
+// w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase.
+static void matmul_phase(struct team *t, const struct matrix *w, const struct act *x, int n_tokens, float *y, int ldy,
+                         bool add) {
+    int row_block = n_tokens == 1 ? 16 : 64, token_block = 96, item;
+    int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
+    while (take_item(t, n_row_blocks * n_token_blocks, &item)) {
+        int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
+        t->ctx->k->matmul(w, r, min_int(row_block, w->rows - r), x, token, min_int(token_block, n_tokens - token),
+                          y + (size_t)token * (size_t)ldy + r, ldy, add);
+    }
+    end_phase(t);
+}
+
+static void embed_row(const struct matrix *m, int row, float *to) {
+    const uint8_t *p = m->data + (size_t)row * m->row_bytes;
+    for (int i = 0; i < m->cols; i++) switch (m->format) {
+        case F32: memcpy(&to[i], p + 4 * i, 4); break;
+        case F16: to[i] = f16_to_f32(load_u16(p + 2 * i)); break;
+        case BF16: to[i] = bf16_to_f32(load_u16(p + 2 * i)); break;
+        case Q8_0: {
+            const struct block_q8_0 *b = (const struct block_q8_0 *)p + i / 32;
+            to[i] = f16_to_f32(b->d) * b->qs[i % 32];
+            break;
+        }
+        case N_FORMATS: break;
+        }
+}
+
+static void embed_phase(struct team *t) {
+    struct context *ctx = t->ctx;
+    int item;
+    while (take_item(t, ctx->n_tokens, &item)) {
+        int token = item;
+        const struct segment *s = ctx->segments;
+        for (; token >= s->n_tokens; s++) token -= s->n_tokens;
+        embed_row(&ctx->m->embd, s->tokens[token], ctx->x + (size_t)item * (size_t)ctx->ld_model);
+    }
+    end_phase(t);
+}
+
+static void norm_phase(struct team *t, const float *weight) {
+    struct context *ctx = t->ctx;
+    const struct config *c = &ctx->m->c;
+    int token;
+    while (take_item(t, ctx->n_tokens, &token)) {
+        ctx->k->rms_norm(ctx->x + (size_t)token * (size_t)ctx->ld_model, weight,
+                         ctx->normed.f + (size_t)token * (size_t)ctx->normed.ld, c->d_model, c->norm_eps);
+        quantize_rows(ctx->k, &ctx->normed, token, 1, 0, c->d_model);
+    }
+    end_phase(t);
+}
+
+// Channels [c, c + n) of block `item`; n is a multiple of 16 in the padded arrays, n_real counts what exists.
+static int channel_block(const struct context *ctx, int *n_blocks) {
+    int block = ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32;
+    *n_blocks = (ctx->m->c.d_inner + block - 1) / block;
+    return block;
+}
+
+// in_proj, convolution and SiLU: channels do not meet, so a block of them goes through all three at once.
+static void in_conv_phase(struct team *t, const struct layer *l, int layer) {
+    struct context *ctx = t->ctx;
+    const struct config *cfg = &ctx->m->c;
+    int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->u.ld;
+    while (take_item(t, n_blocks, &item)) {
+        int c = item * block, n = min_int(block, cfg->d_inner - c), n_padded = round_up(n, 16), token = 0;
+        ctx->k->matmul(&l->in, c, n, &ctx->normed, 0, ctx->n_tokens, ctx->u.f + c, ld, false);
+        ctx->k->matmul(&l->in, cfg->d_inner + c, n, &ctx->normed, 0, ctx->n_tokens, ctx->z + c, ctx->ld_inner, false);
+        for (int s = 0; s < ctx->n_segments; s++) {
+            float *rows = ctx->u.f + (size_t)token * (size_t)ld + c;
+            size_t state = (size_t)layer * (size_t)(cfg->d_conv - 1) * (size_t)ctx->ld_inner + (size_t)c;
+            ctx->k->conv_silu(&(struct conv_args){
+                .w = l->conv_w + c, .b = l->conv_b + c, .state = ctx->segments[s].seq->conv + state, .in = rows,
+                .out = rows, .d_conv = cfg->d_conv, .n_tokens = ctx->segments[s].n_tokens, .n = n_padded,
+                .ld_w = ctx->ld_inner, .ld = ld});
+            token += ctx->segments[s].n_tokens;
+        }
+        quantize_rows(ctx->k, &ctx->u, 0, ctx->n_tokens, c, n);
+    }
+    end_phase(t);
+}
+
+// The low-rank dt becomes dt_proj's input; FalconMamba normalises dt, B and C first.
+static void dt_low_phase(struct team *t) {
+    struct context *ctx = t->ctx;
+    const struct config *c = &ctx->m->c;
+    int token;
+    while (take_item(t, ctx->n_tokens, &token)) {
+        float *dbc = ctx->dbc + (size_t)token * (size_t)ctx->ld_dbc;
+        float *dt = ctx->dt_low.f + (size_t)token * (size_t)ctx->dt_low.ld;
+        if (c->dt_b_c_rms) {
+            ctx->k->rms_norm(dbc, NULL, dt, c->dt_rank, c->dt_b_c_eps);
+            for (int i = 0; i < 2; i++) {
+                float *b_or_c = dbc + c->dt_rank + i * c->d_state;
+                ctx->k->rms_norm(b_or_c, NULL, b_or_c, c->d_state, c->dt_b_c_eps);
+            }
+        } else {
+            memcpy(dt, dbc, (size_t)c->dt_rank * sizeof *dt);
+        }
+        quantize_rows(ctx->k, &ctx->dt_low, token, 1, 0, c->dt_rank);
+    }
+    end_phase(t);
+}
+
+// dt_proj, selective scan, skip and gate, again a block of channels at once.
+static void dt_scan_phase(struct team *t, const struct layer *l, int layer) {
+    struct context *ctx = t->ctx;
+    const struct config *cfg = &ctx->m->c;
+    int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->y.ld;
+    while (take_item(t, n_blocks, &item)) {
+        int c = item * block, n = min_int(block, cfg->d_inner - c), token = 0;
+        ctx->k->matmul(&l->dt, c, n, &ctx->dt_low, 0, ctx->n_tokens, ctx->y.f + c, ld, false);
+        for (int s = 0; s < ctx->n_segments; s++) {
+            size_t row = (size_t)token;
+            ctx->k->scan(&(struct scan_args){
+                .a2 = l->a2 + (size_t)c * (size_t)cfg->d_state, .d = l->d + c, .dt_b = l->dt_b + c,
+                .state = ctx->segments[s].seq->ssm +
+                         ((size_t)layer * (size_t)ctx->ld_inner + (size_t)c) * (size_t)cfg->d_state,
+                .u = ctx->u.f + row * (size_t)ld + c, .z = ctx->z + row * (size_t)ctx->ld_inner + c,
+                .bc = ctx->dbc + row * (size_t)ctx->ld_dbc + cfg->dt_rank, .dt_y = ctx->y.f + row * (size_t)ld + c,
+                .d_state = cfg->d_state, .n_tokens = ctx->segments[s].n_tokens, .n = round_up(n, 16), .ld = ld,
+                .ld_z = ctx->ld_inner, .ld_bc = ctx->ld_dbc});
+            token += ctx->segments[s].n_tokens;
+        }
+        quantize_rows(ctx->k, &ctx->y, 0, ctx->n_tokens, c, n);
+    }
+    end_phase(t);
+}
+
+// x += out_proj(scan(conv(in_proj(norm(x)))))
+static void mamba_block(struct team *t, int layer) {
+    struct context *ctx = t->ctx;
+    const struct layer *l = &ctx->m->layers[layer];
+    norm_phase(t, l->norm);
+    in_conv_phase(t, l, layer);
+    matmul_phase(t, &l->x, &ctx->u, ctx->n_tokens, ctx->dbc, ctx->ld_dbc, false);
+    dt_low_phase(t);
+    dt_scan_phase(t, l, layer);
+    matmul_phase(t, &l->out, &ctx->y, ctx->n_tokens, ctx->x, ctx->ld_model, true);
+}
+
+// ====================================================================================================================
+// 6. Forward over a ragged batch.
+// Prefill, decode, batched decode and scoring are the same call with different shapes. Calls section 5; called by the
+// commands. All memory is allocated by context_new: a forward allocates nothing.
+// ====================================================================================================================
+
+enum { PHASES_PER_LAYER = 6, PHASES_BESIDE = 4 };  // of mamba_block; embedding, final norm, gathering rows, head
+
+static bool is_quantized(const struct matrix *m) { return formats[m->format].block > 1; }
+
+static struct act act_new(int n_rows, int n_cols, bool quantized) {
+    struct act a = {.ld = round_up(n_cols, 32)};
+    size_t n = (size_t)n_rows * (size_t)a.ld;
+    a.f = xcalloc(n, sizeof *a.f);
+    if (quantized) {
+        a.q = xcalloc(n, sizeof *a.q);
+        a.scale = xcalloc(n / 32, sizeof *a.scale);
+    }
+    return a;
+}
+
+static void act_free(struct act *a) {
+    free(a->f);
+    free(a->q);
+    free(a->scale);
+}
+
+// max_tokens: the most tokens of one forward; max_rows: the most logit rows of one call.
+static struct context *context_new(const struct model *m, const struct kernels *k, int n_threads, int max_tokens,
+                                   int max_rows) {
+    const struct config *c = &m->c;
+    struct context *ctx = xcalloc(1, sizeof *ctx);
+    bool q_in = is_quantized(&m->head), q_x = false, q_dt = false, q_out = false;
+    for (int i = 0; i < c->n_layer; i++) {
+        q_in |= is_quantized(&m->layers[i].in);
+        q_x |= is_quantized(&m->layers[i].x);
+        q_dt |= is_quantized(&m->layers[i].dt);
+        q_out |= is_quantized(&m->layers[i].out);
+    }
+    ctx->m = m;
+    ctx->k = k;
+    ctx->n_threads = n_threads;
+    ctx->max_tokens = max_tokens;
+    ctx->max_rows = max_rows;
+    ctx->ld_model = round_up(c->d_model, 16);
+    ctx->ld_inner = round_up(c->d_inner, 16);
+    ctx->ld_dbc = round_up(c->dt_rank + 2 * c->d_state, 16);
+    ctx->ld_vocab = round_up(c->n_vocab, 16);
+    ctx->x = xcalloc((size_t)max_tokens * (size_t)ctx->ld_model, sizeof(float));
+    ctx->normed = act_new(max_tokens, c->d_model, q_in);
+    ctx->u = act_new(max_tokens, c->d_inner, q_x);
+    ctx->z = xcalloc((size_t)max_tokens * (size_t)ctx->ld_inner, sizeof(float));
+    ctx->dbc = xcalloc((size_t)max_tokens * (size_t)ctx->ld_dbc, sizeof(float));
+    ctx->dt_low = act_new(max_tokens, c->dt_rank, q_dt);
+    ctx->y = act_new(max_tokens, c->d_inner, q_out);
+    ctx->head_in = act_new(max_rows, c->d_model, is_quantized(&m->head));
+    ctx->logits = xcalloc((size_t)max_rows * (size_t)ctx->ld_vocab, sizeof(float));
+    ctx->work = xcalloc((size_t)(c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE), sizeof *ctx->work);
+    return ctx;
+}
+
+static void context_free(struct context *ctx) {
+    if (!ctx) return;
+    act_free(&ctx->normed);
+    act_free(&ctx->u);
+    act_free(&ctx->dt_low);
+    act_free(&ctx->y);
+    act_free(&ctx->head_in);
+    free(ctx->x);
+    free(ctx->z);
+    free(ctx->dbc);
+    free(ctx->logits);
+    free(ctx->work);
+    free(ctx);
+}
+
+static struct sequence *sequence_new(const struct config *c) {
+    struct sequence *s = xcalloc(1, sizeof *s);
+    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
+    s->conv = xcalloc(channels * (size_t)(c->d_conv - 1), sizeof(float));
+    s->ssm = xcalloc(channels * (size_t)c->d_state, sizeof(float));
+    return s;
+}
+
+// Back to the empty sequence: without this a state would leak into the next text.
+static void sequence_reset(struct sequence *s, const struct config *c) {
+    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
+    memset(s->conv, 0, channels * (size_t)(c->d_conv - 1) * sizeof(float));
+    memset(s->ssm, 0, channels * (size_t)c->d_state * sizeof(float));
+    s->n_past = 0;
+}
+
+static void sequence_free(struct sequence *s) {
+    if (!s) return;
+    free(s->conv);
+    free(s->ssm);
+    free(s);
+}
+
+// Logits of the rows in head_in.
+static void head_phase(struct team *t) {
+    struct context *ctx = t->ctx;
+    matmul_phase(t, &ctx->m->head, &ctx->head_in, ctx->n_rows, ctx->logits, ctx->ld_vocab, false);
+}
+
+static void gather_row(struct context *ctx, int token, int row) {
+    const struct act *from = &ctx->normed, *to = &ctx->head_in;
+    size_t n = (size_t)to->ld, a = (size_t)token * n, b = (size_t)row * n;
+    memcpy(to->f + b, from->f + a, n * sizeof *to->f);
+    if (to->q) {
+        memcpy(to->q + b, from->q + a, n);
+        memcpy(to->scale + b / 32, from->scale + a / 32, n / 32 * sizeof *to->scale);
+    }
+}
+
+// The rows that the batch asks for: the last token of each segment that wants logits.
+static void gather_phase(struct team *t) {
+    struct context *ctx = t->ctx;
+    int item;
+    while (take_item(t, 1, &item))
+        for (int s = 0, token = 0, row = 0; s < ctx->n_segments; s++) {
+            token += ctx->segments[s].n_tokens;
+            if (ctx->segments[s].want_logits) gather_row(ctx, token - 1, row++);
+        }
+    end_phase(t);
+}
+
+static void forward_team(struct team *t) {
+    struct context *ctx = t->ctx;
+    embed_phase(t);
+    for (int i = 0; i < ctx->n_run_layers; i++) mamba_block(t, i);
+    if (ctx->n_run_layers < ctx->m->c.n_layer) return;
+    norm_phase(t, ctx->m->norm);
+    if (!ctx->n_rows) return;
+    gather_phase(t);
+    head_phase(t);
+}
+
+// Runs body on all threads, in one parallel region.
+static void run_team(struct context *ctx, void (*body)(struct team *)) {
+    atomic_init(&ctx->n_arrived, 0);
+    atomic_init(&ctx->phases_ended, 0);
+    for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) atomic_init(&ctx->work[i], 0);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(ctx->n_threads)
+#endif
+    {
+        struct team t = {ctx, 1, 0};
+#ifdef _OPENMP
+        t.n_threads = omp_get_num_threads();
+#endif
+        flush_denormals();
+        body(&t);
+    }
+}
+
+// Feeds every segment's tokens to its sequence. Afterwards row i of ctx->logits belongs to the i-th segment that wants
+// logits, and ctx->normed (all layers) or ctx->x (the first n_layers) holds a row a token. Tokens must lie in the
+// vocabulary, and all segments together hold at most max_tokens of them.
+static void forward(struct context *ctx, const struct segment *segments, int n_segments, int n_layers) {
+    ctx->segments = segments;
+    ctx->n_segments = n_segments;
+    ctx->n_run_layers = n_layers;
+    ctx->n_tokens = ctx->n_rows = 0;
+    for (int i = 0; i < n_segments; i++) {
+        ctx->n_tokens += segments[i].n_tokens;
+        ctx->n_rows += segments[i].want_logits;
+        segments[i].seq->n_past += segments[i].n_tokens;
+    }
+    if (ctx->n_tokens) run_team(ctx, forward_team);
+}
+
+// Logits of the last forward's tokens [token0, token0 + n), at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
+static void logits_of(struct context *ctx, int token0, int n) {
+    for (int i = 0; i < n; i++) gather_row(ctx, token0 + i, i);
+    ctx->n_rows = n;
+    run_team(ctx, head_phase);
+}
+
+// ====================================================================================================================
+// 7. Sequence state: save and load.
+// A state file continues a text where another run left it. It names its version, the model's fingerprint and shape; it
+// is written beside its destination, synced and renamed, so that a reader finds the old file or the new one. Calls
+// sections 1, 3 and 6; called by the commands. All numbers are little-endian; floats are in logical order, unpadded:
+// conv [n_layer][d_conv-1][d_inner], ssm [n_layer][d_inner][d_state].
+// ====================================================================================================================
+
+enum { RECENT_MAX = 4096, STATE_VERSION = 1 };
+
+struct resume {             // what a run needs besides the recurrent state to go on exactly
+    int32_t pending[1];     // the last token, sampled but not fed to the model yet
+    int n_pending;
+    int32_t recent[RECENT_MAX];  // last tokens, the oldest first, for the repeat penalty
+    int n_recent;
+    char bytes[4];          // of a character that the tokens so far leave incomplete
+    int n_bytes;
+};
+
+struct state_header {       // 80 bytes at the start of the file; the hash of all that precedes it ends the file
+    char magic[8];
+    uint32_t version, header_bytes;
+    uint64_t fingerprint;
+    uint32_t n_layer, d_inner, d_state, d_conv;
+    uint64_t n_past;
+    uint32_t n_pending, n_recent, n_bytes;
+    int32_t pending;
+    char bytes[8];
+    uint64_t file_bytes;
+};
+_Static_assert(sizeof(struct state_header) == 80, "the file's layout, without padding");
+
+static const char state_magic[8] = "MAMBAST";
+
+static size_t state_floats(const struct config *c) {
+    return (size_t)c->n_layer * (size_t)c->d_inner * (size_t)(c->d_conv - 1 + c->d_state);
+}
+
+static struct state_header state_header_of(const struct model *m, const struct sequence *s, const struct resume *r) {
+    const struct config *c = &m->c;
+    struct state_header h = {
+        .version = STATE_VERSION, .header_bytes = sizeof h, .fingerprint = m->fingerprint,
+        .n_layer = (uint32_t)c->n_layer, .d_inner = (uint32_t)c->d_inner, .d_state = (uint32_t)c->d_state,
+        .d_conv = (uint32_t)c->d_conv, .n_past = (uint64_t)s->n_past, .n_pending = (uint32_t)r->n_pending,
+        .n_recent = (uint32_t)r->n_recent, .n_bytes = (uint32_t)r->n_bytes,
+        .pending = r->n_pending ? r->pending[0] : 0};
+    memcpy(h.magic, state_magic, sizeof h.magic);
+    memcpy(h.bytes, r->bytes, (size_t)r->n_bytes);
+    h.file_bytes = sizeof h + 4 * ((uint64_t)r->n_recent + state_floats(c)) + 8;
+    return h;
+}
+
+// Moves floats between the padded buffers and the file's order: to_file, or back.
+static void state_copy(const struct config *c, struct sequence *s, float *file, bool to_file) {
+    size_t ld = (size_t)round_up(c->d_inner, 16), n_state = (size_t)c->d_state;
+    size_t n_conv = (size_t)c->n_layer * (size_t)(c->d_conv - 1);
+    for (size_t row = 0; row < n_conv; row++, file += c->d_inner) {
+        float *conv = s->conv + row * ld;
+        memcpy(to_file ? file : conv, to_file ? conv : file, (size_t)c->d_inner * sizeof *file);
+    }
+    for (size_t layer = 0; layer < (size_t)c->n_layer; layer++)
+        for (size_t ch = 0; ch < (size_t)c->d_inner; ch++)
+            for (size_t n = 0; n < n_state; n++, file++) {
+                float *ssm = s->ssm + (layer * ld + ch / 16 * 16) * n_state + n * 16 + ch % 16;
+                *(to_file ? file : ssm) = *(to_file ? ssm : file);
+            }
+}
+
+static bool state_save(const char *path, const struct model *m, struct sequence *s, const struct resume *r,
+                       struct error *e) {
+    struct state_header h = state_header_of(m, s, r);
+    char *file = xmalloc((size_t)h.file_bytes), *p = file;
+    memcpy(p, &h, sizeof h);
+    p += sizeof h;
+    memcpy(p, r->recent, (size_t)r->n_recent * sizeof *r->recent);
+    p += (size_t)r->n_recent * sizeof *r->recent;
+    state_copy(&m->c, s, (float *)p, true);
+    uint64_t hash = hash_bytes(STATE_VERSION, file, (size_t)h.file_bytes - 8);
+    memcpy(file + h.file_bytes - 8, &hash, 8);
+    struct outfile out;
+    bool ok = outfile_open(&out, path, e);
+    if (ok) {
+        fwrite(file, 1, (size_t)h.file_bytes, out.f);  // an error stays in the stream, for outfile_commit
+        ok = outfile_commit(&out, e);
+    }
+    free(file);
+    return ok;
+}
+
+// Checks everything before *s and *r are touched. file: 4-byte aligned.
+static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct sequence *s, struct resume *r,
+                        struct error *e) {
+    struct state_header h;
+    const struct config *c = &m->c;
+    if (n < sizeof h || memcmp(file, state_magic, 8) != 0) return fail(e, "not a state file (%zu bytes)", n);
+    memcpy(&h, file, sizeof h);
+    if (h.version != STATE_VERSION || h.header_bytes != sizeof h)
+        return fail(e, "state file version %" PRIu32 "; this program reads version %d", h.version, STATE_VERSION);
+    if (h.n_layer != (uint32_t)c->n_layer || h.d_inner != (uint32_t)c->d_inner || h.d_state != (uint32_t)c->d_state ||
+        h.d_conv != (uint32_t)c->d_conv)
+        return fail(e, "the state of a model with n_layer %" PRIu32 ", d_inner %" PRIu32 ", d_state %" PRIu32 ", d_conv %"
+                    PRIu32 "; this model has %d, %d, %d, %d", h.n_layer, h.d_inner, h.d_state, h.d_conv, c->n_layer,
+                    c->d_inner, c->d_state, c->d_conv);
+    if (h.fingerprint != m->fingerprint) return fail(e, "the state of another model file with the same shape");
+    if (h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3) return fail(e, "the state file's header is damaged");
+    size_t expected = sizeof h + 4 * (h.n_recent + state_floats(c)) + 8;
+    if (n != expected || h.file_bytes != n)
+        return fail(e, "the state file has %zu bytes; expected %zu: is it cut off?", n, expected);
+    uint64_t hash;
+    memcpy(&hash, file + n - 8, 8);
+    if (hash != hash_bytes(STATE_VERSION, file, n - 8)) return fail(e, "the state file is damaged: its checksum differs");
+    const int32_t *recent = (const int32_t *)(file + sizeof h);
+    for (uint32_t i = 0; i < h.n_recent + h.n_pending; i++) {
+        int32_t id = i < h.n_recent ? recent[i] : h.pending;
+        if (id < 0 || id >= c->n_vocab)
+            return fail(e, "the state file names token %" PRId32 "; the vocabulary has %d", id, c->n_vocab);
+    }
+    *r = (struct resume){.pending = {h.pending}, .n_pending = (int)h.n_pending, .n_recent = (int)h.n_recent,
+                         .n_bytes = (int)h.n_bytes};
+    memcpy(r->recent, recent, h.n_recent * sizeof *recent);
+    memcpy(r->bytes, h.bytes, sizeof r->bytes);
+    s->n_past = (int64_t)h.n_past;
+    state_copy(c, s, (float *)(file + sizeof h + 4 * (size_t)h.n_recent), false);
+    return true;
+}
+
+static bool state_load(const char *path, const struct model *m, struct sequence *s, struct resume *r, struct error *e) {
+    size_t limit = sizeof(struct state_header) + 4 * (RECENT_MAX + state_floats(&m->c)) + 8;  // of a fitting file
+    FILE *f = fopen(path, "rb");
+    if (!f) return fail(e, "%s: %s", path, strerror(errno));
+    uint8_t *file = xmalloc(limit + 1);
+    size_t n = fread(file, 1, limit + 1, f);
+    struct error inner = {""};
+    bool ok = ferror(f) ? fail(&inner, "%s", strerror(errno)) : state_parse(file, n, m, s, r, &inner);
+    fclose(f);
+    free(file);
+    return ok ? true : fail(e, "%s: %s", path, inner.text);
+}
+
+// ====================================================================================================================
+// 8. Unicode and tokenizer.
+// Text to token ids and back, as Hugging Face tokenizers do it: added tokens, NFC, pre-tokenisation, byte-level BPE with
+// merges by rank. Calls sections 1 and 2; called by the commands.
+// ====================================================================================================================
+
+// ---- Unicode: UTF-8, the classes that pre-tokenisation asks for, and NFC ----
+//
+// The tables say what Hugging Face tokenizers answers about every code point, because ids have to equal its ids. They
+// are coded as text (the script explains the digits) and unpacked once, by unicode_init(), into arrays indexed by code
+// point: most of those pages stay untouched zeros, which cost no memory.
+
+enum { UC_LETTER = 1, UC_NUMBER = 2, UC_SPACE = 4, UC_PUNCT = 8, UC_DECOMPOSES = 16 };
+#define UC_END 0x110000u         // one past the last code point
+#define UC_REPLACEMENT 0xFFFDu   // stands for what is not UTF-8
+#define UC_MAX_RANKS 64          // combining classes are numbered 1.. in rising order; 0 is a starter
+enum { HANGUL_S = 0xAC00, HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11A7,
+       HANGUL_LS = 19, HANGUL_VS = 21, HANGUL_TS = 28, HANGUL_SYLLABLES = HANGUL_LS * HANGUL_VS * HANGUL_TS };
+
+// ---- begin of the tables printed by tests/make_unicode.py ----
+// Ranges: gap, length - 1. UC_MARK_RUNS adds the rank of the combining class. The last three hold canonical
+// decompositions by one step, 940, 103 and 1017 entries, the first of them what NFC composes again.
+static const char UC_LETTER_RANGES[] =
+    "_(<)<R#-#'#(9$A$eH'.1'*#$#`,'$$%&$#)#$%$#$6$_9$`5+`P$H%#)K_.='&PMF$$_I$#2$*$-%%#3#$@@_!.#;C,$'#(8'#,#&#:;*-(:$(4L]"
+    "X&#5#*,22'*%$%8$)$#&&&#3#0$$%1$-#+('$%8$)$$$$$$B&$#6%3+$%$8$)$$$'&#5#2$:#.*%$%8$)$$$'&#A$$%2#4#$(&%$&&$$#$$&$&%&.9"
+    "#W*$%$9$2&#=%%#%$A#'*$%$9$,$'&#B$$$2$4+$%$K%#3#(%+%;((4&:$+$#%)]R$$/)]$$#$'$:$#$,$$,#%'$#8&C#_&*$F>'_ZM7#3('&&#&$*"
+    "%'//#4H$#(#%M$cC$&%)$#$&%K$&%C$&%)$#$&%1$[$&%_)H23_<%(&h6%3$<(_1)**405141/$%2VF#'#_*_!*'%D$#(_,-AT@%'.N'<Y9,W_9#_D"
+    "Q4*Y@0$-N=FL%-F%-(M%%L&$($$&#(a._'bH%(%H%(%*$#$#$#$A%W$)$#&%$)&&%('/(%$)_[#0#3/_L#'#%,$#&')#$#$#$&$-%&(''#W$_jNaS)"
+    "&&$/H$#(#%Z*#39,)$)$)$)$)$)$)$)_7#eT$M'($'_<)%$_@$&(M$_D4BS2fCakV_'io3_*P%b!&2-$7Q3A%_,T+%_M%_)%$$#$*82$%$&$9@V1T_"
+    "%(&#$$.>-9<!*Q!#3'$,-'$K:%$*79&#&T$#&$%'%#$#;%%-*%/(%(%(,)$)$M$0)_Y@cx./9'SbjWd(%_PI)/'(#$,$/$'$#$$$$$_RDd%5_&%XK."
+    "_['$`1G<)<._!&(%(%(%%F.$<$5$$$1%0E`%d@!&SRB06$*)H-@%F'*S`H5F'F'J+V/-$1$)$$$-$1$)$$&V/c-,8-*;($L$+_,(%#$N$$&#%9-9,A"
+    "_(5$$-8-<_-Z)$_'#2&$%$!M!&!F*$>>X-8-504_U_/ZU0U0FI>,9b-L)$3%^!-#+8M4Q7>9/W $%#0OC;=F@#%#+E&#/R1&8#$#F4$;6$_&)$#$&$"
+    "1$,*QI*%$%8$)$$$'&#5#/'A,$#%#$H$#<#$#OW5&7%AR7$$#a'QL&GR7#^M0#_.=H)a(N_[_&B*%#%*$$$:2#$#_E*%I3#$#!#-J*#8#.P6#5_/a6"
+    "CB+$G4#T@_W)$$$H8#<($$$B1#c>52#$/$D`'#_6m8aUa2_i[_G2oV4(<``E(gMap$@{9g!*A4_54@5R3&B7(5e/OaB_&`+_1(#_)/_'$$#!ad2+rH"
+    "L,brZ&$)$$$bU2#@%%#1&+dF_d!_Q(/&+*,aaU_;$_-$$%#%$%&$.$#$)$_'$&%*$)$>$&$'$#&)$cJ%;$;$A$;$A$;$A$;$A$;$*|OA)(b8_$`=O-"
+    ")3#c8@5Nf'>aS@%#f2)$&$$$1$a3^_**#r'&$=$$$#%#$,$&$#$#)#'#$#$#$%$$$#%#$#$#$#$#$$$#%&$)$&$&$#$,$3(%$'$3`gKte^C`c0)aL%"
+    "`~$1azC2h8_g)g$w)`p5(`cV";
+static const char UC_NUMBER_RANGES[] =
+    "S,`#$(#%%v$,`1,a5,dW,_],'(_S,_],_],%(_U/_Z,+)_N,_O)*5_T,_G,_],_-6b!,_-,i^6lL%a^,),9,c#,`+-`P,),a%,_=,`1,),o=#&(),a"
+    "5U%'j)^_58hA@u(#j #<+1%cN&`5,A*$1C,J1mj3,a+,c7(`E,I,a5,9,_=,dQ,i`A,f0O/[4$cL=G&@#+#`1'a9,mM*<)J+_2'9(`K$%2%P_'+W$A"
+    "%_2'_O*;*L)cA(S,),bIA`I,M&_W)`1@`+,_#,`;,*6b.,cM,_],d1,_M,)6_3.e#5_D,i%,_=!aR,_-,e%,_M7oR_Ufa0,_e%,_=,`1,$)fQ,b99j"
+    "pD,vI6/6_S;p@T_e!,e%,f9,b*,i[+`+,k.]$%$&_3O$1n%/_l>,";
+static const char UC_SPACE_RANGES[] =
+    ",'5#_K#=#`{6#_fB-@$(#R#``K#";
+static const char UC_PUNCT_RANGES[] =
+    "D1-)=(=&E#(#&#-$&#&#iM#+#eQ(L$V#$#%#%#O$7$$$0#%$_1&_M#N0aX%Y1B#b8$-#d:#jV#_A#-$`S1$#H&_.#_1''$_V(`V#h/+`B#h7$O$_5%"
+    "_.$`H%$%H-c0$aG$`+)$(`W)`F&^'_%$_'*.#kS:+6$/$.A$1$hD&@$p(0_6$B,dN8_&&C$jN&$$_W#`:Q$5e=%',%.3#/#_I#_A#ml]$b@%_J#-#_"
+    "Z(d7&_=$K%$#T$R#_H/3$`'&`)$3$b,#hx]$a!,9E$0$#'#$$`@%$($&-$&$=%$#>#$#$)dU%i+#S#dY#j:#a6#B#bC+I#_W)_))_@&qY)_T$$&`)&"
+    "S$_6'&#0#$%_!(_R#g##b-9_P%b+%_v4'ghD$`0#_('+#hy)#a}F'";
+static const char UC_MARK_RUNS[] =
+    "jS7U##V#&P##V##N#'P#$L#&P#$L#-P#'$#&P#%U%#U%#Y##U#%P#%U#$P$%U#&P##U##V#$P##U##W#$X##W#$X##W#/UbF'Ub<#P#&U##P#%U##Q"
+    "##P#(U#(P#$U##P#$U##Q##T##U##(##)##*##+##,##-##.##/##0#$1##2##3##4$#5$#6##7$#U##P$#0_/*U##<##=##>S#9##:##;##<##=##"
+    ">##!##@#$U#$P#'U##P#$U##P3#A_L)U%&U##P##U%$U$#P#$U##PF#BA#U##P#$U##P#$U#%P##U#$P##U##P#%U##P##U##P##U##P##U##P#$U`"
+    "K)U##P##UE&U$+U$%U$'UN%P`#0U$#P#$U##P#$U##P#%U#%P##9##:##;#%U##P#$U#$P#'U_##%3#'&#U##P#$U_N#%3#'_U#%3#'_U#%3#'_U#%"
+    "3#'`*#'`*#'*#C##D_L#%3#'`*#'`'#'_T$E##'0&F_S$G1&H_3$P>#P$#P$#NZ#I##J$#K(&J%#J$$U##'$$U_%#P_W#%$$'_9#Pi^%UmS#'B#'`H"
+    "#'-#Ua:#T`:#Q##U##PaJ#U##P_.#'7*U%#PS'U#(P#$U##P_]#%2#'I#U##P#)UY$']#%.$'_*#%`C%U$#$#'P#$U#&P##U$)$'#P)#U&$Ua5$U##"
+    "P#)U##P#$U##X##M##P##L#GU(#U##W##P##U##Pj#$U#$$#&U#%$#$U'#U&$$##U##P##U#$$#&P##U_q-%U`8#'_GBUg1#O##T##V##Q#$R_P$&m"
+    "tO#U',UC$U_7$UbG#'a,#'>4U %PH#'_F#%/#'a^#U$$U##P%$U($U$#UW#'b)#'hoW#8jT)U#)P#$Un0#PaQ#P`@'Uz%#P$#UK#U##$##P'#'`P#U"
+    "##PtZ#'[#' #'##%_,%US$'_%#%_3#',#%_Q#'##%`]#%##'_8#%3#';)U&'Ua<#'&#%`&#'##%b.#'##%`)#'_]#'##%_Z#'sJ#'hmO'$^)Uhy6#$"
+    "`vI$N#%$&#S#'N+*P%'U#$PA&U`!%U_xF)U$3U%)U$$U$'U_bX)P_T(U##%";
+static const char UC_COMPOSED[] =
+    "d;`-wG%#%%#%%#%%#-%#''']%'_4%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%%#%%#-%#''']%'_4%#%%#%%"
+    "#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%_V*%_'#%_&'%_'#%_&_+%_'#%^_4%_'#%_&%%_'#%_&-%_'#%_&-%_'#%_$#%_'"
+    "#)_$2%_'#%_&'%_'#%_&%%_'#%_&_)%_'#%_&Z%_'#%^6%_'#%_&+%_'#%_&%%_'#%_&_'%_'#%_$_0%_'#)_$%%_'#%_&%%_'#%_&'%_'#%_&_+%_"
+    "'#%_&_(+%,%_'#%_$_1%_'#'_$_2%_'#%_&_3%_'#%_&X%_'#-^8%_'#%_&_3%_'#%_&X%_'#+_$2%_'#%_&'%_'#%_&-%_'#) 6%_'#%_&_3%_'#%"
+    "_&X%_'#%_$8%_'#%_&%%_'#%_&_1%_'#%_&X%_'#%_$Y%_'#%_&X%_'#)_$4%_'#%_&%%_'#%_&'%_'#%_&+%_'#%_&%%_'#%_&]%_'#%^_2%_'#%^"
+    "#%_'#%_&/%%0%_'#%_&/%_'#%_&-%_'#_+_<A%_'#!V#%_'#]_N@%_'#%R#%_'#%V#%_'#%V#%_'#%a=2%_'#%_&(%_'#%_&9%_'#%_&:%_'#'_V+%"
+    "_'#%hO#%%#%iP#%_'#)c43%_'#%Z#%_'#%Z[%_'#%jI_.%%#%_N3%e5#%p:#+_,8%_'#)T$%_'#%`Y%%_'#%_$#%_'#%>#%_'#%d(!%_'#%_&'%_'#"
+    "%Z&%_'#%_&'%_'#%Z&%_'#%_&'%_'#%V&%_'#%_&'%_'#% &%_'#%_&'%_'#% &%_'#%_&'%_'#%_*M%_'#%_$#%_'#)_>V%_'#1_4,%_'#%Z_'%_'"
+    "#%aQ_,%_'#%_(#%_'#%cB)%_'#%lY(%%#%mJ#%_'#i3_E(%vU#'+#%'#%'#'/#'/#%+#%_)#W_H1%;#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#"
+    "1_!`12%#3'&0+<1-K0%&$%9/98#_'_'#Q(.%#3'&0+_-1-Z0%&$%9/S_I5%%#`!a,4%_'#!_2#%_'#%_&'%_'#)X&%_'#)c='%%#%d@#%_'#%_$#%_"
+    "'#)_$*%_'#%_&+%_'#%V#%_'#)cK#%%#%d2#%_'#%_:*%_'#%_&+%_'#%_&)%_'#%Z(%_'#)Z#%_'#gYmWz)%#%%_)#%_(%%_-$c+bI#'J#EE#q[q["
+    "vS33#))#c%b[b7%#UjKjSjQ)#R%#U`;`Ab3_S_OT%%#%$Ub+b3b1b#b%b111#%#%'#J%+Ib1b+aA%%#%$UbObYaU'#-%),%(Mq!qGqM`zS`zS`|)''"
+    "#''#''#''#++#_9_9#''#)'#%%#')#u9ed<dk6%_'#%_$^%_'#%_&[%_'#%_&!%_'#%a9_F%_'#%c</%_'#%_&[%_'#%_&!%_'#%_&6%_'#%_&/%_'"
+    "#%cS_@%%#%$%%%#%dV_!%_'#%_&)%_'#%m%_:%%#%n(%%_'#%_$(%_'#%_$)%_'#%_&[%_'#%_&X%_'#%_&_%%_'#%_&1%_'#%_$'%_'#%a;_D%_'#"
+    "%c>#%_'#%_&_+%_'#%_&!%_'#%_$>%_'#%e|/_$%%#%e}4_A%_'#%_&*%_'#%_$_>%_'#%_&/%_'#%_&[%_'#%_$Z%_'#%_&[%_'#%_&!%_'#%_&*%"
+    "_'#%a=_>%_'#%_&1%_'#%`Y2%%#%$%%%#%f<#%_'#%_&/%_'#%^#%_'#%_&[%_'#%e}/_$%%#%e~4_A%_'#%_$_:%_'#%_&[%_'#%eMZ%%#%-#%%#%"
+    "euA#%%#%e~@#%_'#%_&[%_'#%_&!%_'#%_&*%_'#%_$4%_'#%_&;%_'#%_&(%_'#%f)_>%%#%%1%%#%g0,%_'#%_&_'%_'#%_$_,%_'#%_&%%_'#%_"
+    "&1%_'#%_&$%_'#%_&[%_'#%_$Z%_'#%_&%%_'#%_$$%_'#%_$,%_'#%_&_)%_'#%_&!%_'#%F#%;_8%)'%'#'fO(-hF[%_'#%_&V%_'#%a12%_'#%_"
+    "&$%_'#%_&5%_'#%_&.%_'#%e{S$%%#%ezP$%%#%$$%%#%$5%%#%$.%%#%ezM)%%#%fa&]%_'#%_&V%_'#%_&.%_'#%a9&%_'#%_&$%_'#%_&5%_'#%"
+    "_&.%_'#%e|7$%%#%faN1%_'#%_&W%_'#%V#%_'#%_&V%_'#%a92%_'#%_&$%_'#%_&5%_'#%_&.%_'#%e|K$%%#%ev $%%#%$$%%#%$5%%#%$.%%#%"
+    "$_'%%#%i&#%_'#%_&V%_'#%h!2%%#%$$%%#%$5%%#%$.%%#%$_'%%#%i<_,%_'#%_&_-%_'#%_&V%_'#%_&.%_'#1y!C%#%%eg%J%%#%$%%%#%$`-%"
+    "%#%eh*_D%#%%eh9J%%#%$%%%#%$`-%%#%eg._D%#%%eg=J%%#%$%%%#)ehBG%#%%ehQJ%%#%$%%%#)egJG%#%%egYJ%%#%$%%%#%$`-%%#%eh^_D%#"
+    "%%ei1J%%#%$%%%#%$`-%%#%eh*_D%#%%eh9J%%#%$%%%#%$`-%%#%ei>_D%#%%eiMJ%%#%$%%%#%$`-%%#%eh>_D%#%%ehMJ%%#%$%%%#)eiRG%#%%"
+    "ej%J%%#%$%%%#)ehRG%#%%ei%J%%#%$%%%#%$`-%%#'ej*_B'ej;J'#%'#`-%ei._D%#%%ei=J%%#%$%%%#%$`-%%#%ejB_D%#%%ejQJ%%#%$%%%#%"
+    "$`-%%#%ejB`.'+#''#''#'/#'/#'+#+ef1`5%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#"
+    "%%#%%#%%#%%#%%#%_I#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%ejN`(%#&%ejQ`-%ejP#%,#'-(%em))%en,`(%#&%#*'#`5-vT"
+    "(%fdS)%ejL#%4#'5(%em=)%enD`4''#'#`5%en3`4%#%%#`-%em*_^%#&%E*+D`/%E#%_H_^%#&%#*)ep5#%#%%#`-%enT_^%#&%/*'6I%#%%+_C%/"
+    "#%_2_^%#&%#*'*K%w8J-fe'`5%ej8#%-#',(%en=)%eoT`4'7#'#`5kSe}-<%'#I'#_%`##%+#%&#_Q_I#--#))#SS#''#YQ#)1#)'#')#Qg`@#'ga"
+    "7#9J#%g`L#%'#%ga;#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#_-Y#%/#%%#%'#_I_D#%%#%K#%%#1_'#%%#%%#%%#ap)aq[ja1''#''#''#''#''"
+    "#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%Q_P$7`Y#!!#''#''#''#''#''#''#''#''#''#''#''#))#''#''#11#"
+    "%#%')$%#%')$%#%')$%#%')$%#%Q_P$)`=#%%#%%#%%#+9#_yr+_yr+_yvE''#A7#b9bKaI%%#p#oQoU%#Uj1j7iU%#6'#=f;fAf'%%#";
+static const char UC_EXCLUDED[] =
+    "yWwWwI_qW_qI_s-%%#%%#%-#%-#%%#%5#%+#b-aSb3%%#'=#`Sb9b3)/#_-_*#%%#%-#)A#f!f/fC%%#__3_a/_d177#--#--#--#=X&7_I`0'#'%`"
+    "-;'%#5`.#G_)_U77#--#--#--#=X&bd+ac4aj:'+#''#''#'/#'/#'+#`'_V#!+#''#3_M#3_H#3_K#3_2#)w@#9w5#'7#h+{&5`pMiiG_C_uo)gyV"
+    "s/'U)947%#%%`_kW$%#%%`_lL8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#_w`Kaxn"
+    "Iaxp7%%#%15%#%%#%%#%%#%`Ya#<%%#%%5%%#%$%%%#";
+static const char UC_SINGLETONS[] =
+    "yOwG%%'G_I`^7s25b+enQwK_IzD!`S)fi+%%gQeoZ+zNo%ju9%%_v~Ovq-%g|B%hq[%o*%e}L%ft8%_nI%rd)%#%puT%m`+%n`>%~%%`h'%clA%`kO"
+    "%_w;%jI%hG%_~Q%hf %x=%}[%wQ%biM%an=%`fQ%raL%_h1%dg%%_zA%ci3%dj5%of^%b|Q%cxO%|I%hg<%fg%%_sE%h~L%`dU%_s]%_mC%e|!%ok&"
+    "%pM%gU%bvO%_qM%_{Q%_g5%`kK%_q9%`W%_~I%`m%%_b-%sM%g}:%f)%_a1%_rE%b_]%a_]%ceP%kh8%_r=%exC%_a+%av:%_tK%ch;%`u)%np(%|/"
+    "%arU%~1%h5%avC%fS%dk!%o}P%jd-%jl8%B%hv#%}#%_rY%b|#%`{@%hy0%_{=%fw!%ndD%arO%_aE%cd%%n5%gc(%ha7%h}V%beS%bt2%fd9%_|B%"
+    "dg[%i_$%_e5%fc=%ao7%_t=%fe^%gpW%gi^%`o:%fn1%fhT%buI%hh8%u5%a/%d_W%cl'%_m/%`eE%_yI%nv6%i)%_j5%_lM%_x=%`u1%`l3%eq5%_"
+    "f=%_aI%_U%rh0%cj)%_f%%gpA%k_B%xC%aO%t/%`wY%p7%yO%_jU%_aC%s-%a{E%`u.%`}I%xY%oj8%bK%o[%em5%djG%n3%it<%h#%|'%`c]%bk7%"
+    "`h %gv$%`b]%_h'%mE%r7%ce+%d)%`}A%cO%bw#%_fG%`O%d[%qi(%ieE%dk#%_hS%li<%bzH%qW%`|C%`M%`mS%_cI%``C%_d#%a{K%a`+%a~E%md"
+    "D%jtG%p_0%cpO%b#%_k3%iE%_l5%i/%x/%_eI%eg#%p{8%bl]%k|/%puX%al7%bmA%fyO%jt8%lM%_x1%a_G%ghI%pe8%n/%`e+%`pG%hA%iC%_b-%"
+    "_zU%mW%`oU%`mK%G%`j)%_i;%p_,%ehA%ea(%e{=%uO%br7%bl-%_nK%q!%lsF%_r[%ciI%_zL%`U%j7%`qR%p8%eb1%nc&%k}K%k_^%_L%aiM%_aI"
+    "%d{]%fz4%bt-%_tN%hwU%_y,%auA%ajV%ijB%aqT%_d;)t/'av7)cmJ%fz+%|[%rW%_+%1%_;%e|)%e`Z%wE'_t%'_gS)_jS%dE+`aS%=%_!%_dS%a"
+    "kB%_oY%p|,%h=%a;%jK%Y%aI%qG%aA%a3%mO%a!%}W%7%_a;%e'%_3%a7%zM%bY%cU%nK%_h/%c=%fS%qG%d5%nQ%_cU%cQ%9%$%3%/%1%_G%%%c[%"
+    "`-%hI%pS%M%_W%h-%bY%n3%bK%#%m[%_f5%b!%j)%_W%kK%_Q%tW%b7%_vY%g!%`#%lyZ%a~s)%aut&)ky2%|9%`D%n2%m)%_]%hY%_M%tA%`:%`3%"
+    "`=%s'%`]%bU%C%g#%dG%}3%1%bS%`3%g]%a[%`6%b!%_B%bW%`/%k7%`[%_S%fK%gC%c=%+%_]%_a5%`-%k%%kK%B%`Y%f;%i/%_s)%_l>%b'%b)%h"
+    "Y%b]%_Q%eC%'%cM%E%U%`W%6%k/%n-%g%%d1%e!%c)%i#%dI%z-%c1%|/%m/%`5%C%gY%_Y%_@%_S%(%D%`C%`M%jO%pK%h!%gU%e9%_`7%a=%aU%b"
+    "=%_/%;%_G%v1%_dO%aftW%.%a`M%bdlJ%_d1%_)%bki/%`wU%g`1%a}z2%`AbevQssX%,%5%aq|]%aqs:%`G%=%`9%b#%_%%`G%R%enD%azc/%arn<"
+    "%1%C%I%arcA%ayxP%erO%_3%ard7%arc^%=%v2%vC%5%bwrG%bwp>%!%evJ%exC%9%_!%-%exN%e{;%'%Y%O%9%%%E%_K%3%5%U%7%'%#%#%ar}9%a"
+    "kf:%er>%M%asdC%asd*%/%M%c'%a:%C%_'%_[%`S%W%`1%C%_)%#%M%G%3%A%i7%g&%g)%dF%_-%_cP%_xY%gF%_3%U%b6%cE%$%b)%atlK%atj6%-"
+    "%A%K%3%`+%atuK%`/%ats2%_E%;%`H%bO%glJ%!%gqG%_S%#%au`!%at|$%M%A%;%aueI%aue0%1%z-%y0%gvD%gxI%!%`O%_L%aux9%aur4%aur9%"
+    "aupZ%(%E%a9%%%h_L%h`G%_=%M%_!%hb@%b`kY%b`k$%hd#%)%)%K%bxz#%bxx2%avpQ%#%ame^%ggD%#%he4%bd{9%jp/%bgd*%5%hfR%hh9%_M%7"
+    "%_+%bC%hm,%^%hnS%awb3%aw`D%b5%+%'%&%_C%K%_/%>%9%_E%K%+%W%9%`/%`S%_-%b+%awn[%awoD%`,%aG%Y%a1%awqI%awoD%a(%Z%i_ %if9"
+    "%M%_%%_2%idP%ik]%]%axgC%axcD%g1%cT%inB%ip[%iq@%_.%d_C%)%ctQ%a6%d|=%ne&%gjO%+%/%`%%8%axw'%bdnV%i{9%aX%dU%_M%axrC%ax"
+    "r0%aL%f-%ja %jcA%a1%`9%d7%axs-%axq>%jm$%jo9%ay`7%ax~H%jo2%jp3%_A%Y%%%ayk;%eyR%e}=%ayj*%ayy+%ayu8%!%a:%cU%_7%_Y%_R%"
+    "_7%A%=%ayr%%aytN%f9%`)%kb(%ke/%*%ayuS%ay|J%j=%ayt[%_G%aysF%aU%X%(%km(%knK%_M%.%_S%aiy!%ait:%az_#%ay|(%azg%%azb8%=%"
+    "Y%azu/%azsF%M%az|[%e=%az|N%E%la,%lb%%laH%#%lg%%M%M%K%`5%lh(%lk)%a{qS%a{pZ%a{t#%a{r6%apcU%ao~@%a|g)%Q%bK%bjy^%;%lrK"
+    "%a|jQ%$%_5%W%a|k@%%%#%_=%lsX%lv'%luH%`K%bkuM%a|z0%`'%`+%l{(%bldA%a}bR%a}fK%_=%a}f.%a'%mb*%md]%7%-%a}v]%g]%#%a}{H%m"
+    "cN%bmj%%a}}(%)%miR%bmoY%a}{2%mnF%mo7%,%]%a~sC%a~p0%mp.%msC%_]%`1%mv$%bnw/%_%%bnv^%bn{W%a~zP%a~~+%a~}0%a9%9%b_g1%`="
+    "%b_fH%b_k'%b_jB%aq}=%bbbF%ne9%`M%nf2%nh1%hfT%bi}C%!%kzV%5%aqr(%)%ar'%r_L%np7%.%G%jvV%jwC%'%7%_9%b`e+%b`e,%_W%`7%`!"
+    "%bF%c+%_;%aO%fJ%a]%'%C%b`e3%h5%b^%bqaB%n~/%'%_-%ba{!%baxV%b`q!%bqsT%+%bqx+%gI%bra<%ogQ%;%9%'%`+%_(%b!%_>%c%%`L%`1%"
+    "Y%on@%oqC%_'%oq>%otI%)%bauG%baqN%1%ovT%owQ%tlX%bxrY%d+%bt_6%5%p`]%`E%c1%dQ%bbi5%bbf<%O%a#%a'%bbu/%}vX%aby@%@%_O%ac"
+    "_C%abwZ%a7%bc~W%Y%bct,%a)%_'%bczM%bcz8%gA%c5%%%a&%jM%[%bdiY%bc}<%rf.%rgK%bdhK%bxoH%rmY%md %mh-%bd}#%e)%byrJ%3%rrG%"
+    "ben7%bz`Z%bzeG%beqD%#%_#%bez-%bes^%rtX%rw3%b/%Y%`#%ry.%b{t!%bfp&%h'%d5%sj0%_%%slO%bgl)%b|z>%b||5%fU%b9%bgoR%stD%sv"
+    "I%-%1%7%1%_1%bhhU";
+// ---- end of the tables printed by tests/make_unicode.py ----
+
+typedef struct { uint32_t code, first, last; } canonical_pair;  // code = first + last, or just first when last is 0
+
+static uint8_t uc_flags[UC_END];             // [code point] UC_ flags
+static uint8_t uc_rank[UC_END];              // [code point] rank of the combining class
+static canonical_pair uc_decomposed[2200];   // [uc_n_decomposed] by code
+static canonical_pair uc_composed[1000];     // [uc_n_composed] by first, then last
+static size_t uc_n_decomposed, uc_n_composed;
+
+static uint32_t uc_number(const char **text) {
+    uint32_t high = 0;
+    for (;;) {
+        char c = *(*text)++;
+        uint32_t digit = (uint32_t)((c == ' ' ? '\\' : c == '!' ? '?' : c) - '#');
+        if (digit < 60) return high * 60 + digit;
+        high = high * 32 + (digit - 60) + 1;
+    }
+}
+
+static uint32_t uc_difference(const char **text) {  // zigzag: 0, -1, 1, -2, ...; negative ones wrap around
+    uint32_t n = uc_number(text);
+    return n & 1 ? ~(n >> 1) : n >> 1;
+}
+
+static void uc_unpack_ranges(const char *text, uint8_t flag) {
+    for (uint32_t code = 0; *text; ) {
+        code += uc_number(&text);
+        for (uint32_t end = code + uc_number(&text) + 1; code < end; code++) uc_flags[code] |= flag;
+    }
+}
+
+static void uc_unpack_pairs(const char *text, bool composes, bool singleton) {
+    canonical_pair pair = {0, 0, 0};
+    while (*text) {
+        pair.code += uc_difference(&text);
+        pair.first += uc_difference(&text);
+        if (!singleton) pair.last += uc_difference(&text);
+        uc_decomposed[uc_n_decomposed++] = pair;
+        if (composes) uc_composed[uc_n_composed++] = pair;
+        uc_flags[pair.code] |= UC_DECOMPOSES;
+    }
+}
+
+static int uc_by_code(const void *a, const void *b) {
+    uint32_t x = ((const canonical_pair *)a)->code, y = ((const canonical_pair *)b)->code;
+    return (x > y) - (x < y);
+}
+
+static int uc_by_parts(const void *a, const void *b) {
+    const canonical_pair *x = a, *y = b;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->last > y->last) - (x->last < y->last);
+}
+
+// Called once, before the first text and before any thread.
+static void unicode_init(void) {
+    if (uc_n_decomposed) return;
+    uc_unpack_ranges(UC_LETTER_RANGES, UC_LETTER);
+    uc_unpack_ranges(UC_NUMBER_RANGES, UC_NUMBER);
+    uc_unpack_ranges(UC_SPACE_RANGES, UC_SPACE);
+    uc_unpack_ranges(UC_PUNCT_RANGES, UC_PUNCT);
+    const char *text = UC_MARK_RUNS;
+    for (uint32_t code = 0; *text; ) {
+        code += uc_number(&text);
+        uint32_t end = code + uc_number(&text) + 1, rank = uc_number(&text);
+        for (; code < end; code++) uc_rank[code] = (uint8_t)rank;
+    }
+    uc_unpack_pairs(UC_COMPOSED, true, false);
+    uc_unpack_pairs(UC_EXCLUDED, false, false);
+    uc_unpack_pairs(UC_SINGLETONS, false, true);
+    qsort(uc_decomposed, uc_n_decomposed, sizeof uc_decomposed[0], uc_by_code);
+    qsort(uc_composed, uc_n_composed, sizeof uc_composed[0], uc_by_parts);
+}
+
+static inline unsigned unicode_class(uint32_t cp) { return cp < UC_END ? uc_flags[cp] & 15u : 0; }
+
+// Decodes one code point from the n >= 1 bytes at s and returns how many bytes it took. What is not UTF-8 gives U+FFFD
+// for each maximal subpart (Unicode 3.9, table 3-8), as Python's errors='replace' does: a sequence that breaks off
+// takes the bytes that could still have become a character, and the byte that broke it is read again as a beginning.
+static int utf8_decode(const char *s, size_t n, uint32_t *cp) {
+    const uint8_t *b = (const uint8_t *)s;
+    *cp = b[0];
+    if (b[0] < 0x80) return 1;
+    int size = b[0] >= 0xC2 && b[0] <= 0xDF ? 2 : (b[0] & 0xF0) == 0xE0 ? 3 : b[0] >= 0xF0 && b[0] <= 0xF4 ? 4 : 1;
+    // The second byte's range rules out overlong forms, surrogates and what lies above U+10FFFF.
+    uint8_t low = b[0] == 0xE0 ? 0xA0 : b[0] == 0xF0 ? 0x90 : 0x80;
+    uint8_t high = b[0] == 0xED ? 0x9F : b[0] == 0xF4 ? 0x8F : 0xBF;
+    uint32_t code = b[0] & (0x7Fu >> size);
+    int used = 1;
+    for (; used < size && (size_t)used < n && b[used] >= low && b[used] <= high; used++, low = 0x80, high = 0xBF)
+        code = code << 6 | (b[used] & 0x3Fu);
+    *cp = size > 1 && used == size ? code : UC_REPLACEMENT;
+    return used;
+}
+
+// Writes cp to out (room for 4 bytes) and returns how many bytes it took.
+static int utf8_encode(uint32_t cp, char *out) {
+    if (cp < 0x80) { out[0] = (char)cp; return 1; }
+    int more = cp < 0x800 ? 1 : cp < 0x10000 ? 2 : 3;  // continuation bytes
+    static const uint8_t LEAD[4] = {0, 0xC0, 0xE0, 0xF0};
+    out[0] = (char)(LEAD[more] | cp >> 6 * more);
+    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (cp >> 6 * (more - i) & 0x3F));
+    return more + 1;
+}
+
+// Appends the full canonical decomposition of cp to out and returns how many code points that is (at most 4).
+static size_t nfc_decompose(uint32_t cp, uint32_t *out) {
+    if (cp - HANGUL_S < HANGUL_SYLLABLES) {
+        uint32_t s = cp - HANGUL_S, t = s % HANGUL_TS;
+        out[0] = HANGUL_L + s / (HANGUL_VS * HANGUL_TS);
+        out[1] = HANGUL_V + s / HANGUL_TS % HANGUL_VS;
+        if (t) out[2] = HANGUL_T + t;
+        return t ? 3 : 2;
+    }
+    if (!(uc_flags[cp] & UC_DECOMPOSES)) { *out = cp; return 1; }
+    canonical_pair key = {cp, 0, 0};
+    const canonical_pair *pair = bsearch(&key, uc_decomposed, uc_n_decomposed, sizeof key, uc_by_code);
+    size_t n = nfc_decompose(pair->first, out);  // only `first` decomposes further, three steps deep at most
+    if (pair->last) out[n++] = pair->last;
+    return n;
+}
+
+// The code point that canonically equals first + last, or 0.
+static uint32_t nfc_compose(uint32_t first, uint32_t last) {
+    if (first - HANGUL_L < HANGUL_LS && last - HANGUL_V < HANGUL_VS)
+        return HANGUL_S + ((first - HANGUL_L) * HANGUL_VS + last - HANGUL_V) * HANGUL_TS;
+    bool open = first - HANGUL_S < HANGUL_SYLLABLES && (first - HANGUL_S) % HANGUL_TS == 0;  // a syllable without a T
+    if (open && last - (HANGUL_T + 1) < HANGUL_TS - 1)
+        return first + last - HANGUL_T;
+    canonical_pair key = {0, first, last};
+    const canonical_pair *pair = bsearch(&key, uc_composed, uc_n_composed, sizeof key, uc_by_parts);
+    return pair ? pair->code : 0;
+}
+
+// Sorts each run of marks by combining class, stably: counting, so that a million marks take linear time. tmp: [n]
+static void nfc_reorder(uint32_t *cp, size_t n, uint32_t *tmp) {
+    for (size_t i = 0, end; i < n; i = end) {
+        bool sorted = true;
+        for (end = i + 1; uc_rank[cp[i]] && end < n && uc_rank[cp[end]]; end++)
+            sorted = sorted && uc_rank[cp[end - 1]] <= uc_rank[cp[end]];
+        if (sorted) continue;
+        size_t at[UC_MAX_RANKS + 1] = {0};  // [rank] where its next mark goes
+        for (size_t k = i; k < end; k++) at[uc_rank[cp[k]] + 1]++;
+        for (int r = 1; r <= UC_MAX_RANKS; r++) at[r] += at[r - 1];
+        for (size_t k = i; k < end; k++) tmp[at[uc_rank[cp[k]]]++] = cp[k];
+        memcpy(cp + i, tmp, (end - i) * sizeof *cp);
+    }
+}
+
+// Composes in place and returns how many code points are left. A character joins the last starter unless one between
+// them is a starter or of the same or a higher class.
+static size_t nfc_recompose(uint32_t *cp, size_t n) {
+    size_t kept = 0, starter = SIZE_MAX;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t rank = uc_rank[cp[i]];
+        bool adjacent = kept > 0 && starter == kept - 1;
+        if (starter != SIZE_MAX && (adjacent || uc_rank[cp[kept - 1]] < rank)) {
+            uint32_t whole = nfc_compose(cp[starter], cp[i]);
+            if (whole) { cp[starter] = whole; continue; }
+        }
+        if (rank == 0) starter = kept;
+        cp[kept++] = cp[i];
+    }
+    return kept;
+}
+
+// Unicode's normal form C of valid UTF-8: a buffer of *out_n bytes that the caller frees. Nothing below U+0300 changes
+// by itself or joins what is before it, so the text falls into pieces that begin there; pieces of one such character,
+// which ordinary text is made of, are copied.
+static char *nfc(const char *utf8, size_t n, size_t *out_n) {
+    const uint8_t *s = (const uint8_t *)utf8;
+    char *out = xmalloc(3 * n + 1);    // 3: U+1D160 and its like; the script that makes the tables checks the bound
+    uint32_t *cp = NULL, *tmp = NULL;  // [2 * room] code points of one decomposed piece, at most 2 a byte
+    size_t used = 0, room = 0;
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i + 1; end < n && (s[end] >= 0xCC || (s[end] & 0xC0) == 0x80); ) end++;  // 0xCC leads U+0300
+        if (s[i] < 0xCC && (end == i + 1 || (end == i + 2 && s[i] >= 0x80))) {
+            memcpy(out + used, utf8 + i, end - i);
+            used += end - i;
+            continue;
+        }
+        if (end - i > room) {
+            free(cp);
+            free(tmp);
+            room = end - i < 1024 ? 1024 : end - i;
+            cp = xmalloc(2 * room * sizeof *cp);
+            tmp = xmalloc(2 * room * sizeof *tmp);
+        }
+        size_t count = 0;
+        for (size_t k = i; k < end; ) {
+            uint32_t c;
+            k += (size_t)utf8_decode(utf8 + k, end - k, &c);
+            count += nfc_decompose(c, cp + count);
+        }
+        nfc_reorder(cp, count, tmp);
+        count = nfc_recompose(cp, count);
+        for (size_t k = 0; k < count; k++) used += (size_t)utf8_encode(cp[k], out + used);
+    }
+    free(cp);
+    free(tmp);
+    *out_n = used;
+    return out;
+}
+
+// ---- The vocabulary ----
+
+enum token_type { TOKEN_NORMAL = 1, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE };
+
+struct merge {              // a pair of neighbours that may become one token
+    int32_t left, right, result;
+    int32_t rank;           // the lowest goes first; -1 marks an empty place of the table
+};
+
+struct tokenizer {          // owner of everything but the file it was read from
+    struct gguf file;       // when it has a file of its own (tokenizer.bin)
+    int32_t n_tokens;
+    struct str *token;      // [n_tokens] bytes that the token stands for
+    uint8_t *type;          // [n_tokens] enum token_type
+    char *bytes;            // what token[] points to
+    int32_t *by_bytes;      // [n_slots] hash table over the bytes of normal tokens: id, or -1
+    uint32_t n_slots;       // a power of two
+    struct merge *merges;   // [n_merge_slots] hash table over pairs
+    uint32_t n_merge_slots;
+    int32_t byte_token[256];  // token of each single byte, or -1
+    int32_t *added;         // [n_added] control and user-defined tokens, the longest first
+    int n_added;
+    bool added_first[256];  // some added token begins with this byte
+    int32_t bos, eos, unknown;  // -1 when there is none
+    bool add_bos, nfc, falcon, characters;
+};
+
+struct ids {                // growing list of token ids; owner of p
+    int32_t *p;
+    size_t n, capacity;
+};
+
+static void ids_add(struct ids *ids, int32_t id) {
+    if (ids->n == ids->capacity) {
+        ids->capacity = ids->capacity * 2 + 64;
+        ids->p = xrealloc(ids->p, ids->capacity * sizeof *ids->p);
+    }
+    ids->p[ids->n++] = id;
+}
+
+// GPT-2's alphabet writes every byte as a printable character: most of Latin-1 as itself, the others from U+0100 on.
+static int byte_of_alphabet(uint32_t cp) {
+    bool itself = (cp >= 33 && cp <= 126) || (cp >= 161 && cp <= 172) || (cp >= 174 && cp <= 255);
+    if (itself) return (int)cp;
+    if (cp < 256 || cp >= 256 + 68) return -1;
+    uint32_t i = cp - 256;  // the i-th byte that is not itself: 0-32, 127-160, 173
+    return (int)(i < 33 ? i : i < 67 ? i + 94 : 173);
+}
+
+// Writes the bytes that the alphabet's text stands for; false when it is not written in the alphabet.
+static bool bytes_of_alphabet(struct str text, char *to, size_t *n) {
+    *n = 0;
+    for (size_t i = 0; i < text.n;) {
+        uint32_t cp;
+        i += (size_t)utf8_decode(text.p + i, text.n - i, &cp);
+        int byte = byte_of_alphabet(cp);
+        if (byte < 0) return false;
+        to[(*n)++] = (char)byte;
+    }
+    return true;
+}
+
+static int32_t *token_slot(const struct tokenizer *t, struct str s) {
+    uint32_t i = (uint32_t)(hash_bytes(s.n, s.p, s.n) >> 32) & (t->n_slots - 1);
+    while (t->by_bytes[i] >= 0 && str_compare(t->token[t->by_bytes[i]], s) != 0) i = (i + 1) & (t->n_slots - 1);
+    return &t->by_bytes[i];
+}
+
+static struct merge *merge_slot(const struct tokenizer *t, int32_t left, int32_t right) {
+    uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    uint32_t i = (uint32_t)(key * UINT64_C(0x9e3779b97f4a7c15) >> 32) & (t->n_merge_slots - 1);
+    while (t->merges[i].rank >= 0 && (t->merges[i].left != left || t->merges[i].right != right))
+        i = (i + 1) & (t->n_merge_slots - 1);
+    return &t->merges[i];
+}
+
+static uint32_t table_size(uint64_t n) {  // a power of two, at most half full
+    uint32_t size = 16;
+    while (size < 2 * n && size < 1u << 30) size *= 2;
+    return size;
+}
+
+static bool load_tokens(struct tokenizer *t, const struct gguf *g, struct error *e) {
+    const struct gguf_kv *tokens = gguf_find(g, "tokenizer.ggml.tokens"), *types = gguf_find(g, "tokenizer.ggml.token_type");
+    if (!tokens || !tokens->is_array || tokens->type != GGUF_STRING || tokens->count == 0 || tokens->count > 1 << 28)
+        return fail(e, "metadata 'tokenizer.ggml.tokens' is missing or not an array of strings");
+    if (types && (!types->is_array || types->count != tokens->count || (types->type != GGUF_I32 && types->type != GGUF_U32)))
+        return fail(e, "metadata 'tokenizer.ggml.token_type' does not give one integer to each of the %" PRIu64 " tokens",
+                    tokens->count);
+    t->n_tokens = (int32_t)tokens->count;
+    size_t n = (size_t)t->n_tokens, total = 0;
+    const uint8_t *at = tokens->value;
+    for (size_t i = 0; i < n; i++) total += gguf_next_str(&at).n;
+    t->token = xmalloc(n * sizeof *t->token);
+    t->type = xmalloc(n);
+    char *to = t->bytes = xmalloc(total);
+    t->n_slots = table_size(n);
+    t->by_bytes = xmalloc(t->n_slots * sizeof *t->by_bytes);
+    memset(t->by_bytes, 0xff, t->n_slots * sizeof *t->by_bytes);
+    at = tokens->value;
+    for (size_t i = 0; i < n; i++) {
+        struct str text = gguf_next_str(&at);
+        uint32_t type = TOKEN_NORMAL;
+        if (types) memcpy(&type, types->value + 4 * i, 4);
+        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
+            return fail(e, "token %zu has type %" PRIu32 "; expected 1 to 6", i, type);
+        size_t len = 0;
+        if (type != TOKEN_NORMAL || !bytes_of_alphabet(text, to, &len)) memcpy(to, text.p, len = text.n);
+        t->type[i] = (uint8_t)type;
+        t->token[i] = (struct str){to, len};
+        to += len;
+        int32_t *slot = type == TOKEN_NORMAL ? token_slot(t, t->token[i]) : NULL;
+        if (slot && *slot < 0) *slot = (int32_t)i;
+    }
+    for (int b = 0; b < 256; b++) t->byte_token[b] = *token_slot(t, (struct str){&(char){(char)b}, 1});
+    return true;
+}
+
+static bool load_merges(struct tokenizer *t, const struct gguf *g, struct error *e) {
+    const struct gguf_kv *kv = gguf_find(g, "tokenizer.ggml.merges");
+    uint64_t n = kv && kv->is_array && kv->type == GGUF_STRING ? kv->count : 0;
+    if (n > 1 << 28) return fail(e, "%" PRIu64 " merges", n);
+    t->characters = n == 0;
+    t->n_merge_slots = table_size(n);
+    t->merges = xmalloc(t->n_merge_slots * sizeof *t->merges);
+    for (uint32_t i = 0; i < t->n_merge_slots; i++) t->merges[i].rank = -1;
+    struct buffer pair = {0};
+    const uint8_t *at = n ? kv->value : NULL;
+    for (uint64_t i = 0; i < n; i++) {
+        struct str line = gguf_next_str(&at);
+        const char *space = line.n > 2 ? memchr(line.p + 1, ' ', line.n - 2) : NULL;  // the alphabet has no space
+        size_t left_n = 0, right_n = 0, cut = space ? (size_t)(space - line.p) : 0;
+        pair.n = 0;
+        buffer_add(&pair, line.p, line.n);  // makes room: bytes are never longer than their spelling
+        bool ok = space && bytes_of_alphabet((struct str){line.p, cut}, pair.p, &left_n) &&
+                  bytes_of_alphabet((struct str){space + 1, line.n - cut - 1}, pair.p + left_n, &right_n);
+        int32_t left = ok ? *token_slot(t, (struct str){pair.p, left_n}) : -1;
+        int32_t right = ok ? *token_slot(t, (struct str){pair.p + left_n, right_n}) : -1;
+        int32_t result = ok ? *token_slot(t, (struct str){pair.p, left_n + right_n}) : -1;
+        if (left < 0 || right < 0 || result < 0) {
+            free(pair.p);
+            return fail(e, "merge %" PRIu64 " (\"%.*s\") does not name two tokens that make a third", i, str_show(line), line.p);
+        }
+        struct merge *slot = merge_slot(t, left, right);
+        if (slot->rank < 0) *slot = (struct merge){left, right, result, (int32_t)i};
+    }
+    free(pair.p);
+    return true;
+}
+
+static const struct tokenizer *sorting;  // qsort passes no context
+
+static int longest_first(const void *a, const void *b) {
+    size_t x = sorting->token[*(const int32_t *)a].n, y = sorting->token[*(const int32_t *)b].n;
+    return x != y ? (x < y ? 1 : -1) : *(const int32_t *)a - *(const int32_t *)b;
+}
+
+static void collect_added(struct tokenizer *t) {
+    for (int32_t i = 0; i < t->n_tokens; i++) {
+        bool added = (t->type[i] == TOKEN_CONTROL || t->type[i] == TOKEN_USER_DEFINED) && t->token[i].n > 0;
+        if (!added) continue;
+        if (t->n_added % 64 == 0) t->added = xrealloc(t->added, ((size_t)t->n_added + 64) * sizeof *t->added);
+        t->added[t->n_added++] = i;
+        t->added_first[(uint8_t)t->token[i].p[0]] = true;
+    }
+    sorting = t;
+    if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, longest_first);
+}
+
+static bool load_special_id(const struct tokenizer *t, const struct gguf *g, const char *key, int32_t *id, struct error *e) {
+    int64_t v;
+    *id = -1;
+    if (!gguf_int(g, key, &v) || v == UINT32_MAX) return true;
+    if (v < 0 || v >= t->n_tokens)
+        return fail(e, "%s is %" PRId64 ", but there are %" PRId32 " tokens", key, v, t->n_tokens);
+    *id = (int32_t)v;
+    return true;
+}
+
+static void tokenizer_close(struct tokenizer *t) {
+    free(t->token);
+    free(t->type);
+    free(t->bytes);
+    free(t->by_bytes);
+    free(t->merges);
+    free(t->added);
+    gguf_close(&t->file);
+    *t = (struct tokenizer){0};
+}
+
+static bool gguf_has_tokenizer(const struct gguf *g) { return gguf_find(g, "tokenizer.ggml.tokens") != NULL; }
+
+// Reads the vocabulary out of g, which must outlive the call only.
+static bool tokenizer_load(struct tokenizer *t, const struct gguf *g, struct error *e) {
+    unicode_init();
+    *t = (struct tokenizer){.bos = -1, .eos = -1, .unknown = -1};
+    struct str model = {"", 0}, pre = {"gpt-2", 5}, normalizer = {"none", 4};
+    gguf_str(g, "tokenizer.ggml.model", &model);
+    if (!str_is(model, "gpt2"))
+        return fail(e, "tokenizer.ggml.model is \"%.*s\"; this version reads byte-level BPE (\"gpt2\")", str_show(model), model.p);
+    gguf_str(g, "tokenizer.ggml.pre", &pre);
+    // Published conversions of the GPT-NeoX vocabulary say mpt or olmo: GPT-2's pre-tokenisation behind NFC.
+    bool neox = str_is(pre, "mpt") || str_is(pre, "olmo");
+    t->falcon = str_is(pre, "falcon");
+    if (!neox && !t->falcon && !str_is(pre, "gpt-2") && !str_is(pre, "gpt2"))
+        return fail(e, "tokenizer.ggml.pre is \"%.*s\"; this version knows gpt-2, mpt, olmo and falcon", str_show(pre), pre.p);
+    if (neox) normalizer = (struct str){"nfc", 3};
+    gguf_str(g, "mamba.tokenizer.normalizer", &normalizer);
+    t->nfc = str_is(normalizer, "nfc");
+    if (!t->nfc && !str_is(normalizer, "none"))
+        return fail(e, "mamba.tokenizer.normalizer is \"%.*s\"; expected nfc or none", str_show(normalizer), normalizer.p);
+    int64_t flag = 0;
+    t->add_bos = gguf_int(g, "tokenizer.ggml.add_bos_token", &flag) && flag;
+    bool ok = load_tokens(t, g, e) && load_merges(t, g, e) &&
+              load_special_id(t, g, "tokenizer.ggml.bos_token_id", &t->bos, e) &&
+              load_special_id(t, g, "tokenizer.ggml.eos_token_id", &t->eos, e) &&
+              load_special_id(t, g, "tokenizer.ggml.unknown_token_id", &t->unknown, e);
+    if (ok) collect_added(t);
+    else tokenizer_close(t);
+    return ok;
+}
+
+// ---- Byte-pair encoding ----
+
+struct symbol {             // a token in the making, in a list
+    int32_t id;             // -1: merged away, or a byte without a token
+    int prev, next;         // -1 at the ends
+};
+
+struct candidate {          // a pair of neighbours that could merge
+    int32_t rank, left, right;  // left and right ids, to see whether the pair still stands
+    int at;                 // index of the left symbol
+};
+
+struct encoder {            // buffers of an encoding in progress; owner of both
+    const struct tokenizer *t;
+    struct symbol *symbols;
+    struct candidate *heap;  // the lowest rank on top, then the leftmost
+    size_t capacity, n_heap;
+    struct ids *out;
+};
+
+static bool candidate_before(const struct candidate *a, const struct candidate *b) {
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
+
+static void heap_push(struct encoder *e, struct candidate c) {
+    size_t i = e->n_heap++;
+    for (; i && candidate_before(&c, &e->heap[(i - 1) / 2]); i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = c;
+}
+
+static struct candidate heap_pop(struct encoder *e) {
+    struct candidate top = e->heap[0], last = e->heap[--e->n_heap];
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child + 1 < e->n_heap && candidate_before(&e->heap[child + 1], &e->heap[child])) child++;
+        if (child >= e->n_heap || !candidate_before(&e->heap[child], &last)) break;
+        e->heap[i] = e->heap[child];
+        i = child;
+    }
+    e->heap[i] = last;
+    return top;
+}
+
+static void consider_pair(struct encoder *e, int at) {
+    if (at < 0 || e->symbols[at].next < 0) return;
+    int32_t left = e->symbols[at].id, right = e->symbols[e->symbols[at].next].id;
+    if (left < 0 || right < 0) return;
+    const struct merge *m = merge_slot(e->t, left, right);
+    if (m->rank >= 0) heap_push(e, (struct candidate){m->rank, left, right, at});
+}
+
+// One word, as bytes. Merges always take the lowest rank, the leftmost of equals. Time n log n, for hostile words too.
+static void encode_word(struct encoder *e, const char *word, size_t n) {
+    const struct tokenizer *t = e->t;
+    int32_t whole = n > 1 ? -1 : t->byte_token[(uint8_t)word[0]];
+    if (whole >= 0) {
+        ids_add(e->out, whole);
+        return;
+    }
+    if (n > e->capacity) {
+        e->capacity = 2 * n;
+        e->symbols = xrealloc(e->symbols, e->capacity * sizeof *e->symbols);
+        e->heap = xrealloc(e->heap, 3 * e->capacity * sizeof *e->heap);  // n pairs, and two new ones a merge
+    }
+    for (size_t i = 0; i < n; i++)
+        e->symbols[i] = (struct symbol){t->byte_token[(uint8_t)word[i]], (int)i - 1, i + 1 < n ? (int)i + 1 : -1};
+    e->n_heap = 0;
+    for (size_t i = 0; i + 1 < n; i++) consider_pair(e, (int)i);
+    while (e->n_heap) {
+        struct candidate c = heap_pop(e);
+        struct symbol *left = &e->symbols[c.at];
+        if (left->id != c.left || left->next < 0 || e->symbols[left->next].id != c.right) continue;  // no longer stands
+        struct symbol *right = &e->symbols[left->next];
+        left->id = merge_slot(t, c.left, c.right)->result;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next >= 0) e->symbols[left->next].prev = c.at;
+        consider_pair(e, left->prev);
+        consider_pair(e, c.at);
+    }
+    for (int i = 0; i >= 0; i = e->symbols[i].next) {
+        int32_t id = e->symbols[i].id >= 0 ? e->symbols[i].id : t->unknown;
+        if (id >= 0) ids_add(e->out, id);
+    }
+}
+
+// ---- Pre-tokenisation ----
+
+// Length of the first match of GPT-2's expression at s:
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+static size_t gpt2_word(const char *s, size_t n) {
+    if (s[0] == '\'' && n > 1) {
+        if (strchr("stmd", s[1]) && s[1]) return 2;
+        if (n > 2 && (memcmp(s + 1, "re", 2) == 0 || memcmp(s + 1, "ve", 2) == 0 || memcmp(s + 1, "ll", 2) == 0)) return 3;
+    }
+    const unsigned classes = UC_LETTER | UC_NUMBER | UC_SPACE;
+    uint32_t cp;
+    size_t i = s[0] == ' ' && n > 1 ? 1 : 0, next = i + (size_t)utf8_decode(s + i, n - i, &cp);
+    unsigned class = unicode_class(cp) & classes;
+    if (!(class & UC_SPACE)) {
+        while (next < n) {
+            size_t len = (size_t)utf8_decode(s + next, n - next, &cp);
+            if ((unicode_class(cp) & classes) != class) break;
+            next += len;
+        }
+        return next;
+    }
+    // A run of white space leaves its last character to the word behind it, unless it is alone or ends the text.
+    size_t last = 0, count = 0;
+    for (i = 0; i < n; i += next) {
+        next = (size_t)utf8_decode(s + i, n - i, &cp);
+        if (!(unicode_class(cp) & UC_SPACE)) return count > 1 ? last : i;
+        last = i;
+        count++;
+    }
+    return n;
+}
+
+// FalconMamba cuts words once more, where digits meet other bytes and after every third digit. It does so after bytes
+// were written in GPT-2's alphabet, where six Latin-1 characters that stand for bytes count as digits.
+static void encode_falcon_word(struct encoder *e, const char *s, size_t n) {
+    size_t start = 0;
+    bool in_number = false;
+    int digits = 0;         // ASCII digits since `start`, all of them so far
+    for (size_t i = 0; i < n; i++) {
+        uint8_t b = (uint8_t)s[i];
+        bool digit = b >= '0' && b <= '9', number = digit || b == 0xb2 || b == 0xb3 || b == 0xb9 || (b >= 0xbc && b <= 0xbe);
+        if (i > start && number != in_number) {
+            encode_word(e, s + start, i - start);
+            start = i;
+            digits = 0;
+        }
+        in_number = number;
+        digits = digit ? digits + 1 : 0;
+        if (digits == 3) {  // the first three in a row, wherever they begin, stand alone
+            if (i - 2 > start) encode_word(e, s + start, i - 2 - start);
+            encode_word(e, s + i - 2, 3);
+            start = i + 1;
+            digits = 0;
+        }
+    }
+    if (start < n) encode_word(e, s + start, n - start);
+}
+
+static void encode_words(struct encoder *e, const char *s, size_t n) {
+    while (n) {
+        size_t word = gpt2_word(s, n);
+        if (e->t->falcon) encode_falcon_word(e, s, word);
+        else encode_word(e, s, word);
+        s += word;
+        n -= word;
+    }
+}
+
+// FalconMamba separates runs of punctuation before anything else.
+static void encode_falcon(struct encoder *e, const char *s, size_t n) {
+    for (size_t start = 0, i = 0; start < n; start = i) {
+        bool punctuation = false;
+        for (size_t len; i < n; i += len) {
+            uint32_t cp;
+            len = (size_t)utf8_decode(s + i, n - i, &cp);
+            bool p = unicode_class(cp) & UC_PUNCT;
+            if (i > start && p != punctuation) break;
+            punctuation = p;
+        }
+        encode_words(e, s + start, i - start);
+    }
+}
+
+// A vocabulary without merges: whole characters, else their bytes, else the unknown token.
+static void encode_characters(struct encoder *e, const char *s, size_t n) {
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t cp;
+        len = (size_t)utf8_decode(s + i, n - i, &cp);
+        int32_t id = *token_slot(e->t, (struct str){s + i, len});
+        for (size_t b = 0; id < 0 && b < len; b++)
+            if (e->t->byte_token[(uint8_t)s[i + b]] < 0) id = e->t->unknown;
+        if (id >= 0) ids_add(e->out, id);
+        else for (size_t b = 0; b < len; b++) {
+            int32_t byte = e->t->byte_token[(uint8_t)s[i + b]];
+            if (byte >= 0) ids_add(e->out, byte);
+        }
+    }
+}
+
+// The longest added token of this type at s, or -1.
+static int32_t added_token_at(const struct tokenizer *t, enum token_type type, const char *s, size_t n) {
+    if (!t->added_first[(uint8_t)s[0]]) return -1;
+    for (int i = 0; i < t->n_added; i++) {
+        struct str a = t->token[t->added[i]];
+        if (t->type[t->added[i]] == type && a.n <= n && memcmp(a.p, s, a.n) == 0) return t->added[i];
+    }
+    return -1;
+}
+
+// Cuts s at added tokens of one type and hands what lies between to `rest`.
+static void encode_around(struct encoder *e, enum token_type type, const char *s, size_t n,
+                          void (*rest)(struct encoder *, const char *, size_t)) {
+    size_t start = 0;
+    for (size_t i = 0; i < n;) {
+        int32_t id = added_token_at(e->t, type, s + i, n - i);
+        if (id < 0) {
+            i++;
+            continue;
+        }
+        if (i > start) rest(e, s + start, i - start);
+        ids_add(e->out, id);
+        start = i += e->t->token[id].n;
+    }
+    if (n > start) rest(e, s + start, n - start);
+}
+
+static void encode_plain(struct encoder *e, const char *s, size_t n) {
+    if (e->t->characters) encode_characters(e, s, n);
+    else if (e->t->falcon) encode_falcon(e, s, n);
+    else encode_words(e, s, n);
+}
+
+// Special tokens are cut out of the raw text; other added tokens, such as runs of spaces, out of the normalised text.
+static void encode_normalized(struct encoder *e, const char *s, size_t n) {
+    size_t out_n;
+    char *normal = e->t->nfc ? nfc(s, n, &out_n) : NULL;
+    encode_around(e, TOKEN_USER_DEFINED, normal ? normal : s, normal ? out_n : n, encode_plain);
+    free(normal);
+}
+
+// What is not UTF-8 becomes U+FFFD, as it would on its way into any Unicode string; a character vocabulary keeps bytes.
+static void repair_utf8(const char *s, size_t n, struct buffer *out) {
+    for (size_t i = 0, len; i < n; i += len) {
+        uint32_t cp;
+        char utf8[4];
+        len = (size_t)utf8_decode(s + i, n - i, &cp);
+        if (cp == UC_REPLACEMENT) buffer_add(out, utf8, (size_t)utf8_encode(cp, utf8));
+        else buffer_add(out, s + i, len);
+    }
+}
+
+// Appends the ids of a text. parse_special: the names of control tokens in the text become those tokens.
+static void tokenize(const struct tokenizer *t, const char *s, size_t n, bool parse_special, struct ids *out) {
+    struct encoder e = {.t = t, .out = out};
+    struct buffer repaired = {0};
+    if (!t->characters) {
+        repair_utf8(s, n, &repaired);
+        s = repaired.p;
+        n = repaired.n;
+    }
+    if (parse_special) encode_around(&e, TOKEN_CONTROL, s, n, encode_normalized);
+    else if (n) encode_normalized(&e, s, n);
+    free(e.symbols);
+    free(e.heap);
+    free(repaired.p);
+}
+
+// ---- Text on its way out ----
+
+// Bytes at the end of s that begin a character which later bytes may complete.
+static size_t incomplete_tail(const char *s, size_t n) {
+    for (size_t tail = 1; tail <= 3 && tail <= n; tail++) {
+        uint8_t b = (uint8_t)s[n - tail];
+        if ((b & 0xc0) == 0x80) continue;
+        uint32_t cp;
+        size_t size = b >= 0xf0 ? 4 : b >= 0xe0 ? 3 : b >= 0xc2 ? 2 : 1;
+        bool begins = (size_t)utf8_decode(s + n - tail, tail, &cp) == tail;
+        return b < 0xf5 && size > tail && begins ? tail : 0;
+    }
+    return 0;
+}
+
+struct emitter {            // turns tokens into text that is whole at every flush, and watches for stop texts
+    FILE *f;
+    struct buffer held;     // owned: not written yet
+    const char *const *stops;
+    int n_stops;
+    bool stopped;           // a stop text came: nothing more is written
+};
+
+static void emit_bytes(struct emitter *e, size_t n) {
+    struct buffer clean = {0};
+    repair_utf8(e->held.p, n, &clean);
+    fwrite(clean.p, 1, clean.n, e->f);
+    fflush(e->f);
+    free(clean.p);
+    memmove(e->held.p, e->held.p + n, e->held.n -= n);
+}
+
+// Where the first stop text begins in the held bytes, or where one may begin that is not whole yet.
+static size_t find_stop(struct emitter *e) {
+    size_t partial = e->held.n;
+    for (size_t i = 0; i < e->held.n; i++)
+        for (int s = 0; s < e->n_stops; s++) {
+            size_t n = strlen(e->stops[s]), left = e->held.n - i;
+            if (memcmp(e->held.p + i, e->stops[s], n < left ? n : left) != 0) continue;
+            e->stopped = n <= left;
+            if (e->stopped) return i;
+            if (partial > i) partial = i;
+        }
+    return partial;
+}
+
+static void emit(struct emitter *e, struct str text) {
+    buffer_add(&e->held, text.p, text.n);
+    size_t n = find_stop(e);
+    if (!e->stopped) {
+        size_t tail = incomplete_tail(e->held.p, e->held.n);
+        if (e->held.n - tail < n) n = e->held.n - tail;
+    }
+    if (n) emit_bytes(e, n);
+}
+
+// ====================================================================================================================
+// 9. Sampler.
+// From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
+// Calls sections 1 and 4; called by `generate`.
+// ====================================================================================================================
+
+struct sampling {
+    float temperature, top_p, min_p, repeat_penalty;
+    int top_k, repeat_last_n;
+    bool greedy;
+    uint64_t seed;
+};
+
+struct choice {
+    float logit, p;
+    int32_t id;
+};
+
+struct sampler {            // owner of choices and p
+    struct sampling s;
+    const struct kernels *k;
+    struct choice *choices;  // [n_vocab]
+    float *p;               // [n_vocab]
+    int n_vocab;
+};
+
+// A number in [0, 1) for position t: a function of seed and t alone, so that a resumed or batched sequence draws what an
+// uninterrupted one draws. (The finaliser of SplitMix64 over a Weyl sequence in t, started at a mix of the seed.)
+static uint64_t mix64(uint64_t x) {
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+static double random_at(uint64_t seed, int64_t t) {
+    uint64_t start = mix64(seed + UINT64_C(0x9e3779b97f4a7c15));
+    return (double)(mix64(start + (uint64_t)t * UINT64_C(0x9e3779b97f4a7c15)) >> 11) * 0x1p-53;
+}
+
+// The higher logit first; of equal ones the lower id, so that the order is total.
+static int better_first(const void *a, const void *b) {
+    const struct choice *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return x->id < y->id ? -1 : 1;
+}
+
+// The k best of n choices to the front, in order: a heap with the worst of the best on top.
+static void select_best(struct choice *c, int n, int k) {
+    for (int i = 1; i < n; i++) {
+        if (i < k) {  // sift up
+            int at = i;
+            struct choice moving = c[i];
+            for (; at && better_first(&c[(at - 1) / 2], &moving) < 0; at = (at - 1) / 2) c[at] = c[(at - 1) / 2];
+            c[at] = moving;
+            continue;
+        }
+        if (better_first(&c[i], &c[0]) > 0) continue;
+        int at = 0;
+        struct choice moving = c[i];
+        for (int child; (child = 2 * at + 1) < k; at = child) {
+            if (child + 1 < k && better_first(&c[child], &c[child + 1]) < 0) child++;
+            if (better_first(&c[child], &moving) < 0) break;
+            c[at] = c[child];
+        }
+        c[at] = moving;
+    }
+    qsort(c, (size_t)k, sizeof *c, better_first);
+}
+
+// p = softmax over the first n choices, in float; returns the sum in double, added in order.
+static double choice_probabilities(struct sampler *s, int n, float scale) {
+    for (int i = 0; i < n; i++) s->p[i] = s->choices[i].logit * scale;
+    s->k->exp_minus(s->p, n, s->choices[0].logit * scale, s->p);
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += s->choices[i].p = s->p[i];
+    return sum;
+}
+
+// logits: [n_vocab], penalised in place; -INFINITY bans a token. recent: the last tokens; t: position of the new one.
+static int32_t sample(struct sampler *s, float *logits, const int32_t *recent, int n_recent, int64_t t) {
+    int from = n_recent > s->s.repeat_last_n ? n_recent - s->s.repeat_last_n : 0, n = 0;
+    for (int i = from; i < n_recent && s->s.repeat_penalty != 1.0f; i++) {
+        bool again = false;  // a token is penalised once, however often it came
+        for (int j = from; j < i && !again; j++) again = recent[j] == recent[i];
+        float *l = &logits[recent[i]];
+        if (!again) *l = *l > 0 ? *l / s->s.repeat_penalty : *l * s->s.repeat_penalty;
+    }
+    for (int32_t id = 0; id < s->n_vocab; id++)
+        if (logits[id] > -INFINITY) s->choices[n++] = (struct choice){logits[id], 0, id};
+    if (n == 0) die("no token is left to choose from");
+    bool greedy = s->s.greedy || s->s.temperature <= 0;
+    int k = greedy ? 1 : s->s.top_k > 0 ? min_int(s->s.top_k, n) : n;
+    select_best(s->choices, n, k);
+    if (greedy) return s->choices[0].id;
+
+    if (s->s.top_p < 1.0f) {
+        double limit = choice_probabilities(s, k, 1.0f) * (double)s->s.top_p, sum = 0;
+        int kept = 0;
+        while (kept < k && (kept == 0 || sum < limit)) sum += s->choices[kept++].p;
+        k = kept;
+    }
+    if (s->s.min_p > 0) {
+        choice_probabilities(s, k, 1.0f);  // relative to the best, whose exp(0) is 1
+        int kept = 1;
+        while (kept < k && s->choices[kept].p >= s->s.min_p) kept++;
+        k = kept;
+    }
+    double target = choice_probabilities(s, k, 1.0f / s->s.temperature) * random_at(s->s.seed, t), sum = 0;
+    for (int i = 0; i < k; i++) {
+        sum += s->choices[i].p;
+        if (target < sum) return s->choices[i].id;
+    }
+    return s->choices[k - 1].id;
+}
+
+static struct sampler sampler_new(struct sampling settings, const struct kernels *k, int n_vocab) {
+    return (struct sampler){settings, k, xmalloc((size_t)n_vocab * sizeof(struct choice)),
+                            xmalloc((size_t)n_vocab * sizeof(float)), n_vocab};
+}
+
+static void sampler_free(struct sampler *s) {
+    free(s->choices);
+    free(s->p);
+}
+
+// ====================================================================================================================
+// 10. Commands.
+// generate, score, embed, tokenize, inspect. Calls everything above; called by section 11. Standard output carries data
+// only; what is for people goes to standard error.
+// ====================================================================================================================
+
+enum command { GENERATE, SCORE, EMBED, TOKENIZE, INSPECT, N_COMMANDS };
+
+enum source { FROM_TEXT, FROM_FILE, FROM_IDS };  // -p, -f, --ids
+
+struct input {              // one text of the command line, in its order
+    enum source source;
+    const char *value;      // the text, the path ("-" is standard input), or the ids
+};
+
+struct options {            // the command line, parsed; defaults are llama.cpp's where it has them
+    enum command command;
+    const char *program, *model;
+    struct input *inputs;   // [n_inputs], owned
+    int n_inputs;
+    int n_predict, n_threads, ubatch;
+    struct sampling sampling;
+    bool seed_given;
+    const char **stops;     // [n_stops], owned
+    int n_stops;
+    bool ignore_eos, echo, print_ids, parse_special, quiet;
+    const char *save_state, *load_state, *tokenizer;
+    bool per_token;
+    const char *logits;
+    const char *pool;
+    int layer;
+    const char *output;
+    bool decode;
+};
+
+struct session {            // what every command that runs a model has open
+    const struct options *o;
+    struct model model;
+    struct tokenizer tokenizer;
+    bool has_tokenizer;
+    struct context *ctx;
+    struct sequence *seq;
+};
+
+static volatile sig_atomic_t interrupted;  // the signal, once one came
+
+static void on_signal(int signal) {
+    interrupted = signal;
+}
+
+// The first Ctrl-C or kill ends a command at its next token; a second one ends the process.
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
+}
+
+static void stop_if_interrupted(void) {
+    if (!interrupted) return;
+    fflush(stdout);
+    discard_unfinished();
+    _exit(128 + interrupted);
+}
+
+// Ends the program when standard output failed: quietly when its reader went away, with a line when the disk is full.
+static void check_stdout(void) {
+    fflush(stdout);
+    if (!ferror(stdout)) return;
+    if (errno == EPIPE) {
+        discard_unfinished();
+        _exit(0);
+    }
+    die("standard output: %s", strerror(errno));
+}
+
+// ---- Input ----
+
+static struct buffer read_all(const char *path) {
+    struct buffer b = {0};
+    bool is_stdin = strcmp(path, "-") == 0;
+    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    if (!f) die("%s: %s", path, strerror(errno));
+    for (size_t n = 1; n;) {
+        char chunk[65536];
+        n = fread(chunk, 1, sizeof chunk, f);
+        buffer_add(&b, chunk, n);
+        stop_if_interrupted();
+    }
+    if (ferror(f)) die("%s: %s", is_stdin ? "standard input" : path, strerror(errno));
+    if (!is_stdin) fclose(f);
+    return b;
+}
+
+static void parse_ids(const char *text, int n_vocab, struct ids *out) {
+    for (const char *p = text; *p;) {
+        if (isspace((unsigned char)*p) || *p == ',') {
+            p++;
+            continue;
+        }
+        char *end;
+        errno = 0;
+        long v = strtol(p, &end, 10);
+        if (end == p || errno || v < 0 || v >= n_vocab || (*end && !isspace((unsigned char)*end) && *end != ','))
+            die("token id \"%.20s\": expected a number from 0 to %d", p, n_vocab - 1);
+        ids_add(out, (int32_t)v);
+        p = end;
+    }
+}
+
+static const struct tokenizer *need_tokenizer(const struct session *s) {
+    if (!s->has_tokenizer)
+        die("%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
+    return &s->tokenizer;
+}
+
+// The tokens of one input. Text gets BOS in front where the file asks for it, unless it continues a state.
+static void read_input(const struct session *s, const struct input *in, bool continues, struct ids *out) {
+    if (in->source == FROM_IDS) {
+        parse_ids(in->value, s->model.c.n_vocab, out);
+        return;
+    }
+    const struct tokenizer *t = need_tokenizer(s);
+    struct buffer b = {0};
+    if (in->source == FROM_FILE) b = read_all(in->value);
+    else buffer_add(&b, in->value, strlen(in->value));
+    // `echo prompt |` ends in a line end that nobody means to be continued from.
+    if (s->o->command == GENERATE && in->source == FROM_FILE && b.n && b.p[b.n - 1] == '\n') b.n--;
+    if (t->add_bos && t->bos >= 0 && !continues) ids_add(out, t->bos);
+    if (b.n) tokenize(t, b.p, b.n, s->o->parse_special, out);
+    free(b.p);
+}
+
+// ---- Opening ----
+
+// tokenizer.bin beside the model, beside the program, or in share/mamba of the program's prefix.
+static bool open_default_tokenizer(struct session *s, struct error *e) {
+    char program[PATH_MAX], path[PATH_MAX + 64];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    program[n > 0 ? n : 0] = 0;
+    const char *from[] = {s->model.file.path, program, program}, *to[] = {"", "", "../share/mamba/"};
+    for (int i = 0; i < 3; i++) {
+        const char *slash = strrchr(from[i], '/');
+        int dir_n = slash ? (int)(slash - from[i]) + 1 : 0;
+        if (i && !slash) continue;
+        snprintf(path, sizeof path, "%.*s%stokenizer.bin", dir_n, from[i], to[i]);
+        if (access(path, R_OK) != 0) continue;
+        struct gguf g;
+        if (!gguf_open(&g, path, e)) return false;
+        if (!tokenizer_load(&s->tokenizer, &g, e)) {
+            gguf_close(&g);
+            return false;
+        }
+        s->tokenizer.file = g;
+        // Only a model that was made for this vocabulary has about as many rows: they are padded to a multiple of 8 to 128.
+        int spare = s->model.c.n_vocab - s->tokenizer.n_tokens;
+        s->has_tokenizer = spare >= 0 && spare < 128;
+        if (s->has_tokenizer) return true;
+        tokenizer_close(&s->tokenizer);
+    }
+    return true;
+}
+
+static void open_tokenizer(struct session *s) {
+    struct error e = {""};
+    const char *path = s->o->tokenizer ? s->o->tokenizer : s->o->model;
+    struct gguf other = {0};
+    const struct gguf *g = &s->model.file;
+    if (s->o->tokenizer) {
+        if (!gguf_open(&other, path, &e)) die("%s", e.text);
+        if (!gguf_has_tokenizer(&other)) die("%s: holds no tokenizer", path);
+        g = &other;
+    }
+    if (gguf_has_tokenizer(g)) {
+        if (!tokenizer_load(&s->tokenizer, g, &e)) die("%s: %s", path, e.text);
+        s->tokenizer.file = other;
+        s->has_tokenizer = true;
+    } else if (!open_default_tokenizer(s, &e)) {
+        die("%s", e.text);
+    }
+    if (s->has_tokenizer && s->tokenizer.n_tokens > s->model.c.n_vocab)
+        die("%s: a vocabulary of %" PRId32 " tokens; expected at most %d, the rows of the embedding", path,
+            s->tokenizer.n_tokens, s->model.c.n_vocab);
+}
+
+// max_tokens: the most tokens the command will feed at once, so that a short text does not pay for a long one's buffers.
+static void open_context(struct session *s, int64_t max_tokens, int max_rows) {
+    int n = max_tokens < s->o->ubatch ? (int)max_tokens : s->o->ubatch;
+    s->ctx = context_new(&s->model, choose_kernels(), s->o->n_threads ? s->o->n_threads : default_threads(),
+                         n > 0 ? n : 1, max_rows);
+    s->seq = sequence_new(&s->model.c);
+}
+
+static void open_session(struct session *s, const struct options *o) {
+    struct error e = {""};
+    *s = (struct session){.o = o};
+    if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
+    open_tokenizer(s);
+}
+
+static void close_session(struct session *s) {
+    sequence_free(s->seq);
+    context_free(s->ctx);
+    tokenizer_close(&s->tokenizer);
+    model_close(&s->model);
+}
+
+// A percentage on standard error, on a terminal only, once the work has taken a second.
+struct progress {
+    const char *what;
+    double start, shown;
+    bool on;
+};
+
+static struct progress progress_new(const char *what, bool quiet) {
+    return (struct progress){what, now_seconds(), 0, !quiet && isatty(STDERR_FILENO)};
+}
+
+static void progress_show(struct progress *p, int64_t done, int64_t total) {
+    double now = now_seconds(), elapsed = now - p->start;
+    if (!p->on || elapsed < 1 || (now - p->shown < 0.2 && done < total)) return;
+    p->shown = now;
+    if (done < total)
+        fprintf(stderr, "\r%s %3d %%  %.0f tokens/s ", p->what, (int)(100 * done / total), (double)done / elapsed);
+    else fprintf(stderr, "\r%*s\r", 48, "");
+}
+
+static void check_finite(const struct session *s, float max_logit, int64_t position) {
+    if (!isfinite(max_logit))
+        die("%s: the model's output after token %" PRId64 " is not a finite number: its weights are damaged", s->o->model,
+            position);
+}
+
+// Feeds tokens in chunks; the last chunk computes the logits of the last token when asked to.
+static void feed(struct session *s, const int32_t *tokens, size_t n, bool want_logits, struct progress *p) {
+    size_t chunk = (size_t)s->ctx->max_tokens;
+    for (size_t at = 0; at < n; at += chunk) {
+        int now = (int)(n - at < chunk ? n - at : chunk);
+        struct segment segment = {s->seq, tokens + at, now, want_logits && at + (size_t)now == n};
+        forward(s->ctx, &segment, 1, s->model.c.n_layer);
+        if (p) progress_show(p, (int64_t)at + now, (int64_t)n);
+        if (interrupted) return;
+    }
+}
+
+// ---- generate ----
+
+static void remember(struct resume *r, int32_t token) {
+    if (r->n_recent == RECENT_MAX) memmove(r->recent, r->recent + 1, (size_t)--r->n_recent * sizeof *r->recent);
+    r->recent[r->n_recent++] = token;
+}
+
+// Tokens that must never be drawn: rows that pad the vocabulary, unused tokens, and with --ignore-eos the end of text.
+static struct ids banned_tokens(const struct session *s) {
+    struct ids banned = {0};
+    const struct tokenizer *t = &s->tokenizer;
+    for (int32_t id = 0; id < s->model.c.n_vocab && s->has_tokenizer; id++)
+        if (id >= t->n_tokens || t->type[id] == TOKEN_UNUSED || (s->o->ignore_eos && id == t->eos)) ids_add(&banned, id);
+    return banned;
+}
+
+// Text of the prompt for --echo, as the tokens spell it.
+static void echo_prompt(const struct session *s, const struct ids *prompt, struct emitter *out) {
+    struct emitter echo = {.f = out->f};  // stop texts do not apply to the prompt
+    for (size_t i = 0; i < prompt->n; i++) {
+        if (s->o->print_ids) fprintf(out->f, "%" PRId32 " ", prompt->p[i]);
+        else if (s->tokenizer.type[prompt->p[i]] != TOKEN_CONTROL) emit(&echo, s->tokenizer.token[prompt->p[i]]);
+    }
+    if (echo.held.n) emit_bytes(&echo, echo.held.n);
+    free(echo.held.p);
+    fflush(out->f);
+}
+
+// Samples and writes until a limit, the end of text, a stop text, a signal or a reader that is gone.
+static int64_t generate_loop(struct session *s, struct sampler *sampler, const struct ids *banned, struct resume *r,
+                             struct emitter *out) {
+    const struct options *o = s->o;
+    int64_t generated = 0;
+    while (!interrupted && (o->n_predict < 0 || generated < o->n_predict)) {
+        if (r->n_pending) {
+            r->n_pending = 0;
+            feed(s, r->pending, 1, true, NULL);
+        }
+        float *logits = s->ctx->logits;
+        check_finite(s, s->ctx->k->finite_max(logits, s->model.c.n_vocab), s->seq->n_past);
+        for (size_t i = 0; i < banned->n; i++) logits[banned->p[i]] = -INFINITY;
+        int32_t token = sample(sampler, logits, r->recent, r->n_recent, s->seq->n_past);
+        r->pending[0] = token;
+        r->n_pending = 1;
+        remember(r, token);
+        generated++;
+        if (s->has_tokenizer && token == s->tokenizer.eos) break;
+        if (o->print_ids) {
+            fprintf(out->f, "%s%" PRId32, generated > 1 ? " " : "", token);
+            fflush(out->f);
+        } else if (s->tokenizer.type[token] != TOKEN_CONTROL) {
+            emit(out, s->tokenizer.token[token]);
+        }
+        if (out->stopped || ferror(out->f)) break;
+    }
+    return generated;
+}
+
+// What is still held back: part of a stop text that never came is text; an incomplete character waits in a saved state.
+static void finish_text(const struct options *o, struct emitter *out, struct resume *r) {
+    size_t tail = out->stopped ? 0 : incomplete_tail(out->held.p, out->held.n);
+    r->n_bytes = 0;
+    if (!out->stopped && out->held.n) {
+        size_t keep = o->save_state ? tail : 0;
+        memcpy(r->bytes, out->held.p + out->held.n - keep, r->n_bytes = (int)keep);
+        if (out->held.n > keep) emit_bytes(out, out->held.n - keep);
+    }
+    if (o->print_ids) fputc('\n', out->f);
+}
+
+static void read_prompt(struct session *s, struct ids *prompt, bool continues) {
+    for (int i = 0; i < s->o->n_inputs; i++) read_input(s, &s->o->inputs[i], continues || i > 0, prompt);
+    // Nothing to begin from: the token that begins a text, or the one that separates texts.
+    int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
+    if (prompt->n == 0 && !continues) {
+        if (first < 0) die("the prompt is empty, and the vocabulary has no token that begins a text");
+        ids_add(prompt, first);
+    }
+}
+
+static int command_generate(const struct options *o) {
+    struct session s;
+    struct error e = {""};
+    struct resume *r = xcalloc(1, sizeof *r);
+    struct ids prompt = {0}, all = {0};
+    open_session(&s, o);
+    if (!o->print_ids) need_tokenizer(&s);
+    read_prompt(&s, &prompt, o->load_state != NULL);
+    open_context(&s, (int64_t)prompt.n + 1, 1);
+    if (o->load_state && !state_load(o->load_state, &s.model, s.seq, r, &e)) die("%s", e.text);
+    if (o->save_state) {  // better now than after an hour
+        struct outfile probe;
+        if (!outfile_open(&probe, o->save_state, &e)) die("%s", e.text);
+        outfile_discard(&probe);
+    }
+    for (int i = 0; i < r->n_pending; i++) ids_add(&all, r->pending[i]);  // sampled by the run before, not fed yet
+    for (size_t i = 0; i < prompt.n; i++) {
+        ids_add(&all, prompt.p[i]);
+        remember(r, prompt.p[i]);
+    }
+    if (all.n == 0) die("%s: the state holds no token to continue from", o->load_state);
+    r->n_pending = 0;
+
+    struct emitter out = {.f = stdout, .stops = o->stops, .n_stops = o->n_stops};
+    buffer_add(&out.held, r->bytes, (size_t)r->n_bytes);
+    if (o->echo) echo_prompt(&s, &prompt, &out);
+    struct progress progress = progress_new("prompt", o->quiet);
+    struct sampler sampler = sampler_new(o->sampling, s.ctx->k, s.model.c.n_vocab);
+    struct ids banned = banned_tokens(&s);
+    if (o->n_predict == 0) {  // nothing is sampled now: the last token waits for the run that goes on
+        r->n_pending = 1;
+        r->pending[0] = all.p[--all.n];
+    }
+    double start = now_seconds();
+    feed(&s, all.p, all.n, true, &progress);
+    double prompt_end = now_seconds();
+    bool whole_prompt = !interrupted;
+    int64_t generated = whole_prompt ? generate_loop(&s, &sampler, &banned, r, &out) : 0;
+    double end = now_seconds();
+    finish_text(o, &out, r);
+    fflush(stdout);
+    bool closed = ferror(stdout) && errno == EPIPE;
+    if (ferror(stdout) && !closed) die("standard output: %s", strerror(errno));
+    if (!o->quiet && !o->print_ids && !closed && isatty(STDOUT_FILENO)) putchar('\n');
+    fflush(stdout);
+    if (!o->quiet)
+        fprintf(stderr, "mamba: prompt %zu tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
+                "\n", all.n, (double)all.n / (prompt_end - start), generated,
+                generated ? (double)generated / (end - prompt_end) : 0.0, o->sampling.seed);
+    // A state in the middle of a prompt would not be what a later run expects.
+    if (o->save_state && whole_prompt && !state_save(o->save_state, &s.model, s.seq, r, &e)) die("%s", e.text);
+    sampler_free(&sampler);
+    free(out.held.p);
+    free(prompt.p);
+    free(banned.p);
+    free(all.p);
+    free(r);
+    close_session(&s);
+    return interrupted ? 128 + interrupted : 0;
+}
+
+// ---- score ----
+
+// Header of a .npy file, version 1.0: float32, C order, padded to 64 bytes.
+static void npy_header(FILE *f, int64_t rows, int64_t cols) {
+    char text[128];
+    int n = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%" PRId64 ", %" PRId64 "), }",
+                     rows, cols);
+    uint16_t length = 118;  // 10 bytes before it: 128 in all
+    fwrite("\x93NUMPY\x01", 1, 8, f);
+    fwrite(&length, 2, 1, f);
+    fprintf(f, "%s%*s\n", text, (int)length - n - 1, "");
+}
+
+// A token's bytes in a column of a table.
+static void print_escaped(FILE *f, struct str s) {
+    for (size_t i = 0, len; i < s.n; i += len) {
+        uint32_t cp;
+        len = (size_t)utf8_decode(s.p + i, s.n - i, &cp);
+        if (s.p[i] == '\\') fputs("\\\\", f);
+        else if (cp == '\t' || cp == '\n' || cp == '\r') fprintf(f, "\\%c", cp == '\t' ? 't' : cp == '\n' ? 'n' : 'r');
+        else if (cp < 32 || (cp >= 127 && cp < 160) || cp == UC_REPLACEMENT)
+            for (size_t b = 0; b < len; b++) fprintf(f, "\\x%02x", (uint8_t)s.p[i + b]);
+        else fwrite(s.p + i, 1, len, f);
+    }
+}
+
+// log p(token) = logit - max - log sum exp(logit - max). Sixteen sums in double, so that their order is fixed.
+static double log_probability(const struct kernels *k, const float *logits, int n, int32_t token, float max, float *scratch) {
+    double lanes[16] = {0}, sum = 0;
+    k->exp_minus(logits, n, max, scratch);
+    for (int i = 0; i < n; i++) lanes[i % 16] += scratch[i];
+    for (int i = 0; i < 16; i++) sum += lanes[i];
+    return (double)(logits[token] - max) - log(sum);
+}
+
+enum { LOGIT_ROWS = 64 };   // logits held at once while scoring: bounds memory at long chunks and large vocabularies
+
+struct scored {
+    double nll;
+    int64_t n_predicted;
+};
+
+// The rows of logits behind tokens [at, at + n) of a text: written to npy when asked, and each compared with the token
+// that follows.
+static void score_rows(struct session *s, const struct ids *text, size_t at, int n, const char *id, FILE *npy, float *scratch,
+                       struct scored *result) {
+    struct context *ctx = s->ctx;
+    int n_vocab = s->model.c.n_vocab;
+    for (int i = 0; i < n; i++) {
+        const float *logits = ctx->logits + (size_t)i * (size_t)ctx->ld_vocab;
+        size_t t = at + (size_t)i;
+        if (npy && fwrite(logits, 4, (size_t)n_vocab, npy) != (size_t)n_vocab) die("%s: %s", s->o->logits, strerror(errno));
+        float max = ctx->k->finite_max(logits, n_vocab);
+        check_finite(s, max, (int64_t)t + 1);
+        if (t + 1 == text->n) return;
+        int32_t next = text->p[t + 1];
+        double logprob = log_probability(ctx->k, logits, n_vocab, next, max, scratch);
+        result->nll -= logprob;
+        result->n_predicted++;
+        if (!s->o->per_token) continue;
+        printf("%s\t%zu\t%" PRId32 "\t", id, t + 1, next);
+        if (s->has_tokenizer && next < s->tokenizer.n_tokens) print_escaped(stdout, s->tokenizer.token[next]);
+        printf("\t%.6f\n", logprob);
+    }
+}
+
+static struct scored score_text(struct session *s, const struct ids *text, const char *id, FILE *npy, float *scratch) {
+    struct scored result = {0, 0};
+    struct progress progress = progress_new("score", s->o->quiet);
+    sequence_reset(s->seq, &s->model.c);
+    size_t chunk = (size_t)s->ctx->max_tokens;
+    for (size_t at = 0; at < text->n; at += chunk) {
+        int n = (int)(text->n - at < chunk ? text->n - at : chunk);
+        struct segment segment = {s->seq, text->p + at, n, false};
+        forward(s->ctx, &segment, 1, s->model.c.n_layer);
+        for (int row = 0; row < n; row += LOGIT_ROWS) {
+            int rows = min_int(LOGIT_ROWS, n - row);
+            logits_of(s->ctx, row, rows);
+            score_rows(s, text, at + (size_t)row, rows, id, npy, scratch, &result);
+        }
+        if (s->o->per_token) check_stdout();
+        stop_if_interrupted();
+        progress_show(&progress, (int64_t)at + n, (int64_t)text->n);
+    }
+    return result;
+}
+
+// What stands in the id column: a file's name, or the number of the input.
+static const char *input_id(const struct input *in, int i, char number[16]) {
+    if (in->source == FROM_FILE && strcmp(in->value, "-") != 0) return in->value;
+    snprintf(number, 16, "%d", i + 1);
+    return number;
+}
+
+// Reads every input before the model runs, so that a missing file is known at once.
+static struct ids *read_inputs(struct session *s, int64_t *longest) {
+    struct ids *texts = xcalloc((size_t)s->o->n_inputs, sizeof *texts);
+    *longest = 0;
+    for (int i = 0; i < s->o->n_inputs; i++) {
+        read_input(s, &s->o->inputs[i], false, &texts[i]);
+        if ((int64_t)texts[i].n > *longest) *longest = (int64_t)texts[i].n;
+    }
+    return texts;
+}
+
+static void free_inputs(struct ids *texts, int n) {
+    for (int i = 0; i < n; i++) free(texts[i].p);
+    free(texts);
+}
+
+static int command_score(const struct options *o) {
+    struct session s;
+    struct error e = {""};
+    int64_t longest;
+    open_session(&s, o);
+    struct ids *texts = read_inputs(&s, &longest);
+    open_context(&s, longest, min_int(LOGIT_ROWS, longest > 0 ? (int)(longest < LOGIT_ROWS ? longest : LOGIT_ROWS) : 1));
+    float *scratch = xmalloc((size_t)s.model.c.n_vocab * sizeof *scratch);
+    struct outfile npy = {0};
+    if (o->logits) {
+        if (o->n_inputs != 1) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
+        if (!outfile_open(&npy, o->logits, &e)) die("%s", e.text);
+        npy_header(npy.f, (int64_t)texts[0].n, s.model.c.n_vocab);
+    }
+    printf(o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
+    for (int i = 0; i < o->n_inputs; i++) {
+        char number[16];
+        const char *id = input_id(&o->inputs[i], i, number);
+        struct scored r = score_text(&s, &texts[i], id, npy.f, scratch);
+        double mean = r.nll / (double)r.n_predicted;  // NaN when nothing was predicted
+        if (!o->per_token)
+            printf("%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", id, r.n_predicted, r.nll, r.n_predicted ? mean / log(2) : (double)NAN,
+                   r.n_predicted ? exp(mean) : (double)NAN);
+        check_stdout();
+    }
+    if (npy.f && !outfile_commit(&npy, &e)) die("%s", e.text);
+    free(scratch);
+    free_inputs(texts, o->n_inputs);
+    close_session(&s);
+    return 0;
+}
+
+// ---- embed ----
+
+// One text's vectors after n_layers layers: every row (none), the last, or the mean in double.
+static void embed_text(struct session *s, const struct ids *text, int n_layers, FILE *f) {
+    int d = s->model.c.d_model;
+    bool all = strcmp(s->o->pool, "none") == 0, mean = strcmp(s->o->pool, "mean") == 0;
+    bool normed = n_layers == s->model.c.n_layer;
+    double *sum = xcalloc((size_t)d, sizeof *sum);
+    float *pooled = xcalloc((size_t)d, sizeof *pooled);
+    struct progress progress = progress_new("embed", s->o->quiet);
+    size_t chunk = (size_t)s->ctx->max_tokens;
+    sequence_reset(s->seq, &s->model.c);
+    for (size_t at = 0; at < text->n; at += chunk) {
+        int n = (int)(text->n - at < chunk ? text->n - at : chunk);
+        struct segment segment = {s->seq, text->p + at, n, false};
+        forward(s->ctx, &segment, 1, n_layers);
+        for (int t = 0; t < n; t++) {
+            const float *row = normed ? s->ctx->normed.f + (size_t)t * (size_t)s->ctx->normed.ld
+                                      : s->ctx->x + (size_t)t * (size_t)s->ctx->ld_model;
+            check_finite(s, s->ctx->k->finite_max(row, d), (int64_t)at + t + 1);
+            if (all) fwrite(row, 4, (size_t)d, f);
+            for (int i = 0; i < d && mean; i++) sum[i] += (double)row[i];
+            if (at + (size_t)t + 1 == text->n) memcpy(pooled, row, (size_t)d * sizeof *row);
+        }
+        stop_if_interrupted();
+        progress_show(&progress, (int64_t)at + n, (int64_t)text->n);
+    }
+    for (int i = 0; i < d && mean; i++) pooled[i] = (float)(sum[i] / (double)text->n);
+    if (!all) fwrite(pooled, 4, (size_t)d, f);
+    free(sum);
+    free(pooled);
+}
+
+static int command_embed(const struct options *o) {
+    struct session s;
+    struct error e = {""};
+    int64_t longest;
+    open_session(&s, o);
+    int n_layers = o->layer < 0 ? s.model.c.n_layer : o->layer;
+    if (n_layers > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
+    struct ids *texts = read_inputs(&s, &longest);
+    for (int i = 0; i < o->n_inputs; i++)
+        if (texts[i].n == 0) die("input %d is empty: it has no embedding", i + 1);
+    bool all = strcmp(o->pool, "none") == 0;
+    if (all && o->n_inputs != 1) die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
+    open_context(&s, longest, 1);
+    struct outfile out;
+    if (!outfile_open(&out, o->output, &e)) die("%s", e.text);
+    if (out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");
+    npy_header(out.f, all ? (int64_t)texts[0].n : o->n_inputs, s.model.c.d_model);
+    for (int i = 0; i < o->n_inputs; i++) embed_text(&s, &texts[i], n_layers, out.f);
+    if (out.f == stdout) check_stdout();
+    if (!outfile_commit(&out, &e)) die("%s", e.text);
+    free_inputs(texts, o->n_inputs);
+    close_session(&s);
+    return 0;
+}
+
+// ---- tokenize ----
+
+// Text of ids on one line's worth of output; the bytes as they are.
+static void print_decoded(const struct tokenizer *t, const struct ids *ids) {
+    struct buffer bytes = {0}, clean = {0};
+    for (size_t i = 0; i < ids->n; i++) buffer_add(&bytes, t->token[ids->p[i]].p, t->token[ids->p[i]].n);
+    repair_utf8(bytes.p, bytes.n, &clean);
+    fwrite(clean.p, 1, clean.n, stdout);
+    putchar('\n');
+    free(bytes.p);
+    free(clean.p);
+}
+
+static int command_tokenize(const struct options *o) {
+    struct error e = {""};
+    struct session s = {.o = o, .has_tokenizer = true};
+    if (!gguf_open(&s.model.file, o->tokenizer ? o->tokenizer : o->model, &e)) die("%s", e.text);
+    const struct gguf *g = &s.model.file;
+    if (gguf_has_tokenizer(g)) {
+        if (!tokenizer_load(&s.tokenizer, g, &e)) die("%s: %s", g->path, e.text);
+    } else {  // a model that relies on tokenizer.bin
+        gguf_close(&s.model.file);
+        open_session(&s, o);
+        need_tokenizer(&s);
+    }
+    s.model.c.n_vocab = s.tokenizer.n_tokens;
+    for (int i = 0; i < o->n_inputs; i++) {
+        struct ids ids = {0};
+        const struct input *in = &o->inputs[i];
+        if (in->source == FROM_IDS || !o->decode) {
+            read_input(&s, in, false, &ids);
+        } else {
+            struct buffer b = {0};
+            if (in->source == FROM_FILE) b = read_all(in->value);
+            else buffer_add(&b, in->value, strlen(in->value));
+            buffer_add(&b, "", 1);
+            parse_ids(b.p, s.tokenizer.n_tokens, &ids);
+            free(b.p);
+        }
+        if (o->decode) print_decoded(&s.tokenizer, &ids);
+        else {
+            for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
+            putchar('\n');
+        }
+        free(ids.p);
+        check_stdout();
+    }
+    close_session(&s);
+    return 0;
+}
+
+// ---- inspect ----
+
+static void print_value(const struct gguf_kv *kv, const uint8_t **at) {
+    if (kv->type == GGUF_STRING) {
+        struct str s = gguf_next_str(at);
+        putchar('"');
+        print_escaped(stdout, (struct str){s.p, s.n < 200 ? s.n : 200});
+        printf(s.n < 200 ? "\"" : "...\" (%zu bytes)", s.n);
+        return;
+    }
+    union {
+        uint64_t u;
+        int64_t i;
+        double d;
+        float f;
+    } v = {0};
+    int bytes = gguf_types[kv->type].bytes;
+    memcpy(&v, *at, (size_t)bytes);
+    *at += bytes;
+    int unused = 64 - 8 * bytes;
+    switch (kv->type) {
+    case GGUF_F32: printf("%.9g", (double)v.f); break;
+    case GGUF_F64: printf("%.17g", v.d); break;
+    case GGUF_BOOL: printf(v.u ? "true" : "false"); break;
+    case GGUF_I8: case GGUF_I16: case GGUF_I32: case GGUF_I64:
+        printf("%" PRId64, (int64_t)(v.u << unused) >> unused);
+        break;
+    default: printf("%" PRIu64, v.u);
+    }
+}
+
+static int command_inspect(const struct options *o) {
+    struct gguf g;
+    struct error e = {""};
+    if (!gguf_open(&g, o->model, &e)) die("%s", e.text);
+    printf("file\t%s\nbytes\t%zu\nversion\t%" PRIu32 "\n", o->model, g.size, g.version);
+    for (uint64_t i = 0; i < g.n_kv; i++) {
+        const struct gguf_kv *kv = &g.kv[i];
+        const uint8_t *at = kv->value;
+        printf("metadata\t");
+        print_escaped(stdout, kv->key);
+        printf("\t%s", gguf_types[kv->type].name);
+        if (kv->is_array) printf("[%" PRIu64 "]", kv->count);
+        putchar('\t');
+        for (uint64_t j = 0; j < kv->count && j < 6; j++) {
+            if (j) printf(", ");
+            print_value(kv, &at);
+        }
+        printf(kv->count > 6 ? ", ...\n" : "\n");
+    }
+    uint64_t parameters = 0;
+    for (uint64_t i = 0; i < g.n_tensors; i++) {
+        const struct tensor *t = &g.tensors[i];
+        printf("tensor\t");
+        print_escaped(stdout, t->name);
+        printf("\t%s\t[", formats[t->format].name);
+        uint64_t n = 1;
+        for (int d = t->n_dims - 1; d >= 0; d--) {  // the slowest dimension first, as everywhere in this program
+            printf("%" PRId64 "%s", t->ne[d], d ? ", " : "]\t");
+            n *= (uint64_t)t->ne[d];
+        }
+        printf("%" PRIu64 " bytes\n", t->n_bytes);
+        parameters += n;
+    }
+    printf("parameters\t%" PRIu64 "\n", parameters);
+    bool vocabulary_only = g.n_tensors == 0;
+    gguf_close(&g);
+    struct model m;
+    if (!vocabulary_only) {  // last, so that what a file holds is seen even when it is no model that runs here
+        if (!model_open(&m, o->model, &e)) die("%s", e.text);
+        printf("state\t%zu bytes a sequence\n", state_floats(&m.c) * sizeof(float));
+        model_close(&m);
+    }
+    check_stdout();
+    return 0;
+}
+
+// ====================================================================================================================
+// 11. Command line.
+// One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
+// from the same table. Calls section 10.
+// ====================================================================================================================
+
+#define ON(command) (1u << (command))
+#define ON_MODEL (ON(GENERATE) | ON(SCORE) | ON(EMBED))
+#define ON_INPUT (ON_MODEL | ON(TOKENIZE))
+
+static const struct {
+    const char *name, *summary, *example;
+} commands[N_COMMANDS] = {
+    [GENERATE] = {"generate", "continue a prompt, token by token, on standard output (the default)",
+                  "mamba models/tales.bin -p \"Once upon a time\" -n 200 -s 7"},
+    [SCORE] = {"score", "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
+               "mamba score model.bin -f chapter1.txt -f chapter2.txt"},
+    [EMBED] = {"embed", "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
+    [TOKENIZE] = {"tokenize", "token ids of a text, one line a text; --decode turns them back",
+                  "mamba tokenize tokenizer.bin -p \"Hello world\""},
+    [INSPECT] = {"inspect", "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
+};
+
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, HELP, VERSION };
+
+static const struct option {
+    const char *short_name, *name, *takes, *help;
+    enum option_kind kind;
+    unsigned on;            // commands that know it
+    size_t field;           // offset in struct options
+    double min, max;
+} option_table[] = {
+#define FIELD(name) offsetof(struct options, name)
+    {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ON_INPUT | ON(INSPECT), FIELD(model), 0, 0},
+    {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
+    {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
+    {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
+    {"-n", "--n-predict", "N", "tokens to generate (128); -1: to the end of the text", INTEGER, ON(GENERATE),
+     FIELD(n_predict), -1, 1e9},
+    {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
+    {NULL, "--temp", "T", "temperature (0.8); 0: always the likeliest token", NUMBER, ON(GENERATE),
+     FIELD(sampling.temperature), 0, 1e6},
+    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40); 0: all", INTEGER, ON(GENERATE), FIELD(sampling.top_k), 0, 1e9},
+    {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95); 1: all", NUMBER, ON(GENERATE),
+     FIELD(sampling.top_p), 0, 1},
+    {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05)", NUMBER, ON(GENERATE),
+     FIELD(sampling.min_p), 0, 1},
+    {NULL, "--repeat-penalty", "X", "make tokens that came lately less likely (1.0: off)", NUMBER, ON(GENERATE),
+     FIELD(sampling.repeat_penalty), 0.01, 100},
+    {NULL, "--repeat-last-n", "N", "how far back the penalty looks (64)", INTEGER, ON(GENERATE),
+     FIELD(sampling.repeat_last_n), 0, RECENT_MAX},
+    {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(sampling.greedy), 0, 0},
+    {NULL, "--stop", "TEXT", "end before this text; may be repeated", STOP_TEXT, ON(GENERATE), 0, 0, 0},
+    {NULL, "--ignore-eos", NULL, "never end by the end-of-text token", FLAG, ON(GENERATE), FIELD(ignore_eos), 0, 0},
+    {NULL, "--echo", NULL, "print the prompt too", FLAG, ON(GENERATE), FIELD(echo), 0, 0},
+    {NULL, "--print-ids", NULL, "print token ids instead of text", FLAG, ON(GENERATE), FIELD(print_ids), 0, 0},
+    {NULL, "--save-state", "FILE", "write the state at the end", TEXT, ON(GENERATE), FIELD(save_state), 0, 0},
+    {NULL, "--load-state", "FILE", "continue from a saved state", TEXT, ON(GENERATE), FIELD(load_state), 0, 0},
+    {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
+    {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
+    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
+    {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
+     FIELD(layer), 0, 1e6},
+    {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
+    {NULL, "--decode", NULL, "turn ids into text", FLAG, ON(TOKENIZE), FIELD(decode), 0, 0},
+    {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT,
+     FIELD(parse_special), 0, 0},
+    {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", TEXT, ON_INPUT, FIELD(tokenizer), 0, 0},
+    {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
+    {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL, FIELD(ubatch), 1, 1 << 16},
+    {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ON_MODEL, FIELD(quiet), 0, 0},
+    {"-h", "--help", NULL, "this help", HELP, ~0u, 0, 0, 0},
+    {NULL, "--version", NULL, "print the version", VERSION, ~0u, 0, 0, 0},
+#undef FIELD
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
+    struct error e;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
+    print_line(stderr, e.text);
+    fputs("Try: mamba --help\n", stderr);
+    exit(2);
+}
+
+static void print_general_help(FILE *f) {
+    fputs("Usage: mamba [COMMAND] MODEL [OPTIONS]\n\n"
+          "Runs selective state space models (Mamba) from a GGUF file.\n\nCommands:\n", f);
+    for (int c = 0; c < N_COMMANDS; c++) fprintf(f, "  %-10s %s\n", commands[c].name, commands[c].summary);
+    fputs("\nmamba help COMMAND shows the options of a command.\n"
+          "Text comes from -p TEXT, -f FILE, or standard input when it is not a terminal.\n\nExample:\n  ", f);
+    fprintf(f, "%s\n", commands[GENERATE].example);
+}
+
+static void print_command_help(FILE *f, enum command c) {
+    fprintf(f, "Usage: mamba %s MODEL [OPTIONS]\n\n%s: %s\n\nOptions:\n", commands[c].name, commands[c].name,
+            commands[c].summary);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        char left[64];
+        if (!(o->on & ON(c))) continue;
+        snprintf(left, sizeof left, "%s%s%s%s%s", o->short_name ? o->short_name : "", o->short_name ? ", " : "", o->name,
+                 o->takes ? " " : "", o->takes ? o->takes : "");
+        fprintf(f, "  %-27s %s\n", left, o->help);
+    }
+    fprintf(f, "\nExample:\n  %s\n", commands[c].example);
+}
+
+static int find_command(const char *name) {
+    for (int c = 0; c < N_COMMANDS; c++)
+        if (strcmp(commands[c].name, name) == 0) return c;
+    return -1;
+}
+
+static double parse_number(const struct option *o, const char *value) {
+    char *end;
+    errno = 0;
+    double v = strtod(value, &end);
+    bool whole = o->kind != INTEGER || v == floor(v);
+    if (end == value || *end || errno || !(v >= o->min && v <= o->max) || !whole)
+        usage_error("%s %s: expected %s from %g to %g", o->name, value, o->kind == INTEGER ? "an integer" : "a number", o->min,
+                    o->max);
+    return v;
+}
+
+static uint64_t parse_seed(const char *value) {
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(value, &end, 10);
+    if (end == value || *end || errno || *value == '-') usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
+    return v;
+}
+
+static void add_input(struct options *o, enum source source, const char *value) {
+    o->inputs = xrealloc(o->inputs, ((size_t)o->n_inputs + 1) * sizeof *o->inputs);
+    o->inputs[o->n_inputs++] = (struct input){source, value};
+}
+
+static void apply_option(struct options *o, const struct option *opt, const char *value) {
+    void *field = (char *)o + opt->field;
+    switch (opt->kind) {
+    case FLAG: *(bool *)field = true; break;
+    case INTEGER: *(int *)field = (int)parse_number(opt, value); break;
+    case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
+    case TEXT: *(const char **)field = value; break;
+    case SEED:
+        o->sampling.seed = parse_seed(value);
+        o->seed_given = true;
+        break;
+    case INPUT_TEXT: add_input(o, FROM_TEXT, value); break;
+    case INPUT_FILE: add_input(o, FROM_FILE, value); break;
+    case INPUT_IDS: add_input(o, FROM_IDS, value); break;
+    case STOP_TEXT:
+        if (!*value) usage_error("--stop: the text is empty");
+        o->stops = xrealloc(o->stops, ((size_t)o->n_stops + 1) * sizeof *o->stops);
+        o->stops[o->n_stops++] = value;
+        break;
+    case HELP:
+    case VERSION: break;
+    }
+}
+
+// The table's entry for an argument; the value of --name=value goes to *value.
+static const struct option *find_option(const char *arg, const char **value) {
+    const char *equals = strncmp(arg, "--", 2) == 0 ? strchr(arg, '=') : NULL;
+    size_t n = equals ? (size_t)(equals - arg) : strlen(arg);
+    *value = equals ? equals + 1 : NULL;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        bool is_long = strlen(o->name) == n && strncmp(o->name, arg, n) == 0;
+        if (is_long || (o->short_name && strcmp(o->short_name, arg) == 0)) return o;
+    }
+    return NULL;
+}
+
+// A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
+// does not look there: inside `while read` it would eat the lines of the loop.
+static void default_input(struct options *o) {
+    if (o->command == INSPECT || o->n_inputs || o->load_state) return;
+    if (!isatty(STDIN_FILENO)) add_input(o, FROM_FILE, "-");
+    else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", commands[o->command].name);
+}
+
+static void check_options(struct options *o) {
+    if (!o->model) usage_error("no model file; the first argument names it");
+    if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
+        usage_error("--pool %s: expected last, mean or none", o->pool);
+    int from_stdin = 0;
+    for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
+    if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
+}
+
+// Fills o from the arguments. Returns false when help or the version was asked for and printed.
+static bool parse_arguments(struct options *o, int argc, char **argv) {
+    const char *positional[3];
+    const struct option *given[N_OPTIONS];
+    int n_positional = 0, n_given = 0;
+    bool help = argc > 1 && strcmp(argv[1], "help") == 0, version = false;
+    for (int i = help ? 2 : 1; i < argc; i++) {
+        const char *value;
+        if (argv[i][0] != '-' || !argv[i][1]) {
+            if (n_positional == 3) usage_error("%s: one argument too many", argv[i]);
+            positional[n_positional++] = argv[i];
+            continue;
+        }
+        const struct option *opt = find_option(argv[i], &value);
+        if (!opt) usage_error("unknown option %s", argv[i]);
+        if (value && !opt->takes) usage_error("%s takes no value", opt->name);
+        if (opt->takes && !value) {
+            if (i + 1 == argc) usage_error("%s needs a value: %s", argv[i], opt->takes);
+            value = argv[++i];
+        }
+        help |= opt->kind == HELP;
+        version |= opt->kind == VERSION;
+        bool repeated = false;
+        for (int g = 0; g < n_given; g++) repeated |= given[g] == opt;
+        if (!repeated) given[n_given++] = opt;
+        apply_option(o, opt, value);
+    }
+    int command = n_positional ? find_command(positional[0]) : -1, next = command >= 0;
+    o->command = command >= 0 ? (enum command)command : GENERATE;
+    if (help || version) {
+        if (version) printf("mamba %s\n", MAMBA_VERSION);
+        else if (command >= 0) print_command_help(stdout, o->command);
+        else if (n_positional && strcmp(argv[1], "help") == 0) usage_error("%s: no such command", positional[0]);
+        else print_general_help(stdout);
+        return false;
+    }
+    for (int g = 0; g < n_given; g++)
+        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", given[g]->name, commands[o->command].name);
+    if (next < n_positional && !o->model) o->model = positional[next++];
+    if (next < n_positional) usage_error("%s: one argument too many; a prompt is given with -p", positional[next]);
+    default_input(o);
+    check_options(o);
+    return true;
+}
+
+static struct options default_options(void) {
+    return (struct options){
+        .n_predict = 128, .ubatch = 512, .pool = "last", .layer = -1,
+        .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .repeat_last_n = 64}};
+}
+
+#ifndef MAMBA_NO_MAIN
+int main(int argc, char **argv) {
+    struct options o = default_options();
+    if (argc < 2) {
+        print_general_help(stderr);
+        return 2;
+    }
+    if (!parse_arguments(&o, argc, argv)) {
+        check_stdout();
+        return 0;
+    }
+    if (!o.seed_given) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        o.sampling.seed = mix64((uint64_t)t.tv_sec * UINT64_C(1000000007) + (uint64_t)t.tv_nsec) >> 32;
+    }
+    atexit(discard_unfinished);
+    catch_signals();
+    int (*const run[N_COMMANDS])(const struct options *) = {
+        [GENERATE] = command_generate, [SCORE] = command_score, [EMBED] = command_embed,
+        [TOKENIZE] = command_tokenize, [INSPECT] = command_inspect};
+    int status = run[o.command](&o);
+    free(o.inputs);
+    free(o.stops);
+    return status;
+}
+#endif
+
+#endif  // not MAMBA_ISA_PASS

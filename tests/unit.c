@@ -1,0 +1,578 @@
+// Unit tests of mamba.c: they include it with its main off. Prints a line a failure, and the counts last.
+// Exit status 1 when anything failed. Run from anywhere; the fixtures are found beside this file's path.
+
+#define _GNU_SOURCE
+#include <stdlib.h>
+
+// Every allocation is counted, so that "decoding allocates nothing" can fail.
+static long n_allocations;
+static void *counted_malloc(size_t n) {
+    n_allocations++;
+    return malloc(n);
+}
+static void *counted_realloc(void *p, size_t n) {
+    n_allocations++;
+    return realloc(p, n);
+}
+static int counted_posix_memalign(void **p, size_t alignment, size_t n) {
+    n_allocations++;
+    return posix_memalign(p, alignment, n);
+}
+#define malloc counted_malloc
+#define realloc counted_realloc
+#define posix_memalign counted_posix_memalign
+#define MAMBA_NO_MAIN
+#include "../mamba.c"
+
+static int n_passed, n_failed;
+
+#define CHECK(condition, ...)                                                     \
+    do {                                                                          \
+        if (condition) n_passed++;                                                \
+        else {                                                                    \
+            n_failed++;                                                           \
+            printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);        \
+            printf(__VA_ARGS__);                                                  \
+            putchar('\n');                                                        \
+        }                                                                         \
+    } while (0)
+
+static uint64_t random_state = 1;
+static uint64_t random_bits(void) { return mix64(random_state += UINT64_C(0x9e3779b97f4a7c15)); }
+static double uniform(void) { return (double)(random_bits() >> 11) * 0x1p-53; }
+static float normal(void) {  // Box and Muller
+    return (float)(sqrt(-2 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()));
+}
+
+static const struct kernels *isa[3];
+static int n_isa;
+
+// ---- half floats ----
+
+static void test_half_floats(void) {
+    int wrong = 0;
+    for (int i = 0; i < 65536; i++) {
+        int exponent = i >> 10 & 31, mantissa = i & 1023;
+        double v = exponent == 31 ? (mantissa ? (double)NAN : (double)INFINITY)
+                   : exponent     ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+        float got = f16_to_f32((uint16_t)i), want = (float)(i & 0x8000 ? -v : v);
+        wrong += !(got == want || (isnan(got) && isnan(want)));
+    }
+    CHECK(wrong == 0, "%d of 65536 half floats differ", wrong);
+    CHECK(bf16_to_f32(0x3fc0) == 1.5f, "bf16 1.5 is %g", (double)bf16_to_f32(0x3fc0));
+}
+
+// ---- elementwise functions, seen through the kernels that use them ----
+
+enum { N_POINTS = 4096 };
+
+static void test_functions(const struct kernels *k) {
+    static float x[N_POINTS], y[N_POINTS], ones[N_POINTS], zeros[N_POINTS], gate[N_POINTS], state[N_POINTS];
+    double worst_exp = 0, worst_silu = 0, worst_softplus = 0;
+    for (int i = 0; i < N_POINTS; i++) {
+        x[i] = -60.0f + 120.0f * (float)i / N_POINTS;
+        ones[i] = 1;
+        gate[i] = 30;  // silu(30) = 30 to the last bit or so
+    }
+    k->exp_minus(x, N_POINTS, 20.0f, y);  // from e^-80 to e^40
+    for (int i = 0; i < N_POINTS; i++)  // far below the maximum the argument's own rounding counts
+        worst_exp = fmax(worst_exp, fabs(y[i] / exp((double)x[i] - 20) - 1) / (1 + fabs((double)x[i] - 20)));
+    CHECK(worst_exp < 2e-7, "%s: exp is off by %g", k->name, worst_exp);
+
+    // A convolution of one tap that is 1 with bias 0 leaves silu(x).
+    k->conv_silu(&(struct conv_args){.w = ones, .b = zeros, .state = state, .in = x, .out = y, .d_conv = 1, .n_tokens = 1,
+                                     .n = N_POINTS, .ld_w = N_POINTS, .ld = N_POINTS});
+    for (int i = 0; i < N_POINTS; i++)
+        worst_silu = fmax(worst_silu, fabs(y[i] - x[i] / (1 + exp(-(double)x[i]))) / (fabs((double)x[i]) + 1e-6));
+    CHECK(worst_silu < 1e-6, "%s: silu is off by %g", k->name, worst_silu);
+
+    // One state, A = 0, B = C = u = 1, D = 0, from h = 0: y = softplus(x) * silu(gate).
+    float b_and_c[2] = {1, 1};
+    memcpy(y, x, sizeof y);
+    memset(state, 0, sizeof state);
+    k->scan(&(struct scan_args){.a2 = zeros, .d = zeros, .dt_b = zeros, .state = state, .u = ones, .z = gate, .bc = b_and_c,
+                                .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_z = N_POINTS,
+                                .ld_bc = 2});
+    for (int i = 0; i < N_POINTS; i++) {
+        double want = fmax((double)x[i], 0) + log1p(exp(-fabs((double)x[i])));
+        worst_softplus = fmax(worst_softplus, fabs((double)y[i] / 30 - want) / (want + 1e-30));
+    }
+    CHECK(worst_softplus < 1e-5, "%s: softplus is off by %g, relatively", k->name, worst_softplus);
+
+    float with_nan[40];
+    for (int i = 0; i < 40; i++) with_nan[i] = (float)i;
+    CHECK(k->finite_max(with_nan, 40) == 39.0f && k->finite_max(with_nan, 7) == 6.0f, "%s: maximum", k->name);
+    for (int i = 0; i < 40; i++) {
+        with_nan[i] = i % 2 ? NAN : INFINITY;
+        CHECK(isnan(k->finite_max(with_nan, 40)), "%s: element %d is not finite, and went unseen", k->name, i);
+        with_nan[i] = (float)i;
+    }
+}
+
+// ---- products ----
+
+static uint16_t half_of(float v) {  // truncates: any value near v will do
+    uint32_t bits = bits_from_float(v);
+    int exponent = (int)(bits >> 23 & 255) - 112;
+    uint32_t sign = bits >> 16 & 0x8000;
+    if (exponent <= 0) return (uint16_t)sign;
+    return (uint16_t)(sign | (uint32_t)(exponent > 30 ? 30 : exponent) << 10 | (bits >> 13 & 0x3ff));
+}
+
+static struct matrix random_matrix(enum format format, int rows, int cols, float size) {
+    size_t row_bytes = (size_t)cols / (size_t)formats[format].block * (size_t)formats[format].bytes;
+    uint8_t *data = xcalloc((size_t)rows, row_bytes), *p = data;
+    for (size_t i = 0; i < (size_t)rows * (size_t)cols; i++) {
+        float v = normal() * size;
+        switch (format) {
+        case F32: memcpy(data + 4 * i, &v, 4); break;
+        case F16: memcpy(data + 2 * i, &(uint16_t){half_of(v)}, 2); break;
+        case BF16: memcpy(data + 2 * i, &(uint16_t){(uint16_t)(bits_from_float(v) >> 16)}, 2); break;
+        case Q8_0: {
+            struct block_q8_0 *b = (struct block_q8_0 *)p + i / 32;
+            b->d = half_of(size / 40);
+            b->qs[i % 32] = (int8_t)(random_bits() >> 56);  // -128 too, which quantisers avoid and files may hold
+            break;
+        }
+        case N_FORMATS: break;
+        }
+    }
+    return (struct matrix){data, format, rows, cols, row_bytes};
+}
+
+// Against double, every format, shapes that are multiples of nothing; and the same bits on every instruction set and for
+// every cut into rows and tokens.
+static void test_products(enum format format, int rows, int cols, int tokens) {
+    struct matrix m = random_matrix(format, rows, cols, 1);
+    struct act x = act_new(tokens, cols, true);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < cols; i++) x.f[t * x.ld + i] = normal();
+    size_t n = (size_t)rows * (size_t)tokens * sizeof(float);
+    float *y = xmalloc(n), *first = xmalloc(n), *row = xmalloc((size_t)cols * sizeof *row);
+    for (int i = 0; i < n_isa; i++) {
+        const struct kernels *k = isa[i];
+        if (is_quantized(&m)) quantize_rows(k, &x, 0, tokens, 0, cols);
+        for (int r = 0; r < rows;) {  // in pieces of random size
+            int n_rows = 1 + (int)(random_bits() % 9), token = 0;
+            if (n_rows > rows - r) n_rows = rows - r;
+            while (token < tokens) {
+                int n_tokens = 1 + (int)(random_bits() % 9);
+                if (n_tokens > tokens - token) n_tokens = tokens - token;
+                k->matmul(&m, r, n_rows, &x, token, n_tokens, y + token * rows + r, rows, false);
+                token += n_tokens;
+            }
+            r += n_rows;
+        }
+        if (i == 0) memcpy(first, y, n);
+        CHECK(memcmp(first, y, n) == 0, "%s %s [%d, %d] x %d: %s differs from %s", "product", formats[format].name, rows, cols,
+              tokens, k->name, isa[0]->name);
+    }
+    double worst = 0;
+    for (int r = 0; r < rows; r++) {
+        embed_row(&m, r, row);
+        for (int t = 0; t < tokens; t++) {
+            double sum = 0, size = 0;
+            for (int c = 0; c < cols; c++) {
+                double v = format == Q8_0 ? (double)x.q[t * x.ld + c] * (double)x.scale[(t * x.ld + c) / 32] : (double)x.f[t * x.ld + c];
+                sum += (double)row[c] * v;
+                size += fabs((double)row[c] * v);
+            }
+            double off = fabs((double)first[t * rows + r] - sum) / (size + 1e-9);
+            if (!(off <= worst)) worst = off;
+        }
+    }
+    CHECK(worst < 1e-5, "product %s [%d, %d] x %d is off by %g", formats[format].name, rows, cols, tokens, worst);
+    free((void *)m.data);
+    act_free(&x);
+    free(y);
+    free(first);
+    free(row);
+}
+
+static void test_quantize(void) {
+    float x[96], scale[3][3];
+    int8_t q[3][96];
+    for (int i = 0; i < 96; i++) x[i] = i < 32 ? 0 : normal() * (i < 64 ? 1e-3f : 1e3f);
+    for (int i = 0; i < n_isa; i++) {
+        isa[i]->quantize(x, 96, q[i], scale[i]);
+        CHECK(memcmp(q[i], q[0], 96) == 0 && memcmp(scale[i], scale[0], sizeof scale[0]) == 0, "%s quantises otherwise than %s",
+              isa[i]->name, isa[0]->name);
+        for (int j = 0; j < 96; j++)
+            CHECK(fabsf((float)q[i][j] * scale[i][j / 32] - x[j]) <= scale[i][j / 32] * 0.5001f, "%s: %g became %d * %g", isa[i]->name,
+                  (double)x[j], q[i][j], (double)scale[i][j / 32]);
+        float bad[32] = {1, 2, NAN}, bad_scale;
+        int8_t ignored[32];
+        isa[i]->quantize(bad, 32, ignored, &bad_scale);
+        CHECK(isnan(bad_scale), "%s: a NaN vanished in a block", isa[i]->name);
+        bad[2] = INFINITY;
+        isa[i]->quantize(bad, 32, ignored, &bad_scale);
+        CHECK(!isfinite(bad_scale), "%s: an infinity vanished in a block", isa[i]->name);
+    }
+}
+
+// ---- the model: one result, however a run is cut up ----
+
+static const float *random_vector(int n, float mean, float size) {
+    float *v = xcalloc((size_t)round_up(n, 16), sizeof *v);
+    for (int i = 0; i < n; i++) v[i] = mean + size * normal();
+    return v;
+}
+
+static struct model random_model(struct config c, enum format format) {
+    struct model m = {.c = c, .fingerprint = random_bits()};
+    m.layers = xcalloc((size_t)c.n_layer, sizeof *m.layers);
+    m.embd = random_matrix(c.d_model % 32 ? F32 : format, c.n_vocab, c.d_model, 0.5f);
+    m.head = m.embd;
+    m.norm = random_vector(c.d_model, 1, 0.1f);
+    for (int i = 0; i < c.n_layer; i++) {
+        struct layer *l = &m.layers[i];
+        int ld = round_up(c.d_inner, 16);
+        l->norm = random_vector(c.d_model, 1, 0.1f);
+        l->in = random_matrix(c.d_model % 32 ? F16 : format, 2 * c.d_inner, c.d_model, 0.1f);
+        float *conv = xcalloc((size_t)(ld * c.d_conv), sizeof *conv), *a2 = xcalloc((size_t)(ld * c.d_state), sizeof *a2);
+        for (int tap = 0; tap < c.d_conv; tap++)
+            for (int ch = 0; ch < c.d_inner; ch++) conv[tap * ld + ch] = 0.5f * normal();
+        for (int ch = 0; ch < c.d_inner; ch++)
+            for (int n = 0; n < c.d_state; n++) a2[(ch / 16 * c.d_state + n) * 16 + ch % 16] = -(float)uniform() * 8;
+        l->conv_w = conv;
+        l->a2 = a2;
+        l->conv_b = random_vector(c.d_inner, 0, 0.1f);
+        l->x = random_matrix(c.d_inner % 32 ? BF16 : format, c.dt_rank + 2 * c.d_state, c.d_inner, 0.1f);
+        l->dt = random_matrix(F32, c.d_inner, c.dt_rank, 0.3f);
+        l->dt_b = random_vector(c.d_inner, -3, 1);
+        l->d = random_vector(c.d_inner, 1, 0.2f);
+        l->out = random_matrix(c.d_inner % 32 ? F32 : format, c.d_model, c.d_inner, 0.1f);
+    }
+    return m;
+}
+
+static void free_random_model(struct model *m) {
+    for (int i = 0; i < m->c.n_layer; i++) {
+        struct layer *l = &m->layers[i];
+        const void *parts[] = {l->norm, l->in.data, l->conv_w, l->conv_b, l->x.data, l->dt.data, l->dt_b, l->a2, l->d, l->out.data};
+        for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) free((void *)parts[p]);
+    }
+    free((void *)m->embd.data);
+    free((void *)m->norm);
+    free(m->layers);
+}
+
+static uint64_t sequence_hash(const struct config *c, const struct sequence *s) {
+    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
+    uint64_t h = hash_bytes(1, s->conv, channels * (size_t)(c->d_conv - 1) * sizeof(float));
+    return hash_bytes(h, s->ssm, channels * (size_t)c->d_state * sizeof(float));
+}
+
+// Feeds n tokens in chunks of at most `chunk` (0: of random sizes); returns a hash of the last logits and the state.
+static uint64_t run_alone(struct context *ctx, struct sequence *s, const int32_t *tokens, int n, int chunk) {
+    const struct config *c = &ctx->m->c;
+    for (int at = 0; at < n;) {
+        int now = chunk ? chunk : 1 + (int)(random_bits() % 7);
+        if (now > n - at) now = n - at;
+        struct segment segment = {s, tokens + at, now, at + now == n};
+        forward(ctx, &segment, 1, c->n_layer);
+        at += now;
+    }
+    return hash_bytes(sequence_hash(c, s), ctx->logits, (size_t)c->n_vocab * sizeof(float));
+}
+
+enum { N_TOKENS = 150 };
+
+static void test_one_result(struct config c, enum format format) {
+    struct model m = random_model(c, format);
+    int32_t tokens[N_TOKENS];
+    for (int i = 0; i < N_TOKENS; i++) tokens[i] = (int32_t)(random_bits() % (uint64_t)c.n_vocab);
+    const int chunks[] = {N_TOKENS, 33, 0, 1, 2, 3, 4, 5, 31, 32, 127, 128, 129};  // 0: of random sizes
+    uint64_t whole = 0;
+    for (int k = 0; k < n_isa; k++)
+        for (int threads = 1; threads <= 2; threads++) {
+            struct context *ctx = context_new(&m, isa[k], threads, N_TOKENS, 4);
+            struct sequence *s = sequence_new(&c), *other = sequence_new(&c), *third = sequence_new(&c);
+            for (size_t i = 0; i < sizeof chunks / sizeof *chunks && ((k == 0 && threads == 1) || i < 3); i++) {
+                sequence_reset(s, &c);
+                uint64_t h = run_alone(ctx, s, tokens, N_TOKENS, chunks[i]);
+                if (!whole) whole = h;
+                CHECK(h == whole, "%s %s, %d threads, d_model %d: chunks of %d give other bits than the whole", formats[format].name,
+                      isa[k]->name, threads, c.d_model, chunks[i]);
+            }
+            CHECK(isfinite(isa[k]->finite_max(ctx->logits, c.n_vocab)), "logits are finite");
+
+            // Three sequences of different lengths in one batch; the one in the middle asks for no logits.
+            const int length[3] = {7, 1, 40};
+            uint64_t alone[3], together[3];
+            struct sequence *all[3] = {s, other, third};
+            struct segment batch[3];
+            for (int i = 0; i < 3; i++) {
+                sequence_reset(all[i], &c);
+                alone[i] = run_alone(ctx, all[i], tokens + 10 * i, length[i], N_TOKENS);
+                if (i == 1) alone[i] = sequence_hash(&c, all[i]);
+                sequence_reset(all[i], &c);
+                batch[i] = (struct segment){all[i], tokens + 10 * i, length[i], i != 1};
+            }
+            forward(ctx, batch, 3, c.n_layer);
+            for (int i = 0; i < 3; i++) {
+                together[i] = sequence_hash(&c, all[i]);
+                if (i != 1)
+                    together[i] = hash_bytes(together[i], ctx->logits + (size_t)(i / 2) * (size_t)ctx->ld_vocab,
+                                             (size_t)c.n_vocab * sizeof(float));
+                CHECK(together[i] == alone[i], "%s %s: sequence %d of a ragged batch differs from running it alone",
+                      formats[format].name, isa[k]->name, i);
+            }
+
+            // Decoding allocates nothing. (A first forward lets OpenMP start its threads.)
+            struct segment one = {s, tokens, 1, true};
+            forward(ctx, &one, 1, c.n_layer);
+            long before = n_allocations;
+            for (int i = 0; i < 5; i++) forward(ctx, &one, 1, c.n_layer);
+            CHECK(n_allocations == before, "decoding allocated %ld times", n_allocations - before);
+            sequence_free(s);
+            sequence_free(other);
+            sequence_free(third);
+            context_free(ctx);
+        }
+    free_random_model(&m);
+}
+
+// ---- state files ----
+
+static void test_state(void) {
+    struct config c = {.n_layer = 2, .d_model = 24, .d_inner = 50, .d_state = 3, .d_conv = 4, .dt_rank = 2, .n_vocab = 40,
+                       .norm_eps = 1e-5f};
+    struct model m = {.c = c, .fingerprint = 77}, other = {.c = c, .fingerprint = 78};
+    struct sequence *s = sequence_new(&c), *back = sequence_new(&c);
+    for (int layer = 0; layer < c.n_layer; layer++)
+        for (int ch = 0; ch < c.d_inner; ch++) {
+            for (int i = 0; i < 3; i++) s->conv[(layer * 3 + i) * 64 + ch] = normal();
+            for (int n = 0; n < 3; n++) s->ssm[((layer * 64 + ch / 16 * 16) * 3 + n * 16) + ch % 16] = normal();
+        }
+    s->n_past = 12345678901;
+    struct resume *r = xcalloc(1, sizeof *r), *got = xcalloc(1, sizeof *got);
+    *r = (struct resume){.pending = {7}, .n_pending = 1, .recent = {1, 2, 39}, .n_recent = 3, .bytes = "\xe2\x82", .n_bytes = 2};
+    char path[] = "/tmp/mamba-unit-XXXXXX";
+    int fd = mkstemp(path);
+    struct error e = {""};
+    CHECK(fd >= 0 && state_save(path, &m, s, r, &e), "saving: %s", e.text);
+    CHECK(state_load(path, &m, back, got, &e), "loading: %s", e.text);
+    CHECK(sequence_hash(&c, s) == sequence_hash(&c, back) && back->n_past == s->n_past, "the state came back otherwise");
+    CHECK(memcmp(r, got, sizeof *r) == 0, "what a run resumes from came back otherwise");
+    CHECK(!state_load(path, &other, back, got, &e) && strstr(e.text, "another model"), "another model: %s", e.text);
+
+    struct buffer file = {0};
+    char chunk[4096];
+    for (ssize_t n; (n = read(fd, chunk, 0)) > 0;) buffer_add(&file, chunk, (size_t)n);
+    FILE *f = fopen(path, "rb");
+    for (size_t n; f && (n = fread(chunk, 1, sizeof chunk, f));) buffer_add(&file, chunk, n);
+    if (f) fclose(f);
+    uint64_t before = sequence_hash(&c, back);
+    int accepted = 0, silent = 0;
+    uint8_t *copy = xmalloc(file.n);
+    for (size_t i = 0; i < file.n; i++) {  // cut at every length, and every byte damaged
+        struct error cut = {""}, damaged = {""};
+        memcpy(copy, file.p, file.n);
+        accepted += state_parse(copy, i, &m, back, got, &cut);
+        copy[i] ^= 0x41;
+        accepted += state_parse(copy, file.n, &m, back, got, &damaged);
+        silent += !cut.text[0] || !damaged.text[0];
+    }
+    CHECK(accepted == 0 && silent == 0, "%d damaged state files were accepted, %d without a word", accepted, silent);
+    CHECK(sequence_hash(&c, back) == before, "a refused state file changed the state");
+    free(copy);
+    free(file.p);
+    free(r);
+    free(got);
+    sequence_free(s);
+    sequence_free(back);
+    unlink(path);
+    close(fd);
+}
+
+// ---- GGUF headers from an enemy ----
+
+static bool bind_bytes(const uint8_t *bytes, size_t n, struct error *e) {
+    struct model m = {.file = {.map = bytes, .size = n}};
+    bool ok = gguf_parse(&m.file, e) && model_bind(&m, e);
+    struct tokenizer t = {0};
+    if (ok && gguf_has_tokenizer(&m.file) && tokenizer_load(&t, &m.file, e)) tokenizer_close(&t);
+    m.file.map = NULL;  // not mapped
+    model_close(&m);
+    return ok;
+}
+
+static void test_hostile_header(const char *path) {
+    struct gguf g;
+    struct error e = {""};
+    if (!gguf_open(&g, path, &e)) {
+        CHECK(false, "%s", e.text);
+        return;
+    }
+    int silent = 0;
+    uint8_t *copy = xmalloc(g.size);
+    memcpy(copy, g.map, g.size);
+    struct error whole = {""};
+    CHECK(bind_bytes(copy, g.size, &whole), "%s", whole.text);
+    for (size_t i = 0; i < g.data_start; i++) {
+        struct error cut = {""}, flipped = {""};
+        uint8_t *exact = xmalloc(i);  // so that a sanitizer sees a read past the end
+        memcpy(exact, g.map, i);
+        silent += bind_bytes(exact, i, &cut) || !cut.text[0];
+        free(exact);
+        for (int bit = 0; bit < 8; bit += 7) {
+            copy[i] ^= (uint8_t)(1 << bit);
+            silent += !bind_bytes(copy, g.size, &flipped) && !flipped.text[0];
+            copy[i] ^= (uint8_t)(1 << bit);
+        }
+    }
+    CHECK(silent == 0, "%d cut or damaged headers went wrong without a word", silent);
+    for (int i = 0; i < 2000; i++) {  // random bytes behind the magic
+        size_t n = 24 + random_bits() % 200;
+        uint8_t *random = xmalloc(n);
+        for (size_t b = 0; b < n; b++) random[b] = (uint8_t)(random_bits() >> (random_bits() % 3 * 28));
+        memcpy(random, "GGUF\3\0\0\0", 8);
+        struct error r = {""};
+        silent += bind_bytes(random, n, &r) || !r.text[0];
+        free(random);
+    }
+    CHECK(silent == 0, "%d random headers were accepted", silent);
+    free(copy);
+    gguf_close(&g);
+}
+
+// ---- sampler ----
+
+static void test_sampler(void) {
+    enum { V = 50, DRAWS = 40000 };
+    float logits[V], copy[V];
+    double p[V], sum = 0;
+    for (int i = 0; i < V; i++) logits[i] = 1.5f * normal();
+    for (int i = 0; i < V; i++) sum += p[i] = exp((double)logits[i] / 0.7);
+    struct sampling all = {.temperature = 0.7f, .top_p = 1, .repeat_penalty = 1, .repeat_last_n = 64, .seed = 5};
+    struct sampler s = sampler_new(all, isa[0], V);
+    int count[V] = {0};
+    for (int t = 0; t < DRAWS; t++) {
+        memcpy(copy, logits, sizeof copy);
+        count[sample(&s, copy, NULL, 0, t)]++;
+    }
+    double chi2 = 0;
+    for (int i = 0; i < V; i++) chi2 += pow(count[i] - DRAWS * p[i] / sum, 2) / (DRAWS * p[i] / sum);
+    CHECK(chi2 < 49 + 6 * sqrt(2 * 49), "chi square is %g with 49 degrees of freedom", chi2);
+
+    // Which tokens top-k, top-p and min-p let through, against a sort.
+    int order[V];
+    for (int i = 0; i < V; i++) order[i] = i;
+    for (int i = 0; i < V; i++)
+        for (int j = i + 1; j < V; j++)
+            if (logits[order[j]] > logits[order[i]]) {
+                int swap = order[i];
+                order[i] = order[j];
+                order[j] = swap;
+            }
+    double plain = 0, running = 0;
+    for (int i = 0; i < V; i++) plain += exp((double)logits[i]);
+    int nucleus = 0, likely = 0;
+    while (running < 0.6 * plain) running += exp((double)logits[order[nucleus++]]);
+    while (likely < V && logits[order[likely]] - logits[order[0]] >= logf(0.2f)) likely++;
+    const struct {
+        struct sampling s;
+        int allowed;
+    } cases[] = {{{.temperature = 1, .top_k = 3, .top_p = 1, .repeat_penalty = 1}, 3},
+                 {{.temperature = 1, .top_p = 0.6f, .repeat_penalty = 1}, nucleus},
+                 {{.temperature = 1, .top_p = 1, .min_p = 0.2f, .repeat_penalty = 1}, likely}};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        bool seen[V] = {false};
+        int distinct = 0, outside = 0;
+        s.s = cases[c].s;
+        for (int t = 0; t < 4000; t++) {
+            memcpy(copy, logits, sizeof copy);
+            seen[sample(&s, copy, NULL, 0, t)] = true;
+        }
+        for (int i = 0; i < V; i++) distinct += seen[i];
+        for (int i = cases[c].allowed; i < V; i++) outside += seen[order[i]];
+        CHECK(outside == 0, "case %zu drew %d tokens that it should not", c, outside);
+        CHECK(distinct >= cases[c].allowed - 1, "case %zu drew %d of %d tokens", c, distinct, cases[c].allowed);
+    }
+
+    s.s = (struct sampling){.greedy = true, .repeat_penalty = 1};
+    memcpy(copy, logits, sizeof copy);
+    copy[9] = copy[4] = 100;
+    CHECK(sample(&s, copy, NULL, 0, 0) == 4, "of equal logits the lower id is taken");
+    copy[4] = -INFINITY;
+    CHECK(sample(&s, copy, NULL, 0, 0) == 9, "a banned token is not taken");
+    int32_t recent[3] = {9, 9, 2};
+    copy[2] = -3;
+    s.s.repeat_penalty = 2;
+    s.s.repeat_last_n = 3;
+    sample(&s, copy, recent, 3, 0);
+    CHECK(copy[9] == 50 && copy[2] == -6, "the repeat penalty gave %g and %g", (double)copy[9], (double)copy[2]);
+    copy[9] = 100;
+    s.s.repeat_last_n = 1;
+    sample(&s, copy, recent, 3, 0);
+    CHECK(copy[9] == 100, "the repeat penalty looked back too far");
+    CHECK(random_at(1, 5) == random_at(1, 5) && random_at(1, 5) != random_at(1, 6) && random_at(1, 5) != random_at(2, 5),
+          "random numbers are a function of seed and position");
+    sampler_free(&s);
+}
+
+// ---- text on its way out ----
+
+// Emits the pieces with these stop texts; the output goes to `out`.
+static bool emitted(const char *const *pieces, int n, const char *const *stops, int n_stops, char *out) {
+    char *text = NULL;
+    size_t size = 0;
+    FILE *f = open_memstream(&text, &size);
+    struct emitter e = {.f = f, .stops = stops, .n_stops = n_stops};
+    for (int i = 0; i < n && !e.stopped; i++) emit(&e, (struct str){pieces[i], strlen(pieces[i])});
+    if (!e.stopped && e.held.n) emit_bytes(&e, e.held.n);
+    fclose(f);
+    strcpy(out, text);
+    free(text);
+    free(e.held.p);
+    return e.stopped;
+}
+
+static void test_emitter(void) {
+    char out[256];
+    const char *split[] = {"one en", "d", "of", " text"}, *stops[] = {"endof", "zzz"};
+    CHECK(emitted(split, 4, stops, 2, out) && strcmp(out, "one ") == 0, "a stop text over three tokens left \"%s\"", out);
+    const char *almost[] = {"one en", "do", "r", "f"};
+    CHECK(!emitted(almost, 4, stops, 2, out) && strcmp(out, "one endorf") == 0, "what was no stop text became \"%s\"", out);
+    const char *nested[] = {"ab", "c"}, *two[] = {"abcd", "bc"};
+    CHECK(emitted(nested, 2, two, 2, out) && strcmp(out, "a") == 0, "the stop text inside another left \"%s\"", out);
+    const char *euro[] = {"5 \xe2", "\x82", "\xac!"};
+    CHECK(!emitted(euro, 3, NULL, 0, out) && strcmp(out, "5 \xe2\x82\xac!") == 0, "a character over three tokens: \"%s\"", out);
+    const char *broken[] = {"a\xff", "\xe2\x82", "b"};
+    CHECK(!emitted(broken, 3, NULL, 0, out) && strcmp(out, "a\xef\xbf\xbd\xef\xbf\xbd" "b") == 0, "broken bytes: \"%s\"", out);
+    CHECK(incomplete_tail("a\xf0\x9f\x98", 4) == 3 && incomplete_tail("\xf0\x9f\x98\x80", 4) == 0 && incomplete_tail("\xff", 1) == 0,
+          "incomplete characters at the end");
+}
+
+int main(int argc, char **argv) {
+    (void)argc;
+    char fixture[PATH_MAX];
+    const char *slash = strrchr(argv[0], '/');
+    snprintf(fixture, sizeof fixture, "%.*sfixtures/mamba_tied.f32.bin", slash ? (int)(slash - argv[0]) + 1 : 0, argv[0]);
+    n_isa = usable_kernels(isa);
+    test_half_floats();
+    for (int i = 0; i < n_isa; i++) test_functions(isa[i]);
+    test_quantize();
+    for (int f = 0; f < N_FORMATS; f++) {
+        int block = formats[f].block;
+        test_products((enum format)f, 5, 3 * 32, 7);
+        test_products((enum format)f, 33, 7 * block, 13);
+        test_products((enum format)f, 1, block, 1);
+        test_products((enum format)f, 19, 96 * 5 + (block == 1 ? 11 : 0), 6);
+    }
+    const struct config shapes[] = {
+        {.n_layer = 2, .d_model = 64, .d_inner = 128, .d_state = 16, .d_conv = 4, .dt_rank = 4, .n_vocab = 100, .norm_eps = 1e-5f},
+        {.n_layer = 2, .d_model = 96, .d_inner = 192, .d_state = 5, .d_conv = 3, .dt_rank = 7, .n_vocab = 301, .norm_eps = 1e-5f,
+         .dt_b_c_rms = true, .dt_b_c_eps = 1e-6f},
+        {.n_layer = 3, .d_model = 37, .d_inner = 74, .d_state = 16, .d_conv = 2, .dt_rank = 3, .n_vocab = 11, .norm_eps = 1e-5f},
+    };
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (int f = 0; f < N_FORMATS; f++) test_one_result(shapes[s], (enum format)f);
+    test_state();
+    test_hostile_header(fixture);
+    test_sampler();
+    test_emitter();
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed != 0;
+}

@@ -14,7 +14,8 @@ PYTHON ?= python3
 VENV ?= $(HOME)/.cache/mamba-tests/venv
 
 # A compiler without its OpenMP library still builds a program that uses one thread.
-OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_max_threads()<0;}\n' | \
+HASH := \#
+OPENMP := $(shell printf '$(HASH)include <omp.h>\nint main(void){return omp_get_max_threads()<0;}\n' | \
 	$(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 
 all: mamba
@@ -36,7 +37,7 @@ tests/unit: tests/unit.c mamba.c Makefile
 
 # The stamps hold the requirements that were installed; other requirements make another installation.
 $(VENV)/quick: tests/requirements.txt
-	$(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	cp $< $@
 

@@ -3144,12 +3144,12 @@ static void on_signal(int signal) {
     interrupted = signal;
 }
 
-// The first Ctrl-C or kill ends a command at its next token; a second one ends the process.
+// From here on the first Ctrl-C or kill ends a command at its next token, and a second one ends the process. A write in
+// progress is not cut short. (While input is read, a signal still does what it always does.)
 static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
 }
 
 static void stop_if_interrupted(void) {
@@ -3181,7 +3181,6 @@ static struct buffer read_all(const char *path) {
         char chunk[65536];
         n = fread(chunk, 1, sizeof chunk, f);
         buffer_add(&b, chunk, n);
-        stop_if_interrupted();
     }
     if (ferror(f)) die("%s: %s", is_stdin ? "standard input" : path, strerror(errno));
     if (!is_stdin) fclose(f);
@@ -3285,6 +3284,7 @@ static void open_context(struct session *s, int64_t max_tokens, int max_rows) {
     s->ctx = context_new(&s->model, choose_kernels(), s->o->n_threads ? s->o->n_threads : default_threads(),
                          n > 0 ? n : 1, max_rows);
     s->seq = sequence_new(&s->model.c);
+    catch_signals();
 }
 
 static void open_session(struct session *s, const struct options *o) {
@@ -4071,7 +4071,7 @@ int main(int argc, char **argv) {
         o.sampling.seed = mix64((uint64_t)t.tv_sec * UINT64_C(1000000007) + (uint64_t)t.tv_nsec) >> 32;
     }
     atexit(discard_unfinished);
-    catch_signals();
+    signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
     int (*const run[N_COMMANDS])(const struct options *) = {
         [GENERATE] = command_generate, [SCORE] = command_score, [EMBED] = command_embed,
         [TOKENIZE] = command_tokenize, [INSPECT] = command_inspect};

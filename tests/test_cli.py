@@ -1,0 +1,214 @@
+"""The command line: help, errors and exit statuses, pipes, streams, files that appear whole or not at all."""
+import os
+import re
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+
+from conftest import FIXTURES, ROOT
+
+MODEL = FIXTURES / "mamba_tied.f32.bin"
+VOCABULARY = FIXTURES / "vocab_gpt2.gguf"
+COMMANDS = ["generate", "score", "embed", "tokenize", "inspect"]
+IDS = ["--ids", "5 6 7 8"]
+
+
+def one_line(done, status, *words):
+    """An error is one line on standard error (and, for a wrong command line, a hint), and nothing on standard output."""
+    text = done.stderr.decode()
+    lines = [line for line in text.splitlines() if line != "Try: mamba --help"]
+    assert done.returncode == status, text
+    assert len(lines) == 1 and lines[0].startswith("mamba: "), text
+    for word in words:
+        assert str(word) in lines[0], text
+    assert done.stdout == b""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(mamba, command):
+    a = mamba("help", command).stdout.decode()
+    assert a == mamba(command, "--help").stdout.decode()
+    assert a.startswith(f"Usage: mamba {command} MODEL") and "Example:" in a
+    assert max(map(len, a.splitlines())) <= 110
+
+
+def test_general_help(mamba):
+    text = mamba("--help").stdout.decode()
+    assert all(command in text for command in COMMANDS)
+    assert re.fullmatch(r"mamba \d+\.\d+\n", mamba("--version").stdout.decode())
+    done = mamba(check=False)
+    assert done.returncode == 2 and done.stdout == b"" and b"Usage" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--frobnicate"], ["unknown option --frobnicate"]),
+    ([MODEL, "-n"], ["-n needs a value"]),
+    ([MODEL, "-n", "x"], ["--n-predict x", "integer"]),
+    ([MODEL, "-n", "1.5"], ["--n-predict 1.5", "integer"]),
+    ([MODEL, "--top-p", "2"], ["--top-p 2", "0 to 1"]),
+    ([MODEL, "--temp", "nan"], ["--temp nan"]),
+    ([MODEL, "-s", "-1"], ["--seed -1"]),
+    ([MODEL, "-t", "0"], ["--threads 0"]),
+    ([MODEL, "--stop", ""], ["--stop"]),
+    ([MODEL, "--greedy=yes"], ["--greedy takes no value"]),
+    ([MODEL, "--per-token"], ["--per-token does not apply to generate"]),
+    (["score", MODEL, "--greedy"], ["--greedy does not apply to score"]),
+    (["embed", MODEL, "--pool", "max"], ["--pool max", "last, mean or none"]),
+    ([MODEL, "extra"], ["extra", "-p"]),
+    (["score"], ["no model file"]),
+    (["help", "dance"], ["dance", "no such command"]),
+    (["score", MODEL, "-f", "-", "-f", "-"], ["standard input"]),
+])
+def test_wrong_command_line(mamba, arguments, words):
+    one_line(mamba(*arguments, check=False), 2, *words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["no-such-model.bin", *IDS], ["no-such-model.bin", "No such file"]),
+    (["/", *IDS], ["/", "not a regular file"]),
+    (["tokenize", VOCABULARY, "-f", "no-such-prompt.txt"], ["no-such-prompt.txt", "No such file"]),
+    ([MODEL, "-p", "hello"], ["tokenizer"]),
+    ([MODEL, "--ids", "5 160", "--print-ids"], ["160", "0 to 159"]),
+    ([MODEL, "--ids", "5 -1", "--print-ids"], ["-1"]),
+    ([MODEL, "--ids", "5 six", "--print-ids"], ["six"]),
+    (["embed", MODEL, *IDS, "--layer", "99"], ["--layer 99"]),
+    (["embed", MODEL, "--ids", ""], ["empty"]),
+    (["score", MODEL, *IDS, *IDS, "--logits", "x.npy"], ["--logits"]),
+    ([MODEL, *IDS, "--print-ids", "--load-state", "no-such.state"], ["no-such.state"]),
+    ([MODEL, *IDS, "--print-ids", "--save-state", "/no/such/folder/x.state"], ["/no/such/folder/x.state"]),
+    (["score", MODEL, *IDS, "--logits", "/no/such/folder/x.npy"], ["/no/such/folder/x.npy"]),
+    ([MODEL, *IDS, "--tokenizer", MODEL], ["holds no tokenizer"]),
+])
+def test_what_fails_while_running(mamba, arguments, words):
+    one_line(mamba(*arguments, check=False), 1, *words)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ["empty"]),
+    (b"hello, this is no model at all", ["not a GGUF file"]),
+    (b"GGUF\x03\0\0\0" + b"\xff" * 16, ["counts"]),
+    (b"GGUF\x07\0\0\0" + b"\0" * 16, ["version 7"]),
+    (b"GGUF\x03\0\0\0" + b"\0" * 16, ["general.architecture"]),
+])
+def test_broken_model_files(mamba, tmp_path, content, words):
+    path = tmp_path / "broken.bin"
+    path.write_bytes(content)
+    one_line(mamba("score", path, *IDS, check=False), 1, path, *words)
+
+
+def changed_model(tmp_path, change):
+    """The fixture with one change to its bytes."""
+    data = bytearray(MODEL.read_bytes())
+    change(data)
+    path = tmp_path / "changed.bin"
+    path.write_bytes(data)
+    return path
+
+
+def test_truncated_model(mamba, tmp_path):
+    path = changed_model(tmp_path, lambda d: d.__delitem__(slice(len(d) - 100, None)))
+    one_line(mamba("score", path, *IDS, check=False), 1, path, "cut off")
+
+
+def test_missing_tensor(mamba, tmp_path):
+    def rename(d):
+        at = d.index(b"blk.1.ssm_out.weight")
+        d[at:at + 3] = b"xxx"
+    one_line(mamba("score", changed_model(tmp_path, rename), *IDS, check=False), 1, "'blk.1.ssm_out.weight' is missing")
+
+
+def test_wrong_shape(mamba, tmp_path):
+    def shrink(d):
+        at = d.index(b"mamba.ssm.time_step_rank") + len(b"mamba.ssm.time_step_rank") + 4
+        d[at] += 1
+    one_line(mamba("score", changed_model(tmp_path, shrink), *IDS, check=False), 1, "shape", "expected")
+
+
+@pytest.mark.parametrize("tensor, words", [(b"blk.0.ssm_d", ["blk.0.ssm_d", "finite"]), (b"blk.0.ssm_in.weight", ["not a finite number"])])
+def test_nan_in_weights(mamba, tmp_path, tensor, words):
+    gguf = pytest.importorskip("gguf")
+    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor.decode())
+    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), b"\0\0\xc0\x7f"))
+    one_line(mamba(path, *IDS, "--print-ids", check=False), 1, path, *words)
+
+
+def test_vocabulary_that_does_not_match(mamba, tmp_path):
+    done = mamba("score", MODEL, "-p", "x", "--tokenizer", ROOT / "tokenizer.bin", check=False)
+    one_line(done, 1, "50277", "160")
+
+
+def test_reader_that_leaves(mamba):
+    """| head -c 10 ends quietly."""
+    done = subprocess.run(f"'{ROOT}/mamba' '{MODEL}' --ids '5 6' --print-ids -n 100000 -q | head -c 10; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, timeout=60)
+    assert done.stderr == b"" and done.stdout[10:] == b"0\n"
+
+
+def test_full_disk(mamba):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([ROOT / "mamba", "score", MODEL, *IDS, "--per-token"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b"No space left" in done.stderr
+
+
+def test_interrupt_keeps_the_text_and_saves_the_state(mamba, tmp_path):
+    state = tmp_path / "s.state"
+    run = subprocess.Popen([ROOT / "mamba", MODEL, "--ids", "5 6", "--print-ids", "-n", "100000000", "-s", "1", "--save-state", state],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = run.stdout.read(200)
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=60)
+    ids = (first + rest).decode().split()
+    assert run.returncode == 130 and len(ids) > 10
+    more = mamba(MODEL, "--load-state", state, "--print-ids", "-n", 5, "-s", 1).stdout.decode().split()
+    whole = mamba(MODEL, "--ids", "5 6", "--print-ids", "-n", len(ids) + 5, "-s", 1).stdout.decode().split()
+    assert ids + more == whole
+
+
+def test_nothing_half_written(mamba, tmp_path):
+    """A run that fails leaves the old file, and nothing beside it."""
+    path = tmp_path / "logits.npy"
+    path.write_bytes(b"old")
+    broken = changed_model(tmp_path, lambda d: d.__setitem__(slice(len(d) - 40000, None), b"\xff" * 40000))
+    assert mamba("score", broken, *IDS, "--logits", path, check=False).returncode == 1
+    assert path.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["changed.bin", "logits.npy"]
+
+
+def test_score_table(mamba):
+    rows = [line.split("\t") for line in mamba("score", MODEL, *IDS, "--ids", "9").stdout.decode().splitlines()]
+    assert rows[0] == ["id", "tokens", "nll", "bits_per_token", "perplexity"]
+    assert rows[1][:2] == ["1", "3"] and rows[2] == ["2", "0", "0.000000", "nan", "nan"]
+    nll, bits, perplexity = map(float, rows[1][2:])
+    assert abs(bits - nll / 3 / np.log(2)) < 1e-5 and abs(perplexity / np.exp(nll / 3) - 1) < 1e-5
+    tokens = [line.split("\t") for line in mamba("score", MODEL, *IDS, "--per-token").stdout.decode().splitlines()]
+    assert tokens[0] == ["id", "pos", "token_id", "token", "logprob"]
+    assert [row[2] for row in tokens[1:]] == ["6", "7", "8"]
+    assert abs(sum(float(row[4]) for row in tokens[1:]) + nll) < 1e-5
+
+
+def test_inspect(mamba):
+    lines = mamba("inspect", MODEL).stdout.decode().splitlines()
+    assert "metadata\tgeneral.architecture\tstring\t\"mamba\"" in lines
+    assert any(line.startswith("tensor\tblk.0.ssm_in.weight\tF32\t[256, 64]") for line in lines)
+
+
+def test_same_seed_same_ids_and_other_seed_others(mamba):
+    def ids(seed, *more):
+        return mamba(MODEL, *IDS, "--print-ids", "-n", 30, "-s", seed, *more).stdout
+
+    assert ids(1) == ids(1, "-t", 1) == ids(1, "-ub", 1) != ids(2)
+
+
+def test_quiet_says_nothing(mamba):
+    assert mamba(MODEL, *IDS, "--print-ids", "-n", 3, "-q").stderr == b""
+    assert b"tokens/s" in mamba(MODEL, *IDS, "--print-ids", "-n", 3).stderr
+
+
+def test_stdin_is_left_alone_when_a_state_is_continued(mamba, tmp_path):
+    """Inside `while read` a run must not eat the lines of the loop."""
+    mamba(MODEL, *IDS, "--print-ids", "-n", 2, "--save-state", tmp_path / "s")
+    script = f"printf 'a\\nb\\n' | while read -r l; do '{ROOT}/mamba' '{MODEL}' --load-state '{tmp_path}/s' --print-ids -n 1 -q >/dev/null; echo $l; done"
+    assert subprocess.run(script, shell=True, capture_output=True, timeout=60).stdout == b"a\nb\n"

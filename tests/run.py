@@ -22,7 +22,8 @@ TESTS = pathlib.Path(__file__).resolve().parent
 def run_unit_tests():
     """The C tests print a line a failure, and their counts in the last line."""
     done = subprocess.run([TESTS / "unit"], stdout=subprocess.PIPE, text=True)
-    print(done.stdout, end="", flush=True)
+    # Only the sum at the end may stand alone on a line.
+    print("tests/unit: ".join(["", *done.stdout.splitlines(keepends=True)]), end="", flush=True)
     counts = re.search(r"(\d+) passed, (\d+) failed\n$", done.stdout)
     passed, failed = map(int, counts.groups()) if counts else (0, 0)
     if done.returncode != 0 and failed == 0:

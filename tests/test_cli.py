@@ -158,7 +158,9 @@ def test_interrupt_keeps_the_text_and_saves_the_state(mamba, tmp_path):
     state = tmp_path / "s.state"
     run = subprocess.Popen([ROOT / "mamba", MODEL, "--ids", "5 6", "--print-ids", "-n", "100000000", "-s", "1", "--save-state", state],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)  # no buffer that communicate() would not see
-    first = run.stdout.read(200)
+    first = b""
+    while len(first) < 200:
+        first += run.stdout.read(200)
     run.send_signal(signal.SIGINT)
     rest, _ = run.communicate(timeout=60)
     ids = (first + rest).decode().split()

@@ -3628,7 +3628,7 @@ static int command_score(const struct options *o) {
 static void embed_text(struct session *s, const struct ids *text, int n_layers, FILE *f) {
     int d = s->model.c.d_model;
     bool all = strcmp(s->o->pool, "none") == 0, mean = strcmp(s->o->pool, "mean") == 0;
-    bool normed = n_layers == s->model.c.n_layer;
+    bool normed = s->o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
     double *sum = xcalloc((size_t)d, sizeof *sum);
     float *pooled = xcalloc((size_t)d, sizeof *pooled);
     struct progress progress = progress_new("embed", s->o->quiet);

@@ -26,7 +26,11 @@
 #include <vector>
 
 // ---- 1. Vectors ------------------------------------------------------------------------------------------
-constexpr int W = 16;  // channels in a vec
+#ifdef __AVX512F__
+constexpr int W = 16;  // channels in a vec: one register. A vec of two registers is several times slower: gcc keeps it in memory
+#else
+constexpr int W = 8;
+#endif
 constexpr int T = 16;  // time steps between two stored states
 constexpr int N = 16;  // d_state: states a channel
 typedef float vec __attribute__((vector_size(4 * W)));

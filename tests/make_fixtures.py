@@ -39,7 +39,7 @@ SHAPES = {
                    tie_word_embeddings=False, use_conv_bias=False),
     "falcon": dict(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=16, conv_kernel=4, time_step_rank=8,
                    tie_word_embeddings=False, mixer_rms_eps=0.01),
-    "awkward": dict(hidden_size=96, expand=1.5, num_hidden_layers=2, vocab_size=301, state_size=5, conv_kernel=3, time_step_rank=7,
+    "awkward": dict(hidden_size=96, intermediate_size=144, num_hidden_layers=2, vocab_size=301, state_size=5, conv_kernel=3, time_step_rank=7,
                     tie_word_embeddings=True, layer_norm_epsilon=1e-3),
 }
 FILES = [("tied", "f32"), ("tied", "f16"), ("tied", "bf16"), ("tied", "q8_0"), ("untied", "f32"), ("falcon", "f32"),
@@ -55,6 +55,7 @@ def make_model(name, shape, seed):
     # No token ends a text: the greedy continuation then depends on the logits alone.
     config = (transformers.FalconMambaConfig if falcon else transformers.MambaConfig)(
         bos_token_id=None, eos_token_id=None, pad_token_id=None, **shape)
+    config.intermediate_size = shape.get("intermediate_size", config.intermediate_size)  # the constructor derives it
     model = (transformers.FalconMambaForCausalLM if falcon else transformers.MambaForCausalLM)(config).float().eval()
     random = torch.Generator().manual_seed(seed)
     normal = lambda t, std, mean=0.0: t.copy_(torch.randn(t.shape, generator=random) * std + mean)

@@ -40,15 +40,22 @@ def transformers_greedy(model, prompt, n):
     return ids[len(prompt):], margin
 
 
-def compare(mamba, model, path, ids, tmp_path):
-    """Log-probabilities at every position against transformers' whole-text forward."""
+@torch.no_grad()
+def transformers_logprobs(model, ids):
+    """Log-probabilities of the whole vocabulary after each token, [tokens, vocab] float64."""
+    logits = model(input_ids=torch.tensor([list(map(int, ids))]), use_cache=False).logits[0]
+    return torch.log_softmax(logits.double(), dim=-1).numpy()
+
+
+def our_logprobs(mamba, path, ids, tmp_path):
     out = tmp_path / "logits.npy"
     mamba("score", path, "--ids", text(ids), "--logits", out)
-    ours = reference.log_softmax(np.load(out))
-    with torch.no_grad():
-        theirs = torch.log_softmax(model(input_ids=torch.tensor([list(map(int, ids))]), use_cache=False).logits[0].double(), dim=-1)
-    difference = np.abs(ours - theirs.numpy())
-    assert ours.shape[0] == len(ids) and np.all(difference <= TOLERANCE), f"largest difference {np.nanmax(difference)}"
+    return reference.log_softmax(np.load(out))
+
+
+def all_within(a, b, tolerance):
+    difference = np.abs(a - b)
+    assert a.shape == b.shape and np.all(difference <= tolerance), f"largest difference {np.nanmax(difference)}, allowed {tolerance}"
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -64,7 +71,11 @@ def test_random_model(mamba, tmp_path, name):
         pytest.fail("no seed gives a clear greedy text")
     path = tmp_path / "model.bin"
     make_fixtures.convert(model, path, "f32")
-    compare(mamba, model, path, ids, tmp_path)
+    # A random model of six layers amplifies rounding: transformers' own float32 is up to 6e-4 away from its float64. What can be
+    # asked for is to be no further away than that.
+    single = transformers_logprobs(model, ids)
+    exact = transformers_logprobs(model.double(), ids)
+    all_within(our_logprobs(mamba, path, ids, tmp_path), exact, max(TOLERANCE, np.abs(single - exact).max()))
     done = mamba("generate", path, "--greedy", "--print-ids", "--ids", text(ids[:50]), "-n", str(N_GREEDY))
     assert [int(word) for word in done.stdout.split()] == wanted
 
@@ -103,7 +114,7 @@ def test_trained_model(mamba, tmp_path):
     assert len(ids) == N_TOKENS
     model, path = model_of(shipped), tmp_path / "model.bin"
     make_fixtures.convert(model, path, "f32")
-    compare(mamba, model, path, ids, tmp_path)
+    all_within(our_logprobs(mamba, path, ids, tmp_path), transformers_logprobs(model, ids), TOLERANCE)
     wanted, margin = transformers_greedy(model, ids[:20], N_GREEDY)
     made = [int(word) for word in mamba("generate", path, "--greedy", "--print-ids", "--ids", text(ids[:20]), "-n", str(N_GREEDY)).stdout.split()]
     assert made == wanted, f"the best token led by {margin} at least"

@@ -214,31 +214,33 @@ __attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *form
     exit(1);
 }
 
-// Returns false, so that a check reads: return fail(e, ...). The first error of a parse stays.
-__attribute__((format(printf, 2, 3))) static bool fail(struct error *e, const char *format, ...) {
-    if (!e->text[0]) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(e->text, sizeof e->text, format, args);
-        va_end(args);
-    }
-    return false;
+// The first error of a parse stays.
+__attribute__((format(printf, 2, 3))) static void set_error(struct error *e, const char *format, ...) {
+    if (e->text[0]) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e->text, sizeof e->text, format, args);
+    va_end(args);
 }
 
-static void *xmalloc(size_t n) {
+// So that a check reads: return fail(e, ...). A macro, because static analysers do not look into variadic functions and
+// have to see the false.
+#define fail(e, ...) (set_error(e, __VA_ARGS__), false)
+
+__attribute__((returns_nonnull)) static void *xmalloc(size_t n) {
     void *p = malloc(n ? n : 1);
     if (!p) die("out of memory: %zu bytes more were asked for", n);
     return p;
 }
 
-static void *xrealloc(void *old, size_t n) {
+__attribute__((returns_nonnull)) static void *xrealloc(void *old, size_t n) {
     void *p = realloc(old, n ? n : 1);
     if (!p) die("out of memory: %zu bytes more were asked for", n);
     return p;
 }
 
 // Zeroed, 64-byte aligned; free() releases it.
-static void *xcalloc(size_t count, size_t size) {
+__attribute__((returns_nonnull)) static void *xcalloc(size_t count, size_t size) {
     size_t bytes;
     void *p = NULL;
     if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || posix_memalign(&p, 64, bytes ? bytes : 1))
@@ -256,7 +258,7 @@ static void buffer_add(struct buffer *b, const void *data, size_t n) {
         b->capacity = (b->n + n) * 2 + 64;
         b->p = xrealloc(b->p, b->capacity);
     }
-    if (n) memcpy(b->p + b->n, data, n);
+    if (n) memcpy(b->p + b->n, data, n);  // NOLINT(clang-analyzer-core.NonNullParamChecker): n > 0 has made room
     b->n += n;
 }
 
@@ -304,7 +306,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
     mode_t mask = umask(0);
     umask(mask);
     if (fd < 0 || fchmod(fd, 0666 & ~mask) != 0 || !(o->f = fdopen(fd, "wb"))) {
-        fail(e, "%s: cannot be written: %s", path, strerror(errno));
+        set_error(e, "%s: cannot be written: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
         else o->temporary[0] = 0;
         outfile_discard(o);
@@ -318,7 +320,7 @@ static bool outfile_commit(struct outfile *o, struct error *e) {
     bool ok = fflush(o->f) == 0 && !ferror(o->f);
     if (o->temporary) ok = ok && fsync(fileno(o->f)) == 0 && rename(o->temporary, o->path) == 0;
     if (!ok) {
-        fail(e, "%s: %s", o->path, strerror(errno));
+        set_error(e, "%s: %s", o->path, strerror(errno));
         outfile_discard(o);
         return false;
     }
@@ -496,7 +498,7 @@ static uint64_t cursor_uint(struct cursor *c, int bytes) {
 static struct str cursor_str(struct cursor *c) {
     uint64_t n = cursor_uint(c, 8);
     const uint8_t *p = NULL;
-    if (n > SIZE_MAX / 2) fail(c->error, "a string of %" PRIu64 " bytes at byte %zu of the header", n, c->pos);
+    if (n > SIZE_MAX / 2) set_error(c->error, "a string of %" PRIu64 " bytes at byte %zu of the header", n, c->pos);
     if (!cursor_take(c, (size_t)n, &p)) return (struct str){"", 0};
     return (struct str){(const char *)p, (size_t)n};
 }
@@ -522,7 +524,7 @@ static void read_kv(struct cursor *c, struct gguf_kv *kv) {
         kv->count = cursor_uint(c, 8);
     }
     if (type >= GGUF_N_TYPES || type == GGUF_ARRAY) {
-        fail(c->error, "metadata '%.*s' has type %" PRIu64 "; expected a plain type or an array of one",
+        set_error(c->error, "metadata '%.*s' has type %" PRIu64 "; expected a plain type or an array of one",
              str_show(kv->key), kv->key.p, type);
         return;
     }
@@ -533,7 +535,7 @@ static void read_kv(struct cursor *c, struct gguf_kv *kv) {
     if (kv->type == GGUF_STRING) {
         for (uint64_t i = 0; i < kv->count && !c->error->text[0]; i++) cursor_str(c);
     } else if (__builtin_mul_overflow(kv->count, (uint64_t)gguf_types[kv->type].bytes, &bytes)) {
-        fail(c->error, "metadata '%.*s' has %" PRIu64 " elements", str_show(kv->key), kv->key.p,
+        set_error(c->error, "metadata '%.*s' has %" PRIu64 " elements", str_show(kv->key), kv->key.p,
              kv->count);
     } else {
         cursor_take(c, bytes, &skipped);
@@ -777,7 +779,7 @@ static const struct tensor *bind(struct binder *b, const char *name, int64_t row
     if (b->error->text[0]) return NULL;
     const struct tensor *t = gguf_tensor(b->g, name);
     if (!t) {
-        fail(b->error, "tensor '%s' is missing", name);
+        set_error(b->error, "tensor '%s' is missing", name);
         return NULL;
     }
     // A vector may be stored as [1][cols], and a convolution as [d_inner][1][d_conv]: same numbers, same order.
@@ -786,7 +788,7 @@ static const struct tensor *bind(struct binder *b, const char *name, int64_t row
     if (t->ne[0] != cols || !rows_fit) {
         char wanted[24] = "any, ";
         if (rows >= 0) snprintf(wanted, sizeof wanted, "%" PRId64 ", ", rows ? rows : 1);
-        fail(b->error, "tensor '%s' has shape [%" PRId64 ", %" PRId64 "]; expected [%s%" PRId64 "]", name, found_rows,
+        set_error(b->error, "tensor '%s' has shape [%" PRId64 ", %" PRId64 "]; expected [%s%" PRId64 "]", name, found_rows,
              t->ne[0], wanted, cols);
         return NULL;
     }
@@ -816,7 +818,7 @@ static void copy_floats(struct binder *b, const char *name, int rows, int cols, 
     const struct tensor *t = bind(b, name, rows, cols);
     if (!t) return;
     if (t->format != F32) {
-        fail(b->error, "tensor '%s' has type %s; expected F32", name, formats[t->format].name);
+        set_error(b->error, "tensor '%s' has type %s; expected F32", name, formats[t->format].name);
         return;
     }
     for (int r = 0; r < (rows ? rows : 1); r++)
@@ -824,7 +826,7 @@ static void copy_floats(struct binder *b, const char *name, int rows, int cols, 
             float v;
             memcpy(&v, t->data + 4 * ((size_t)r * (size_t)cols + (size_t)c), 4);
             if (!isfinite(v)) {
-                fail(b->error, "tensor '%s' holds %g at [%d, %d]; expected a finite number", name, (double)v, r, c);
+                set_error(b->error, "tensor '%s' holds %g at [%d, %d]; expected a finite number", name, (double)v, r, c);
                 return;
             }
             if (to) to[(size_t)r * row_step + (size_t)c * col_step] = v;
@@ -1659,9 +1661,9 @@ static void matmul_phase(struct team *t, const struct matrix *w, const struct ac
 static void embed_row(const struct matrix *m, int row, float *to) {
     const uint8_t *p = m->data + (size_t)row * m->row_bytes;
     for (int i = 0; i < m->cols; i++) switch (m->format) {
-        case F32: memcpy(&to[i], p + 4 * i, 4); break;
-        case F16: to[i] = f16_to_f32(load_u16(p + 2 * i)); break;
-        case BF16: to[i] = bf16_to_f32(load_u16(p + 2 * i)); break;
+        case F32: memcpy(&to[i], p + 4 * (size_t)i, 4); break;
+        case F16: to[i] = f16_to_f32(load_u16(p + 2 * (size_t)i)); break;
+        case BF16: to[i] = bf16_to_f32(load_u16(p + 2 * (size_t)i)); break;
         case Q8_0: {
             const struct block_q8_0 *b = (const struct block_q8_0 *)p + i / 32;
             to[i] = f16_to_f32(b->d) * b->qs[i % 32];
@@ -1736,7 +1738,7 @@ static void dt_low_phase(struct team *t) {
         if (c->dt_b_c_rms) {
             ctx->k->rms_norm(dbc, NULL, dt, c->dt_rank, c->dt_b_c_eps);
             for (int i = 0; i < 2; i++) {
-                float *b_or_c = dbc + c->dt_rank + i * c->d_state;
+                float *b_or_c = dbc + c->dt_rank + (size_t)i * (size_t)c->d_state;
                 ctx->k->rms_norm(b_or_c, NULL, b_or_c, c->d_state, c->dt_b_c_eps);
             }
         } else {
@@ -1841,7 +1843,7 @@ static struct context *context_new(const struct model *m, const struct kernels *
     ctx->y = act_new(max_tokens, c->d_inner, q_out);
     ctx->head_in = act_new(max_rows, c->d_model, is_quantized(&m->head));
     ctx->logits = xcalloc((size_t)max_rows * (size_t)ctx->ld_vocab, sizeof(float));
-    ctx->work = xcalloc((size_t)(c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE), sizeof *ctx->work);
+    ctx->work = xcalloc((size_t)c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE, sizeof *ctx->work);
     return ctx;
 }
 
@@ -2347,6 +2349,7 @@ static size_t nfc_decompose(uint32_t cp, uint32_t *out) {
         if (t) out[2] = HANGUL_T + t;
         return t ? 3 : 2;
     }
+    // cppcheck-suppress arrayIndexOutOfBoundsCond ; utf8_decode() gives nothing from UC_END on
     if (!(uc_flags[cp] & UC_DECOMPOSES)) { *out = cp; return 1; }
     canonical_pair key = {cp, 0, 0};
     const canonical_pair *pair = bsearch(&key, uc_decomposed, uc_n_decomposed, sizeof key, uc_by_code);
@@ -2501,6 +2504,7 @@ static bool bytes_of_alphabet(struct str text, char *to, size_t *n) {
 
 static int32_t *token_slot(const struct tokenizer *t, struct str s) {
     uint32_t i = (uint32_t)(hash_bytes(s.n, s.p, s.n) >> 32) & (t->n_slots - 1);
+    // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): load_tokens() has made the table
     while (t->by_bytes[i] >= 0 && str_compare(t->token[t->by_bytes[i]], s) != 0) i = (i + 1) & (t->n_slots - 1);
     return &t->by_bytes[i];
 }
@@ -2617,7 +2621,7 @@ static bool load_special_id(const struct tokenizer *t, const struct gguf *g, con
 }
 
 static void tokenizer_close(struct tokenizer *t) {
-    free(t->token);
+    free(t->token);  // NOLINT(clang-analyzer-unix.Malloc): the struct is cleared below, a second call frees nothing
     free(t->type);
     free(t->bytes);
     free(t->by_bytes);
@@ -3687,8 +3691,8 @@ static void print_decoded(const struct tokenizer *t, const struct ids *ids) {
     struct buffer bytes = {0}, clean = {0};
     for (size_t i = 0; i < ids->n; i++) buffer_add(&bytes, t->token[ids->p[i]].p, t->token[ids->p[i]].n);
     repair_utf8(bytes.p, bytes.n, &clean);
+    buffer_add(&clean, "\n", 1);
     fwrite(clean.p, 1, clean.n, stdout);
-    putchar('\n');
     free(bytes.p);
     free(clean.p);
 }
@@ -3819,16 +3823,18 @@ static int command_inspect(const struct options *o) {
 #define ON_INPUT (ON_MODEL | ON(TOKENIZE))
 
 static const struct {
-    const char *name, *summary, *example;
+    const char *name;
+    int (*run)(const struct options *);  // returns the exit status
+    const char *summary, *example;
 } commands[N_COMMANDS] = {
-    [GENERATE] = {"generate", "continue a prompt, token by token, on standard output (the default)",
+    [GENERATE] = {"generate", command_generate, "continue a prompt, token by token, on standard output (the default)",
                   "mamba models/tales.bin -p \"Once upon a time\" -n 200 -s 7"},
-    [SCORE] = {"score", "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
+    [SCORE] = {"score", command_score, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
                "mamba score model.bin -f chapter1.txt -f chapter2.txt"},
-    [EMBED] = {"embed", "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
-    [TOKENIZE] = {"tokenize", "token ids of a text, one line a text; --decode turns them back",
+    [EMBED] = {"embed", command_embed, "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
+    [TOKENIZE] = {"tokenize", command_tokenize, "token ids of a text, one line a text; --decode turns them back",
                   "mamba tokenize tokenizer.bin -p \"Hello world\""},
-    [INSPECT] = {"inspect", "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
+    [INSPECT] = {"inspect", command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
 enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, HELP, VERSION };
@@ -4028,7 +4034,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         bool repeated = false;
         for (int g = 0; g < n_given; g++) repeated |= given[g] == opt;
         if (!repeated) given[n_given++] = opt;
-        apply_option(o, opt, value);
+        apply_option(o, opt, value ? value : "");
     }
     int command = n_positional ? find_command(positional[0]) : -1, next = command >= 0;
     o->command = command >= 0 ? (enum command)command : GENERATE;
@@ -4072,10 +4078,7 @@ int main(int argc, char **argv) {
     }
     atexit(discard_unfinished);
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
-    int (*const run[N_COMMANDS])(const struct options *) = {
-        [GENERATE] = command_generate, [SCORE] = command_score, [EMBED] = command_embed,
-        [TOKENIZE] = command_tokenize, [INSPECT] = command_inspect};
-    int status = run[o.command](&o);
+    int status = commands[o.command].run(&o);
     free(o.inputs);
     free(o.stops);
     return status;

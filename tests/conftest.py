@@ -7,6 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
+PROGRAM = pathlib.Path(os.environ.get("MAMBA", ROOT / "mamba"))  # check_build.py puts a sanitized build here
 
 
 def run_mamba(*args, input=None, check=True, env=None, binary=True, timeout=300):
@@ -15,7 +16,7 @@ def run_mamba(*args, input=None, check=True, env=None, binary=True, timeout=300)
         stdin = {"stdin": subprocess.DEVNULL}
     else:
         stdin = {"input": input}
-    done = subprocess.run([os.environ.get("MAMBA", str(ROOT / "mamba")), *map(str, args)], **stdin, capture_output=True,
+    done = subprocess.run([PROGRAM, *map(str, args)], **stdin, capture_output=True,
                           text=not binary, env={**os.environ, **(env or {})}, timeout=timeout)
     if check and done.returncode != 0:
         pytest.fail(f"mamba {' '.join(map(str, args))}: exit {done.returncode}: {done.stderr}")

@@ -1,12 +1,13 @@
 """The command line: help, errors and exit statuses, pipes, streams, files that appear whole or not at all."""
 import os
 import re
+import signal
 import subprocess
 
 import numpy as np
 import pytest
 
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, PROGRAM, ROOT
 
 MODEL = FIXTURES / "mamba_tied.f32.bin"
 VOCABULARY = FIXTURES / "vocab_gpt2.gguf"
@@ -140,7 +141,7 @@ def test_vocabulary_that_does_not_match(mamba, tmp_path):
 
 def test_reader_that_leaves(mamba):
     """| head -c 10 ends quietly."""
-    done = subprocess.run(f"'{ROOT}/mamba' '{MODEL}' --ids '5 6' --print-ids -n 100000 -q | head -c 10; echo ${{PIPESTATUS[0]}}",
+    done = subprocess.run(f"'{PROGRAM}' '{MODEL}' --ids '5 6' --print-ids -n 100000 -q | head -c 10; echo ${{PIPESTATUS[0]}}",
                           shell=True, executable="/bin/bash", capture_output=True, timeout=60)
     assert done.stderr == b"" and done.stdout[10:] == b"0\n"
 
@@ -149,7 +150,7 @@ def test_full_disk(mamba):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([ROOT / "mamba", "score", MODEL, *IDS, "--per-token"], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([PROGRAM, "score", MODEL, *IDS, "--per-token"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"No space left" in done.stderr
 
 
@@ -195,5 +196,22 @@ def test_quiet_says_nothing(mamba):
 def test_stdin_is_left_alone_when_a_state_is_continued(mamba, tmp_path):
     """Inside `while read` a run must not eat the lines of the loop."""
     mamba(MODEL, *IDS, "--print-ids", "-n", 2, "--save-state", tmp_path / "s")
-    script = f"printf 'a\\nb\\n' | while read -r l; do '{ROOT}/mamba' '{MODEL}' --load-state '{tmp_path}/s' --print-ids -n 1 -q >/dev/null; echo $l; done"
+    script = f"printf 'a\\nb\\n' | while read -r l; do '{PROGRAM}' '{MODEL}' --load-state '{tmp_path}/s' --print-ids -n 1 -q >/dev/null; echo $l; done"
     assert subprocess.run(script, shell=True, capture_output=True, timeout=60).stdout == b"a\nb\n"
+
+
+def test_interrupt_keeps_the_text_and_saves_the_state(mamba, tmp_path):
+    """Ctrl-C ends a generation with the text so far, and what is saved continues it."""
+    state = tmp_path / "s.state"
+    run = subprocess.Popen([PROGRAM, MODEL, "--ids", "5 6", "--print-ids", "-n", "100000000", "-s", "1", "--save-state", state],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)  # no buffer that communicate() would not see
+    first = b""
+    while len(first) < 200:
+        first += run.stdout.read(200)
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=60)
+    ids = (first + rest).decode().split()
+    assert run.returncode == 130 and len(ids) > 10
+    more = mamba(MODEL, "--load-state", state, "--print-ids", "-n", 5, "-s", 1).stdout.decode().split()
+    whole = mamba(MODEL, "--ids", "5 6", "--print-ids", "-n", len(ids) + 5, "-s", 1).stdout.decode().split()
+    assert ids + more == whole

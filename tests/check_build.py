@@ -1,0 +1,81 @@
+"""The source as compilers, analysers and run-time checkers see it. Part of `make check`.
+
+A tool that is missing is reported as skipped; .ci/run installs all of them."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+DIALECT = ["-std=gnu11", "-ffp-contract=off", "-fopenmp"]
+
+# Left out of clang-tidy: advice that C11's optional Annex K be used, the order of struct fields, parameters of one type side by
+# side, _GNU_SOURCE, the file that includes itself, conversions that the kernels mean, and one recursion whose depth is bounded.
+TIDY = ("-*,bugprone-*,clang-analyzer-*,performance-*,portability-*,misc-*,-clang-analyzer-security.insecureAPI.*,"
+        "-clang-analyzer-optin.performance.Padding,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,"
+        "-bugprone-suspicious-include,-bugprone-narrowing-conversions,-misc-no-recursion")
+
+
+def run(*command, **options):
+    """A command that must end with status 0; its output is shown when it does not, and returned."""
+    if not shutil.which(str(command[0])):
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                          **options)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("openmp", [True, False])
+def test_no_warnings(compiler, openmp, tmp_path):
+    flags = DIALECT if openmp else DIALECT[:2] + ["-Wno-unknown-pragmas"]
+    program = tmp_path / "mamba"
+    run(compiler, "-O1", *flags, "-Wall", "-Wextra", "-Werror", "mamba.c", "-o", program, "-lm")
+    run(program, "--version")
+
+
+def test_clang_tidy():
+    found = [line for line in run("clang-tidy", "--quiet", f"--checks={TIDY}", "mamba.c", "--", *DIALECT).splitlines()
+             if re.search(r": (warning|error): ", line)]
+    assert found == []
+
+
+def test_cppcheck():
+    """invalidPointerCast: rows of a model file and of a state file are bytes that are read as floats."""
+    run("cppcheck", "--quiet", "--enable=warning,performance,portability", "--inline-suppr", "--suppress=invalidPointerCast",
+        "--error-exitcode=1", "mamba.c")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Builds with AddressSanitizer and UndefinedBehaviorSanitizer that stop at the first finding: (program, unit tests)."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    flags = ["-O1", "-g", *DIALECT, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-unused-function"]
+    for source, program in (("mamba.c", "mamba"), ("tests/unit.c", "unit")):
+        run("clang", *flags, source, "-o", folder / program, "-lm")
+    return folder / "mamba", folder / "unit"
+
+
+def test_unit_tests_sanitized(sanitized):
+    assert re.search(r"\d+ passed, 0 failed\n$", run(sanitized[1], "tests/fixtures"))
+
+
+@pytest.mark.parametrize("tests", ["test_cli.py", "test_model.py", "test_tokenizer.py"])
+def test_commands_sanitized(sanitized, tests):
+    run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ROOT / "tests" / tests,
+        env={**os.environ, "MAMBA": str(sanitized[0])})
+
+
+@pytest.mark.parametrize("arguments", [
+    ["models/tales.bin", "-p", "Once upon a time", "-n", "8", "-s", "7", "-t", "1"],
+    ["score", "models/tales.bin", "-p", "Once upon a time", "-t", "2"],
+    ["embed", "tests/fixtures/mamba_awkward.f32.bin", "--ids", "1 2 3", "--pool", "mean"],
+])
+def test_valgrind(arguments):
+    """No use of uninitialised memory (which sanitizers do not see) and nothing lost. Valgrind has no AVX-512."""
+    run("valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite", "--show-leak-kinds=definite", ROOT / "mamba", *arguments)

@@ -170,6 +170,12 @@ struct segment {               // the new tokens of one sequence in a batch
     bool want_logits;          // of the last token
 };
 
+// Progress of one phase of a forward: a cut of work whose items do not depend on each other.
+struct phase {
+    _Alignas(64) atomic_int n_taken;
+    atomic_int n_done;         // the phase has ended when all its items are done
+};
+
 struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
     const struct model *m;
     const struct kernels *k;
@@ -184,8 +190,7 @@ struct context {               // what a forward needs besides the model; owner 
     struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
-    atomic_int *work;          // [phases of a forward] next item of each phase
-    atomic_int n_arrived, phases_ended;  // of the barrier between phases
+    struct phase *phases;      // [PHASES_PER_LAYER * n_layer + PHASES_BESIDE] of a forward
     const struct segment *segments;  // the batch in progress
     int n_segments, n_tokens, n_rows, n_run_layers;
 };
@@ -678,7 +683,7 @@ static bool gguf_parse(struct gguf *g, struct error *e) {
     g->data_start = (c.pos + (size_t)alignment - 1) & ~((size_t)alignment - 1);
     for (uint64_t i = 0; i < g->n_tensors; i++) {
         struct tensor *t = &g->tensors[i];
-            if (t->offset % (uint64_t)alignment)
+        if (t->offset % (uint64_t)alignment)
             return fail(e, "tensor '%.*s' is at offset %" PRIu64 ", which is not a multiple of the alignment %" PRId64,
                         str_show(t->name), t->name.p, t->offset, alignment);
         if (g->data_start > g->size || t->offset > g->size - g->data_start ||
@@ -1602,39 +1607,39 @@ static const struct kernels *choose_kernels(void) {
 
 // ====================================================================================================================
 // 5. Layers.
-// The phases of a Mamba block (figure 3 of the paper), each run by all threads of a team. A phase is cut into items
-// that do not depend on each other, and a thread takes the next item when it is free: one that lost its core holds
-// nobody up. Who computes an item never changes its bits. Calls section 4; called by section 6.
+// The phases of a Mamba block (figure 3 of the paper), each run by all threads of a team: a thread takes the next item
+// when it is free. Who computes an item never changes its bits. Calls section 4; called by section 6.
 // ====================================================================================================================
 
 struct team {               // one thread's view of a forward in progress
     struct context *ctx;
-    int n_threads;
-    int phase;              // how many phases have ended
+    int phase;              // which one this thread is in
+    bool has_item;          // it is working on an item of that phase
 };
 
-static bool take_item(struct team *t, int n_items, int *item) {
-    *item = atomic_fetch_add_explicit(&t->ctx->work[t->phase], 1, memory_order_relaxed);
-    return *item < n_items;
-}
-
-// A barrier. A thread that waits spins for a few microseconds, and then offers its core to whoever wants it: when other
-// processes keep the cores busy, the thread that is waited for may be the one that does not run. (OpenMP's own barrier
-// spins on.)
-static void end_phase(struct team *t) {
-    struct context *ctx = t->ctx;
-    t->phase++;
-    if (t->n_threads == 1) return;
-    if (atomic_fetch_add_explicit(&ctx->n_arrived, 1, memory_order_acq_rel) + 1 == t->n_threads * t->phase) {
-        atomic_store_explicit(&ctx->phases_ended, t->phase, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&ctx->phases_ended, memory_order_acquire) < t->phase; spins++) {
+// Waits until a phase's items are done: spins for a few microseconds, and then offers its core to whoever wants it, since
+// the thread that is waited for may be the one that does not run.
+static void await_phase(struct phase *p, int n_items) {
+    for (int spins = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_items; spins++) {
         if (spins >= 4000) sched_yield();
 #if defined(__x86_64__)
         else _mm_pause();
 #endif
     }
+}
+
+// The next item of the phase for this thread, as in: while (next_item(t, n_items, &item)) { ... }. When none is left it
+// waits for those that other threads still work on and goes on to the next phase. A thread that lost its core between
+// two items is not waited for: the others take its share, and it finds the phases ended when it comes back.
+static bool next_item(struct team *t, int n_items, int *item) {
+    struct phase *p = &t->ctx->phases[t->phase];
+    if (t->has_item) atomic_fetch_add_explicit(&p->n_done, 1, memory_order_release);
+    *item = atomic_fetch_add_explicit(&p->n_taken, 1, memory_order_relaxed);
+    t->has_item = *item < n_items;
+    if (t->has_item) return true;
+    await_phase(p, n_items);
+    t->phase++;
+    return false;
 }
 
 static void quantize_rows(const struct kernels *k, struct act *a, int row0, int n_rows, int col0, int n_cols) {
@@ -1650,12 +1655,11 @@ static void matmul_phase(struct team *t, const struct matrix *w, const struct ac
                          bool add) {
     int row_block = n_tokens == 1 ? 16 : 64, token_block = 96, item;
     int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
-    while (take_item(t, n_row_blocks * n_token_blocks, &item)) {
+    while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
         int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
         t->ctx->k->matmul(w, r, min_int(row_block, w->rows - r), x, token, min_int(token_block, n_tokens - token),
                           y + (size_t)token * (size_t)ldy + r, ldy, add);
     }
-    end_phase(t);
 }
 
 static void embed_row(const struct matrix *m, int row, float *to) {
@@ -1676,25 +1680,23 @@ static void embed_row(const struct matrix *m, int row, float *to) {
 static void embed_phase(struct team *t) {
     struct context *ctx = t->ctx;
     int item;
-    while (take_item(t, ctx->n_tokens, &item)) {
+    while (next_item(t, ctx->n_tokens, &item)) {
         int token = item;
         const struct segment *s = ctx->segments;
         for (; token >= s->n_tokens; s++) token -= s->n_tokens;
         embed_row(&ctx->m->embd, s->tokens[token], ctx->x + (size_t)item * (size_t)ctx->ld_model);
     }
-    end_phase(t);
 }
 
 static void norm_phase(struct team *t, const float *weight) {
     struct context *ctx = t->ctx;
     const struct config *c = &ctx->m->c;
     int token;
-    while (take_item(t, ctx->n_tokens, &token)) {
+    while (next_item(t, ctx->n_tokens, &token)) {
         ctx->k->rms_norm(ctx->x + (size_t)token * (size_t)ctx->ld_model, weight,
                          ctx->normed.f + (size_t)token * (size_t)ctx->normed.ld, c->d_model, c->norm_eps);
         quantize_rows(ctx->k, &ctx->normed, token, 1, 0, c->d_model);
     }
-    end_phase(t);
 }
 
 // Channels [c, c + n) of block `item`; n is a multiple of 16 in the padded arrays, n_real counts what exists.
@@ -1709,7 +1711,7 @@ static void in_conv_phase(struct team *t, const struct layer *l, int layer) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
     int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->u.ld;
-    while (take_item(t, n_blocks, &item)) {
+    while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, cfg->d_inner - c), n_padded = round_up(n, 16), token = 0;
         ctx->k->matmul(&l->in, c, n, &ctx->normed, 0, ctx->n_tokens, ctx->u.f + c, ld, false);
         ctx->k->matmul(&l->in, cfg->d_inner + c, n, &ctx->normed, 0, ctx->n_tokens, ctx->z + c, ctx->ld_inner, false);
@@ -1724,7 +1726,6 @@ static void in_conv_phase(struct team *t, const struct layer *l, int layer) {
         }
         quantize_rows(ctx->k, &ctx->u, 0, ctx->n_tokens, c, n);
     }
-    end_phase(t);
 }
 
 // The low-rank dt becomes dt_proj's input; FalconMamba normalises dt, B and C first.
@@ -1732,7 +1733,7 @@ static void dt_low_phase(struct team *t) {
     struct context *ctx = t->ctx;
     const struct config *c = &ctx->m->c;
     int token;
-    while (take_item(t, ctx->n_tokens, &token)) {
+    while (next_item(t, ctx->n_tokens, &token)) {
         float *dbc = ctx->dbc + (size_t)token * (size_t)ctx->ld_dbc;
         float *dt = ctx->dt_low.f + (size_t)token * (size_t)ctx->dt_low.ld;
         if (c->dt_b_c_rms) {
@@ -1746,7 +1747,6 @@ static void dt_low_phase(struct team *t) {
         }
         quantize_rows(ctx->k, &ctx->dt_low, token, 1, 0, c->dt_rank);
     }
-    end_phase(t);
 }
 
 // dt_proj, selective scan, skip and gate, again a block of channels at once.
@@ -1754,7 +1754,7 @@ static void dt_scan_phase(struct team *t, const struct layer *l, int layer) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
     int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->y.ld;
-    while (take_item(t, n_blocks, &item)) {
+    while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, cfg->d_inner - c), token = 0;
         ctx->k->matmul(&l->dt, c, n, &ctx->dt_low, 0, ctx->n_tokens, ctx->y.f + c, ld, false);
         for (int s = 0; s < ctx->n_segments; s++) {
@@ -1771,7 +1771,6 @@ static void dt_scan_phase(struct team *t, const struct layer *l, int layer) {
         }
         quantize_rows(ctx->k, &ctx->y, 0, ctx->n_tokens, c, n);
     }
-    end_phase(t);
 }
 
 // x += out_proj(scan(conv(in_proj(norm(x)))))
@@ -1843,7 +1842,7 @@ static struct context *context_new(const struct model *m, const struct kernels *
     ctx->y = act_new(max_tokens, c->d_inner, q_out);
     ctx->head_in = act_new(max_rows, c->d_model, is_quantized(&m->head));
     ctx->logits = xcalloc((size_t)max_rows * (size_t)ctx->ld_vocab, sizeof(float));
-    ctx->work = xcalloc((size_t)c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE, sizeof *ctx->work);
+    ctx->phases = xcalloc((size_t)c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE, sizeof *ctx->phases);
     return ctx;
 }
 
@@ -1858,7 +1857,7 @@ static void context_free(struct context *ctx) {
     free(ctx->z);
     free(ctx->dbc);
     free(ctx->logits);
-    free(ctx->work);
+    free(ctx->phases);
     free(ctx);
 }
 
@@ -1905,12 +1904,11 @@ static void gather_row(struct context *ctx, int token, int row) {
 static void gather_phase(struct team *t) {
     struct context *ctx = t->ctx;
     int item;
-    while (take_item(t, 1, &item))
+    while (next_item(t, 1, &item))
         for (int s = 0, token = 0, row = 0; s < ctx->n_segments; s++) {
             token += ctx->segments[s].n_tokens;
             if (ctx->segments[s].want_logits) gather_row(ctx, token - 1, row++);
         }
-    end_phase(t);
 }
 
 static void forward_team(struct team *t) {
@@ -1926,17 +1924,15 @@ static void forward_team(struct team *t) {
 
 // Runs body on all threads, in one parallel region.
 static void run_team(struct context *ctx, void (*body)(struct team *)) {
-    atomic_init(&ctx->n_arrived, 0);
-    atomic_init(&ctx->phases_ended, 0);
-    for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) atomic_init(&ctx->work[i], 0);
+    for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) {
+        atomic_init(&ctx->phases[i].n_taken, 0);
+        atomic_init(&ctx->phases[i].n_done, 0);
+    }
 #ifdef _OPENMP
 #pragma omp parallel num_threads(ctx->n_threads)
 #endif
     {
-        struct team t = {ctx, 1, 0};
-#ifdef _OPENMP
-        t.n_threads = omp_get_num_threads();
-#endif
+        struct team t = {.ctx = ctx};
         flush_denormals();
         body(&t);
     }

@@ -85,7 +85,9 @@ struct gguf_kv {
     const uint8_t *value;      // first element, inside the mapping
 };
 
-enum format { F32, F16, BF16, Q8_0, N_FORMATS };  // of tensor data; table in section 2
+enum format {  // of tensor data; table in section 2, quantised blocks in section 4
+    F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, N_FORMATS
+};
 
 struct tensor {
     struct str name;
@@ -158,8 +160,9 @@ struct sequence {              // one stream of tokens; owner of both buffers
 // Activations, one row a token: floats, and for block-quantised weights the same numbers as int8 blocks of 32.
 struct act {
     float *f;                  // [tokens][ld]; what pads a row to ld stays zero
-    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised
+    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised; holds q + q_bias of the kernels
     float *scale;              // [tokens][ld/32], value = q * scale
+    int32_t *sum;              // [tokens][ld/16], sums of q
     int ld;                    // a multiple of 32
 };
 
@@ -453,19 +456,15 @@ static const struct {
     const char *name;
     int block, bytes;  // elements a block, bytes a block
     int gguf_id;       // number of the type in the file
+    int group;         // elements that share a scale; 0: not quantised
+    bool has_min;      // element = scale * q + min, otherwise scale * q
 } formats[N_FORMATS] = {
-    [F32] = {"F32", 1, 4, 0},
-    [F16] = {"F16", 1, 2, 1},
-    [BF16] = {"BF16", 1, 2, 30},
-    [Q8_0] = {"Q8_0", 32, 34, 8},
+    [F32] = {"F32", 1, 4, 0, 0, false},         [F16] = {"F16", 1, 2, 1, 0, false},         [BF16] = {"BF16", 1, 2, 30, 0, false},
+    [Q8_0] = {"Q8_0", 32, 34, 8, 32, false},    [Q4_0] = {"Q4_0", 32, 18, 2, 32, false},    [Q4_1] = {"Q4_1", 32, 20, 3, 32, true},
+    [Q5_0] = {"Q5_0", 32, 22, 6, 32, false},    [Q5_1] = {"Q5_1", 32, 24, 7, 32, true},     [Q2_K] = {"Q2_K", 256, 84, 10, 16, true},
+    [Q3_K] = {"Q3_K", 256, 110, 11, 16, false}, [Q4_K] = {"Q4_K", 256, 144, 12, 32, true},  [Q5_K] = {"Q5_K", 256, 176, 13, 32, true},
+    [Q6_K] = {"Q6_K", 256, 210, 14, 16, false},
 };
-
-// Q8_0: 32 elements, element i = d * qs[i].
-struct block_q8_0 {
-    uint16_t d;  // half float
-    int8_t qs[32];
-};
-_Static_assert(sizeof(struct block_q8_0) == 34, "as in the file");
 
 static const struct {
     const char *name;
@@ -567,7 +566,7 @@ static bool read_tensor_info(struct cursor *c, struct tensor *t) {
     int f = 0;
     while (f < N_FORMATS && (uint64_t)formats[f].gguf_id != type) f++;
     if (f == N_FORMATS)
-        return fail(c->error, "tensor '%.*s' has GGUF type %" PRIu64 "; this version reads F32, F16, BF16 and Q8_0",
+        return fail(c->error, "tensor '%.*s' has GGUF type %" PRIu64 "; expected F32, F16, BF16, Q8_0, Q4_0 to Q5_1 or Q2_K to Q6_K",
                     str_show(t->name), t->name.p, type);
     t->format = (enum format)f;
     if (t->ne[0] % formats[f].block)
@@ -946,8 +945,10 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // The order of summation, which every kernel keeps:
 //   float weights   lane j adds the products k = j, j+16, j+32 ... by fused multiply-add; then the lanes are added as a
 //                   tree, j with j+8, j+4, j+2, j+1.
-//   Q8_0 weights    against activations quantised in blocks of 32 as well: an exact integer dot product a block, then
-//                   sum = fma(weight_scale * activation_scale, dot, sum), blocks in rising order.
+//   quantised       against activations quantised to 8 bits in blocks of 32: an exact integer dot product over each group
+//                   of 16 or 32 weights that share a scale, then sum = fma(weight_scale * activation_scale, dot, sum)
+//                   and, in formats with a minimum, sum = fma(minimum, activation_scale * sum of the activations, sum);
+//                   groups in rising order.
 // How many rows and tokens are in flight together never changes a sum, so a GEMV and a GEMM give the same bits.
 // ====================================================================================================================
 
@@ -972,10 +973,12 @@ struct scan_args {          // one sequence, channels [0, n) likewise; n and all
 
 struct kernels {
     const char *name;
+    int q_bias;             // 128 where the instruction set multiplies unsigned by signed bytes, else 0
     // y[t*ldy + r] = (or +=) row row0+r of w times row token0+t of x
     void (*matmul)(const struct matrix *w, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
                    int ldy, bool add);
-    void (*quantize)(const float *x, int n, int8_t *q, float *scale);  // n a multiple of 32
+    void (*dequantize)(enum format format, const uint8_t *row, int n, float *x);
+    void (*quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum);  // n a multiple of 32
     void (*rms_norm)(const float *x, const float *w, float *y, int n, float eps);  // w NULL: no weight
     void (*conv_silu)(const struct conv_args *a);
     void (*scan)(const struct scan_args *a);
@@ -1011,11 +1014,25 @@ struct kernels {
 #define v_softplus ISA_NAME(v_softplus)
 #define v_reduce_max ISA_NAME(v_reduce_max)
 #define v_load_weights ISA_NAME(v_load_weights)
-#define fma1 ISA_NAME(fma1)
-#define dot_i8 ISA_NAME(dot_i8)
+#define vi ISA_NAME(vi)
+#define v_dot_start ISA_NAME(v_dot_start)
+#define v_dot4 ISA_NAME(v_dot4)
+#define v_from_int ISA_NAME(v_from_int)
+#define h_load ISA_NAME(h_load)
+#define transpose_dwords ISA_NAME(transpose_dwords)
+#define unpack_q2_k ISA_NAME(unpack_q2_k)
+#define unpack_q3_k ISA_NAME(unpack_q3_k)
+#define unpack_q45_k ISA_NAME(unpack_q45_k)
+#define unpack_q6_k ISA_NAME(unpack_q6_k)
+#define unpack_small ISA_NAME(unpack_small)
+#define unpack ISA_NAME(unpack)
+#define panel ISA_NAME(panel)
+#define panel_fill ISA_NAME(panel_fill)
+#define panel_dot ISA_NAME(panel_dot)
+#define panel_tokens ISA_NAME(panel_tokens)
 #define tile ISA_NAME(tile)
 #define matmul_float ISA_NAME(matmul_float)
-#define matmul_q8_0 ISA_NAME(matmul_q8_0)
+#define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
 #define conv_any_taps ISA_NAME(conv_any_taps)
 #define scan_step ISA_NAME(scan_step)
@@ -1074,17 +1091,16 @@ LANE vf v_split_exponent(vf x, vf *e) {
     *e = _mm512_cvtepi32_ps(n);
     return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
 }
-LANE float fma1(float a, float b, float c) {
-    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+typedef __m512i vi;
+#define Q_BIAS 128
+#define Q_TOKENS 12
+LANE vi v_dot_start(const int32_t *p) { return _mm512_loadu_si512(p); }
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), _mm512_loadu_si512(w));
 }
-// |w| is at most 128 as an unsigned byte and x lies in [-127, 127], so that no product or sum saturates.
-LANE int dot_i8(const int8_t *wp, const int8_t *xp) {
-    __m256i w = _mm256_loadu_si256((const __m256i *)wp), x = _mm256_loadu_si256((const __m256i *)xp);
-    __m256i s = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
-}
+LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 
 #elif defined(ISA_AVX2)
 
@@ -1152,18 +1168,23 @@ LANE vf v_split_exponent(vf x, vf *e) {
     return (vf){_mm256_castsi256_ps(_mm256_sub_epi32(lo, _mm256_slli_epi32(n_lo, 23))),
                 _mm256_castsi256_ps(_mm256_sub_epi32(hi, _mm256_slli_epi32(n_hi, 23)))};
 }
-LANE float fma1(float a, float b, float c) {
-    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+typedef struct {
+    __m256i lo, hi;
+} vi;
+#define Q_BIAS 0
+#define Q_TOKENS 4
+LANE vi v_dot_start(const int32_t *p) { return (void)p, (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// |w| is at most 128 as an unsigned byte and x lies in [-127, 127]: pairs of products stay below 2^15.
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    __m256i b = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+    __m256i lo = _mm256_loadu_si256((const __m256i *)w), hi = _mm256_loadu_si256((const __m256i *)(w + 32));
+    lo = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(b, lo));
+    hi = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(b, hi));
+    return (vi){_mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, one)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, one))};
 }
-// Pairs of products stay below 2 * 128 * 127 < 32768.
-LANE int dot_i8(const int8_t *wp, const int8_t *xp) {
-    __m256i w = _mm256_loadu_si256((const __m256i *)wp), x = _mm256_loadu_si256((const __m256i *)xp);
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    __m256i s = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
-}
+LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
 #else  // plain C: the definition
 
@@ -1174,7 +1195,6 @@ typedef struct {
 #define TILE_TOKENS 1
 #define UNROLL  // sixteen lanes are loops themselves here
 #define EACH NO_UNROLL for (int i = 0; i < 16; i++)
-LANE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
 LANE vf v_set(float x) {
     vf r;
     EACH r.lane[i] = x;
@@ -1249,10 +1269,22 @@ LANE vf v_split_exponent(vf x, vf *e) {  // x = m * 2^e with m in [2/3, 4/3): re
     }
     return x;
 }
-LANE int dot_i8(const int8_t *w, const int8_t *x) {
-    int s = 0;
-    for (int i = 0; i < 32; i++) s += w[i] * x[i];
-    return s;
+typedef struct {
+    int32_t lane[16];
+} vi;
+#define Q_BIAS 0
+#define Q_TOKENS 1
+LANE vi v_dot_start(const int32_t *p) {  // takes away what Q_BIAS will add to a dot product: here nothing
+    return (void)p, (vi){{0}};
+}
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {  // lane i adds four products: weights w[i] [4] with x [4]
+    EACH sum.lane[i] += w[4 * i] * x[0] + w[4 * i + 1] * x[1] + w[4 * i + 2] * x[2] + w[4 * i + 3] * x[3];
+    return sum;
+}
+LANE vf v_from_int(vi a) {
+    vf r;
+    EACH r.lane[i] = (float)a.lane[i];
+    return r;
 }
 #undef EACH
 
@@ -1362,18 +1394,270 @@ LANE void matmul_float(enum format format, const uint8_t *w, size_t row_bytes, i
                  y + (size_t)t * (size_t)ldy + r, ldy, n, add);
 }
 
-static void matmul_q8_0(const uint8_t *w, size_t row_bytes, int n_rows, const struct act *x, int token0, int n_tokens,
-                        float *y, int ldy, int n, bool add) {
-    for (int t = 0; t < n_tokens; t++) {
-        const int8_t *xq = x->q + (size_t)(token0 + t) * (size_t)x->ld;
-        const float *scale = x->scale + (size_t)(token0 + t) * (size_t)(x->ld / 32);
-        for (int r = 0; r < n_rows; r++) {
-            const struct block_q8_0 *block = (const struct block_q8_0 *)(w + (size_t)r * row_bytes);
-            float s = 0.0f, *to = y + (size_t)t * (size_t)ldy + r;
-            for (int b = 0; b < n / 32; b++)
-                s = fma1(f16_to_f32(block[b].d) * scale[b], (float)dot_i8(block[b].qs, xq + 32 * b), s);
-            *to = add ? *to + s : s;
+// ---- Quantised weights ----
+//
+// A row comes as blocks of 32 or 256 elements in one of ten layouts (ggml's). unpack() turns 256 of them into bytes,
+// scales and minima; panel_fill() does so for 16 rows and interleaves them; panel_dot() multiplies, and never sees a
+// layout. It is done again for every call: it costs about as much as one or two tokens, and a copy of the weights would
+// double their memory and delay the first token.
+
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+LANE float h_load(const uint8_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load_u16(p)))); }
+#else
+LANE float h_load(const uint8_t *p) { return f16_to_f32(load_u16(p)); }
+#endif
+
+// Blocks of 32 (n of them). d [half], in formats with a minimum m [half], in 5-bit formats 32 fifth bits, then the
+// elements: bytes, or 16 bytes whose low nibbles are elements 0 to 15 and whose high nibbles are elements 16 to 31.
+static void unpack_small(enum format format, const uint8_t *src, int n, int8_t *q, float *scale, float *min) {
+    const bool has_min = format == Q4_1 || format == Q5_1, five = format == Q5_0 || format == Q5_1;
+    const int zero = format == Q4_0 ? 8 : format == Q5_0 ? 16 : 0;
+    for (int b = 0; b < n; b++, q += 32) {
+        scale[b] = h_load(src);
+        if (has_min) min[b] = h_load(src += 2);
+        src += 2;
+        if (format == Q8_0) {
+            memcpy(q, src, 32);
+            src += 32;
+            continue;
         }
+        uint32_t fifth = 0;
+        if (five) {
+            memcpy(&fifth, src, 4);
+            src += 4;
+        }
+        for (int i = 0; i < 16; i++) {
+            q[i] = (int8_t)((src[i] & 15) - zero);
+            q[i + 16] = (int8_t)((src[i] >> 4) - zero);
+        }
+        if (five)
+            for (int i = 0; i < 32; i++) q[i] = (int8_t)(q[i] + (int)(fifth >> i & 1) * 16);
+        src += 16;
+    }
+}
+
+// Q4_K: d, dmin [half], 8 scales and 8 minima of 6 bits [12], 4 times 32 bytes: low nibbles are one group of 32, high
+// nibbles the next. Q5_K: fifth bits [32] stand before these, bit g of byte i for element i of group g.
+static void unpack_q45_k(bool five, const uint8_t *src, int8_t *q, float *scale, float *min) {
+    float d = h_load(src), dmin = h_load(src + 2);
+    const uint8_t *s = src + 4, *fifth = src + 16, *nibbles = src + (five ? 48 : 16);
+    for (int g = 0; g < 8; g++) {
+        int sc = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+        int m = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
+        scale[g] = d * (float)sc;
+        min[g] = -(dmin * (float)m);
+        const uint8_t *from = nibbles + g / 2 * 32;
+        int8_t *to = q + 32 * g;
+        if (g % 2) for (int i = 0; i < 32; i++) to[i] = (int8_t)(from[i] >> 4);
+        else for (int i = 0; i < 32; i++) to[i] = (int8_t)(from[i] & 15);
+        if (five)
+            for (int i = 0; i < 32; i++) to[i] = (int8_t)(to[i] | (fifth[i] >> g & 1) << 4);
+    }
+}
+
+// Q6_K: low nibbles [128], upper two bits [64], scales of 16 elements [16 signed bytes], d [half]. In each half of the
+// block, 32 bytes of upper bits serve four runs of 32 elements.
+static void unpack_q6_k(const uint8_t *src, int8_t *q, float *scale) {
+    const int8_t *s = (const int8_t *)src + 192;
+    float d = h_load(src + 208);
+    for (int g = 0; g < 16; g++) scale[g] = d * (float)s[g];
+    for (int run = 0; run < 8; run++) {
+        const uint8_t *low = src + run / 4 * 64 + run % 2 * 32, *high = src + 128 + run / 4 * 32;
+        int low_shift = run % 4 / 2 * 4, high_shift = run % 4 * 2;
+        for (int i = 0; i < 32; i++)
+            q[32 * run + i] = (int8_t)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
+    }
+}
+
+// Q2_K: scale and minimum of 16 elements in two nibbles [16], two-bit elements [64], d, dmin [half].
+static void unpack_q2_k(const uint8_t *src, int8_t *q, float *scale, float *min) {
+    float d = h_load(src + 80), dmin = h_load(src + 82);
+    for (int g = 0; g < 16; g++) {
+        scale[g] = d * (float)(src[g] & 15);
+        min[g] = -(dmin * (float)(src[g] >> 4));
+    }
+    for (int run = 0; run < 8; run++)
+        for (int i = 0; i < 32; i++) q[32 * run + i] = (int8_t)(src[16 + run / 4 * 32 + i] >> run % 4 * 2 & 3);
+}
+
+// Q3_K: third bits [32], two-bit elements [64], scales of 16 elements, 6 bits with zero at 32 [12], d [half]. A third
+// bit that is not set takes 4 away.
+static void unpack_q3_k(const uint8_t *src, int8_t *q, float *scale) {
+    const uint8_t *s = src + 96;
+    float d = h_load(src + 108);
+    for (int g = 0; g < 16; g++) {
+        int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> g / 4 * 2 & 3;
+        scale[g] = d * (float)((low | high << 4) - 32);
+    }
+    for (int run = 0; run < 8; run++)
+        for (int i = 0; i < 32; i++) {
+            int two = src[32 + run / 4 * 32 + i] >> run % 4 * 2 & 3, third = src[i] >> run & 1;
+            q[32 * run + i] = (int8_t)(two + 4 * third - 4);
+        }
+}
+
+// n elements, a multiple of the format's block and at most 256: q [n]; a scale and a minimum for each group.
+static void unpack(enum format format, const uint8_t *src, int n, int8_t *q, float *scale, float *min) {
+    switch (format) {
+    case Q8_0: unpack_small(Q8_0, src, n / 32, q, scale, min); break;
+    case Q4_0: unpack_small(Q4_0, src, n / 32, q, scale, min); break;
+    case Q4_1: unpack_small(Q4_1, src, n / 32, q, scale, min); break;
+    case Q5_0: unpack_small(Q5_0, src, n / 32, q, scale, min); break;
+    case Q5_1: unpack_small(Q5_1, src, n / 32, q, scale, min); break;
+    case Q2_K: unpack_q2_k(src, q, scale, min); break;
+    case Q3_K: unpack_q3_k(src, q, scale); break;
+    case Q4_K: unpack_q45_k(false, src, q, scale, min); break;
+    case Q5_K: unpack_q45_k(true, src, q, scale, min); break;
+    case Q6_K: unpack_q6_k(src, q, scale); break;
+    case F32: case F16: case BF16: case N_FORMATS: break;
+    }
+}
+
+// Element = scale * q + min, each operation rounded, as gguf-py does it.
+static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
+    if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
+    else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
+    else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
+    else for (int k = 0; k < n; k += 256) {
+        int8_t q[256];
+        float scale[16], min[16] = {0};
+        int now = n - k < 256 ? n - k : 256;
+        unpack(format, row + (size_t)k / (size_t)formats[format].block * (size_t)formats[format].bytes, now, q, scale, min);
+        for (int i = 0; i < now; i++) {
+            int g = i / formats[format].group;
+            x[k + i] = scale[g] * (float)q[i] + min[g];
+        }
+    }
+}
+
+// 16 rows by up to 256 columns, ready to be multiplied: lane r of a vector belongs to row r.
+struct panel {
+    int8_t w[64][16][4];       // [column/4][row][column%4]
+    int32_t start[16][16];     // [group][row] minus what Q_BIAS adds to the group's dot product
+    float scale[16][16];       // [group][row]
+    float min[16][16];         // [group][row]
+};
+
+// to[column][row] = from[row][column], 16 rows of n dwords, n a multiple of 8.
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n) {
+    for (int r = 0; r < 16; r += 8)
+        for (int c = 0; c < n; c += 8) {
+            __m256i a[8], b[8];
+            for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)&from[r + i][c]);
+            for (int i = 0; i < 8; i += 2) {  // pairs of rows
+                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)  // fours
+                for (int j = 0; j < 2; j++) {
+                    a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                    a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
+                }
+            for (int i = 0; i < 4; i++) {  // eights
+                _mm256_storeu_si256((__m256i *)&to[c + i][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+                _mm256_storeu_si256((__m256i *)&to[c + i + 4][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+            }
+        }
+}
+#else
+static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n) {
+    for (int c = 0; c < n; c++)
+        for (int r = 0; r < 16; r++) to[c][r] = from[r][c];
+}
+#endif
+
+// Columns [k, k + n) of rows [0, n_rows) at w, n_rows at most 16; the panel's other rows are zero.
+static void panel_fill(struct panel *p, enum format format, const uint8_t *w, size_t row_bytes, int n_rows, int k, int n) {
+    int32_t q[16][64];
+    const int group = formats[format].group;
+    w += (size_t)k / (size_t)formats[format].block * (size_t)formats[format].bytes;
+    if (n_rows < 16) {
+        memset(q, 0, sizeof q);
+        memset(p->scale, 0, sizeof p->scale);
+        memset(p->min, 0, sizeof p->min);
+    }
+    for (int r = 0; r < n_rows; r++) {
+        float scale[16], min[16];
+        unpack(format, w + (size_t)r * row_bytes, n, (int8_t *)q[r], scale, min);
+        for (int g = 0; g < n / group; g++) p->scale[g][r] = scale[g];
+        if (formats[format].has_min)
+            for (int g = 0; g < n / group; g++) p->min[g][r] = min[g];
+    }
+    transpose_dwords((const int32_t (*)[64])q, (int32_t (*)[16])p->w, n / 4);
+#if Q_BIAS
+    const int8_t ones[4] = {1, 1, 1, 1};
+    for (int g = 0; g < n / group; g++) {
+        vi sum = _mm512_setzero_si512();
+        for (int i = 0; i < group / 4; i++) sum = v_dot4(sum, p->w[g * group / 4 + i][0], ones);
+        _mm512_storeu_si512(p->start[g], _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));
+    }
+#endif
+}
+
+// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. group, has_min and tokens are constants at every
+// call. q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
+LANE void panel_dot(const struct panel *p, int n, int group, bool has_min, int tokens, const int8_t *q, const float *scale,
+                    const int32_t *sum, size_t ld, float (*sums)[16]) {
+    for (int g = 0; g < n / group; g++) {
+        vi dot[Q_TOKENS];
+        vf w_scale = v_load(p->scale[g]);
+        UNROLL for (int t = 0; t < tokens; t++) dot[t] = v_dot_start(p->start[g]);
+        UNROLL for (int i = 0; i < group / 4; i++)
+            UNROLL for (int t = 0; t < tokens; t++)
+                dot[t] = v_dot4(dot[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i);
+        UNROLL for (int t = 0; t < tokens; t++) {
+            float x_scale = scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)];
+            vf s = v_fma(v_mul(w_scale, v_set(x_scale)), v_from_int(dot[t]), v_load(sums[t]));
+            if (has_min) {
+                const int32_t *x_sum = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
+                int total = group == 32 ? x_sum[0] + x_sum[1] : x_sum[0];
+                s = v_fma(v_load(p->min[g]), v_set(x_scale * (float)total), s);
+            }
+            v_store(sums[t], s);
+        }
+    }
+}
+
+// The same for any number of tokens.
+LANE void panel_tokens(const struct panel *p, int n, int group, bool has_min, int n_tokens, const int8_t *q, const float *scale,
+                       const int32_t *sum, size_t ld, float (*sums)[16]) {
+    int t = 0;
+    for (; t + Q_TOKENS <= n_tokens; t += Q_TOKENS)
+        panel_dot(p, n, group, has_min, Q_TOKENS, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), ld, sums + t);
+    for (; t < n_tokens; t++)
+        panel_dot(p, n, group, has_min, 1, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), ld, sums + t);
+}
+
+static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                             float *y, int ldy, bool add) {
+    struct panel p;
+    float sums[96][16];     // of up to 96 tokens
+    const size_t ld = (size_t)x->ld;
+    const int group = formats[m->format].group;
+    const bool has_min = formats[m->format].has_min;
+    for (; n_tokens > 96; n_tokens -= 96, token0 += 96, y += 96 * (size_t)ldy)
+        matmul_quantized(m, row0, n_rows, x, token0, 96, y, ldy, add);
+    for (int r = 0; r < n_rows; r += 16) {
+        int rows = n_rows - r < 16 ? n_rows - r : 16;
+        memset(sums, 0, (size_t)n_tokens * sizeof sums[0]);
+        for (int k = 0; k < m->cols; k += 256) {
+            int n = m->cols - k < 256 ? m->cols - k : 256;
+            panel_fill(&p, m->format, m->data + (size_t)(row0 + r) * m->row_bytes, m->row_bytes, rows, k, n);
+            const size_t at = (size_t)token0 * ld + (size_t)k;
+            const int8_t *q = x->q + at;
+            const float *scale = x->scale + at / 32;
+            const int32_t *sum = x->sum + at / 16;
+            if (group == 32 && !has_min) panel_tokens(&p, n, 32, false, n_tokens, q, scale, sum, ld, sums);
+            else if (group == 32) panel_tokens(&p, n, 32, true, n_tokens, q, scale, sum, ld, sums);
+            else if (!has_min) panel_tokens(&p, n, 16, false, n_tokens, q, scale, sum, ld, sums);
+            else panel_tokens(&p, n, 16, true, n_tokens, q, scale, sum, ld, sums);
+        }
+        for (int t = 0; t < n_tokens; t++)
+            for (int i = 0; i < rows; i++) {
+                float *to = y + (size_t)t * (size_t)ldy + r + i;
+                *to = add ? *to + sums[t][i] : sums[t][i];
+            }
     }
 }
 
@@ -1385,24 +1669,29 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
     case F32: matmul_float(F32, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
     case F16: matmul_float(F16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
     case BF16: matmul_float(BF16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
-    case Q8_0: matmul_q8_0(w, m->row_bytes, n_rows, x, token0, n_tokens, y, ldy, m->cols, add); break;
-    case N_FORMATS: break;
+    default: matmul_quantized(m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
     }
 }
 
 // q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the scale NaN or infinite, so that
 // it reaches the logits, where it is reported.
-static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale) {
-    vf zero = v_set(0.0f);
-    for (int b = 0; b < n / 32; b++, x += 32, q += 32) {
-        vf lo = v_load(x), hi = v_load(x + 16);
+static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum) {
+    vf zero = v_set(0.0f), limit = v_set(127.0f), minus_limit = v_set(-127.0f);
+    for (int b = 0; b < n / 32; b++) {
+        vf lo = v_load(x + 32 * b), hi = v_load(x + 32 * b + 16);
         vf abs_max = v_max(v_max(lo, v_sub(zero, lo)), v_max(hi, v_sub(zero, hi)));
         float max = v_reduce_max(abs_max), poison = v_sum(v_mul(v_add(lo, hi), zero));
         vf inverse = v_set(max > 1e-30f && max < 1e30f ? 127.0f / max : 0.0f);
-        vf limit = v_set(127.0f), minus_limit = v_set(-127.0f);
-        v_store_i8(q, v_min(v_max(v_mul(lo, inverse), minus_limit), limit));
-        v_store_i8(q + 16, v_min(v_max(v_mul(hi, inverse), minus_limit), limit));
+        v_store_i8(q + 32 * b, v_min(v_max(v_mul(lo, inverse), minus_limit), limit));
+        v_store_i8(q + 32 * b + 16, v_min(v_max(v_mul(hi, inverse), minus_limit), limit));
         scale[b] = max / 127.0f + poison;
+    }
+    for (int g = 0; g < n / 16; g++) {
+        sum[g] = 0;
+        for (int i = 16 * g; i < 16 * g + 16; i++) {
+            sum[g] += q[i];
+            q[i] = (int8_t)(q[i] ^ Q_BIAS);  // + 128 as an unsigned byte
+        }
     }
 }
 
@@ -1530,13 +1819,15 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
-    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
+    ISA_STRING(MAMBA_ISA_PASS), Q_BIAS, ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
     ISA_NAME(scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
 #undef ISA_STRING2
 #undef TILE_ROWS
 #undef TILE_TOKENS
+#undef Q_BIAS
+#undef Q_TOKENS
 #undef UNROLL
 
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------
@@ -1546,12 +1837,12 @@ static const struct kernels ISA_NAME(kernels) = {
 #define MAMBA_ISA_PASS avx512
 #define ISA_AVX512
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2"))), apply_to = function)
 #include "mamba.c"
 #pragma clang attribute pop
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,avx2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2")
 #include "mamba.c"
 #pragma GCC pop_options
 #endif
@@ -1646,35 +1937,20 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
     if (!a->q) return;
     for (int r = row0; r < row0 + n_rows; r++) {
         size_t at = (size_t)r * (size_t)a->ld + (size_t)col0;
-        k->quantize(a->f + at, n_cols, a->q + at, a->scale + at / 32);
+        k->quantize(a->f + at, n_cols, a->q + at, a->scale + at / 32, a->sum + at / 16);
     }
 }
 
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase.
 static void matmul_phase(struct team *t, const struct matrix *w, const struct act *x, int n_tokens, float *y, int ldy,
                          bool add) {
-    int row_block = n_tokens == 1 ? 16 : 64, token_block = 96, item;
+    int row_block = n_tokens == 1 ? 32 : 64, token_block = 96, item;
     int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
         int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
         t->ctx->k->matmul(w, r, min_int(row_block, w->rows - r), x, token, min_int(token_block, n_tokens - token),
                           y + (size_t)token * (size_t)ldy + r, ldy, add);
     }
-}
-
-static void embed_row(const struct matrix *m, int row, float *to) {
-    const uint8_t *p = m->data + (size_t)row * m->row_bytes;
-    for (int i = 0; i < m->cols; i++) switch (m->format) {
-        case F32: memcpy(&to[i], p + 4 * (size_t)i, 4); break;
-        case F16: to[i] = f16_to_f32(load_u16(p + 2 * (size_t)i)); break;
-        case BF16: to[i] = bf16_to_f32(load_u16(p + 2 * (size_t)i)); break;
-        case Q8_0: {
-            const struct block_q8_0 *b = (const struct block_q8_0 *)p + i / 32;
-            to[i] = f16_to_f32(b->d) * b->qs[i % 32];
-            break;
-        }
-        case N_FORMATS: break;
-        }
 }
 
 static void embed_phase(struct team *t) {
@@ -1684,7 +1960,9 @@ static void embed_phase(struct team *t) {
         int token = item;
         const struct segment *s = ctx->segments;
         for (; token >= s->n_tokens; s++) token -= s->n_tokens;
-        embed_row(&ctx->m->embd, s->tokens[token], ctx->x + (size_t)item * (size_t)ctx->ld_model);
+        const struct matrix *m = &ctx->m->embd;
+        ctx->k->dequantize(m->format, m->data + (size_t)s->tokens[token] * m->row_bytes, m->cols,
+                           ctx->x + (size_t)item * (size_t)ctx->ld_model);
     }
 }
 
@@ -1802,6 +2080,7 @@ static struct act act_new(int n_rows, int n_cols, bool quantized) {
     if (quantized) {
         a.q = xcalloc(n, sizeof *a.q);
         a.scale = xcalloc(n / 32, sizeof *a.scale);
+        a.sum = xcalloc(n / 16, sizeof *a.sum);
     }
     return a;
 }
@@ -1810,6 +2089,7 @@ static void act_free(struct act *a) {
     free(a->f);
     free(a->q);
     free(a->scale);
+    free(a->sum);
 }
 
 // max_tokens: the most tokens of one forward; max_rows: the most logit rows of one call.
@@ -1897,6 +2177,7 @@ static void gather_row(struct context *ctx, int token, int row) {
     if (to->q) {
         memcpy(to->q + b, from->q + a, n);
         memcpy(to->scale + b / 32, from->scale + a / 32, n / 32 * sizeof *to->scale);
+        memcpy(to->sum + b / 16, from->sum + a / 16, n / 16 * sizeof *to->sum);
     }
 }
 

@@ -32,7 +32,7 @@ def silu(x):
 
 
 def quantise_rows(x):
-    """x with each block of 32 rounded to 8 bits: what a Q8_0 product does to its activations. [rows, columns]"""
+    """x with each block of 32 rounded to 8 bits: what a product with quantised weights does to its activations. [rows, columns]"""
     blocks = x.reshape(x.shape[0], -1, 32)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127.0
     return (np.round(blocks / np.where(scale > 0, scale, 1.0)) * scale).reshape(x.shape)
@@ -55,7 +55,7 @@ class Mamba:
     def product(self, x, name):
         """x [tokens, columns] times the matrix [rows, columns], transposed. [tokens, rows]"""
         weight, kind = self.tensors[name]
-        return (quantise_rows(x) if kind == "Q8_0" else x) @ weight.T
+        return (quantise_rows(x) if kind.startswith("Q") else x) @ weight.T
 
     def block(self, x, layer):
         """One Mamba block with its norm, without the residual. x [tokens, d_model] to [tokens, d_model]"""

@@ -1019,17 +1019,35 @@ struct kernels {
 #define v_dot4 ISA_NAME(v_dot4)
 #define v_from_int ISA_NAME(v_from_int)
 #define h_load ISA_NAME(h_load)
+#define vb ISA_NAME(vb)
+#define b_load ISA_NAME(b_load)
+#define b_store ISA_NAME(b_store)
+#define b_nibbles ISA_NAME(b_nibbles)
+#define b_bits ISA_NAME(b_bits)
+#define b_field ISA_NAME(b_field)
+#define b_join ISA_NAME(b_join)
+#define b_add ISA_NAME(b_add)
+#define dot_row ISA_NAME(dot_row)
+#define dot_4_rows ISA_NAME(dot_4_rows)
+#define dot_16_rows ISA_NAME(dot_16_rows)
 #define transpose_dwords ISA_NAME(transpose_dwords)
-#define unpack_q2_k ISA_NAME(unpack_q2_k)
-#define unpack_q3_k ISA_NAME(unpack_q3_k)
-#define unpack_q45_k ISA_NAME(unpack_q45_k)
-#define unpack_q6_k ISA_NAME(unpack_q6_k)
-#define unpack_small ISA_NAME(unpack_small)
 #define unpack ISA_NAME(unpack)
+#define unpack_scales ISA_NAME(unpack_scales)
+#define chunk_scales ISA_NAME(chunk_scales)
+#define chunk ISA_NAME(chunk)
+#define chunk_block ISA_NAME(chunk_block)
+#define v_add_int ISA_NAME(v_add_int)
+#define add_group ISA_NAME(add_group)
+#define chunk_dot ISA_NAME(chunk_dot)
+#define rows_dot ISA_NAME(rows_dot)
+#define prefetch_rows ISA_NAME(prefetch_rows)
+#define chunk_halves ISA_NAME(chunk_halves)
+#define first_chunk ISA_NAME(first_chunk)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
 #define panel_dot ISA_NAME(panel_dot)
 #define panel_tokens ISA_NAME(panel_tokens)
+#define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
 #define matmul_float ISA_NAME(matmul_float)
 #define matmul_quantized ISA_NAME(matmul_quantized)
@@ -1394,122 +1412,153 @@ LANE void matmul_float(enum format format, const uint8_t *w, size_t row_bytes, i
                  y + (size_t)t * (size_t)ldy + r, ldy, n, add);
 }
 
-// ---- Quantised weights ----
+// ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
 //
-// A row comes as blocks of 32 or 256 elements in one of ten layouts (ggml's). unpack() turns 256 of them into bytes,
-// scales and minima; panel_fill() does so for 16 rows and interleaves them; panel_dot() multiplies, and never sees a
-// layout. It is done again for every call: it costs about as much as one or two tokens, and a copy of the weights would
-// double their memory and delay the first token.
+// unpack() and unpack_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
+// rows_dot() for one token, straight from the blocks; for more tokens panel_fill() once, which interleaves the rows, and
+// panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
 
+// Vectors of 32 bytes.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
+typedef __m256i vb;
 LANE float h_load(const uint8_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(load_u16(p)))); }
+LANE vb b_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+LANE void b_store(void *p, vb a) { _mm256_storeu_si256((__m256i *)p, a); }
+LANE vb b_field(vb a, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi16(a, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
+}
+LANE vb b_nibbles(const void *p) {
+    __m128i a = _mm_loadu_si128((const __m128i *)p);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(a, 4), a), _mm256_set1_epi8(15));
+}
+LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte i / 8
+    vb spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                                                                     0x0303030303030303));
+    vb mask = _mm256_set1_epi64x((long long)0x8040201008040201);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask), _mm256_set1_epi8(1));
+}
+LANE vb b_join(vb low, vb high, int shift) { return _mm256_or_si256(low, _mm256_slli_epi16(high, shift)); }
+LANE vb b_add(vb a, int n) { return _mm256_add_epi8(a, _mm256_set1_epi8((char)n)); }
+// Sums of products of four neighbours, eight of them. |w| is at most 128 as an unsigned byte and x lies in [-127, 127]:
+// pairs of products stay below 2^15.
+LANE vb dot_row(vb w, vb x) {
+#if defined(ISA_AVX512)
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 #else
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
+#endif
+}
+// Dot products of four rows with x: over elements 0 to 15 in the lower half, over 16 to 31 in the upper one.
+LANE vb dot_4_rows(vb a, vb b, vb c, vb d, vb x) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(dot_row(a, x), dot_row(b, x)), _mm256_hadd_epi32(dot_row(c, x), dot_row(d, x)));
+}
+#else
+typedef struct {
+    uint8_t byte[32];
+} vb;
+#define EACH NO_UNROLL for (int i = 0; i < 32; i++)
 LANE float h_load(const uint8_t *p) { return f16_to_f32(load_u16(p)); }
+LANE vb b_load(const void *p) {
+    vb r;
+    memcpy(&r, p, sizeof r);
+    return r;
+}
+LANE void b_store(void *p, vb a) { memcpy(p, &a, sizeof a); }
+LANE vb b_field(vb a, int shift, int mask) {  // of each byte
+    EACH a.byte[i] = (uint8_t)(a.byte[i] >> shift & mask);
+    return a;
+}
+LANE vb b_nibbles(const uint8_t *p) {  // the low nibbles of 16 bytes, then the high ones
+    vb r;
+    EACH r.byte[i] = i < 16 ? p[i] & 15 : p[i - 16] >> 4;
+    return r;
+}
+LANE vb b_bits(uint32_t bits) {  // a bit a byte
+    vb r;
+    EACH r.byte[i] = bits >> i & 1;
+    return r;
+}
+LANE vb b_join(vb low, vb high, int shift) {
+    EACH low.byte[i] = (uint8_t)(low.byte[i] | high.byte[i] << shift);
+    return low;
+}
+LANE vb b_add(vb a, int n) {
+    EACH a.byte[i] = (uint8_t)(a.byte[i] + n);
+    return a;
+}
+#undef EACH
 #endif
 
-// Blocks of 32 (n of them). d [half], in formats with a minimum m [half], in 5-bit formats 32 fifth bits, then the
-// elements: bytes, or 16 bytes whose low nibbles are elements 0 to 15 and whose high nibbles are elements 16 to 31.
-static void unpack_small(enum format format, const uint8_t *src, int n, int8_t *q, float *scale, float *min) {
-    const bool has_min = format == Q4_1 || format == Q5_1, five = format == Q5_0 || format == Q5_1;
-    const int zero = format == Q4_0 ? 8 : format == Q5_0 ? 16 : 0;
-    for (int b = 0; b < n; b++, q += 32) {
-        scale[b] = h_load(src);
-        if (has_min) min[b] = h_load(src += 2);
-        src += 2;
-        if (format == Q8_0) {
-            memcpy(q, src, 32);
-            src += 32;
-            continue;
-        }
-        uint32_t fifth = 0;
-        if (five) {
-            memcpy(&fifth, src, 4);
-            src += 4;
-        }
-        for (int i = 0; i < 16; i++) {
-            q[i] = (int8_t)((src[i] & 15) - zero);
-            q[i + 16] = (int8_t)((src[i] >> 4) - zero);
-        }
-        if (five)
-            for (int i = 0; i < 32; i++) q[i] = (int8_t)(q[i] + (int)(fifth >> i & 1) * 16);
-        src += 16;
-    }
-}
-
-// Q4_K: d, dmin [half], 8 scales and 8 minima of 6 bits [12], 4 times 32 bytes: low nibbles are one group of 32, high
-// nibbles the next. Q5_K: fifth bits [32] stand before these, bit g of byte i for element i of group g.
-static void unpack_q45_k(bool five, const uint8_t *src, int8_t *q, float *scale, float *min) {
-    float d = h_load(src), dmin = h_load(src + 2);
-    const uint8_t *s = src + 4, *fifth = src + 16, *nibbles = src + (five ? 48 : 16);
-    for (int g = 0; g < 8; g++) {
-        int sc = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-        int m = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
-        scale[g] = d * (float)sc;
-        min[g] = -(dmin * (float)m);
-        const uint8_t *from = nibbles + g / 2 * 32;
-        int8_t *to = q + 32 * g;
-        if (g % 2) for (int i = 0; i < 32; i++) to[i] = (int8_t)(from[i] >> 4);
-        else for (int i = 0; i < 32; i++) to[i] = (int8_t)(from[i] & 15);
-        if (five)
-            for (int i = 0; i < 32; i++) to[i] = (int8_t)(to[i] | (fifth[i] >> g & 1) << 4);
-    }
-}
-
-// Q6_K: low nibbles [128], upper two bits [64], scales of 16 elements [16 signed bytes], d [half]. In each half of the
-// block, 32 bytes of upper bits serve four runs of 32 elements.
-static void unpack_q6_k(const uint8_t *src, int8_t *q, float *scale) {
-    const int8_t *s = (const int8_t *)src + 192;
-    float d = h_load(src + 208);
-    for (int g = 0; g < 16; g++) scale[g] = d * (float)s[g];
-    for (int run = 0; run < 8; run++) {
-        const uint8_t *low = src + run / 4 * 64 + run % 2 * 32, *high = src + 128 + run / 4 * 32;
-        int low_shift = run % 4 / 2 * 4, high_shift = run % 4 * 2;
-        for (int i = 0; i < 32; i++)
-            q[32 * run + i] = (int8_t)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
-    }
-}
-
-// Q2_K: scale and minimum of 16 elements in two nibbles [16], two-bit elements [64], d, dmin [half].
-static void unpack_q2_k(const uint8_t *src, int8_t *q, float *scale, float *min) {
-    float d = h_load(src + 80), dmin = h_load(src + 82);
-    for (int g = 0; g < 16; g++) {
-        scale[g] = d * (float)(src[g] & 15);
-        min[g] = -(dmin * (float)(src[g] >> 4));
-    }
-    for (int run = 0; run < 8; run++)
-        for (int i = 0; i < 32; i++) q[32 * run + i] = (int8_t)(src[16 + run / 4 * 32 + i] >> run % 4 * 2 & 3);
-}
-
-// Q3_K: third bits [32], two-bit elements [64], scales of 16 elements, 6 bits with zero at 32 [12], d [half]. A third
-// bit that is not set takes 4 away.
-static void unpack_q3_k(const uint8_t *src, int8_t *q, float *scale) {
-    const uint8_t *s = src + 96;
-    float d = h_load(src + 108);
-    for (int g = 0; g < 16; g++) {
-        int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> g / 4 * 2 & 3;
-        scale[g] = d * (float)((low | high << 4) - 32);
-    }
-    for (int run = 0; run < 8; run++)
-        for (int i = 0; i < 32; i++) {
-            int two = src[32 + run / 4 * 32 + i] >> run % 4 * 2 & 3, third = src[i] >> run & 1;
-            q[32 * run + i] = (int8_t)(two + 4 * third - 4);
-        }
-}
-
-// n elements, a multiple of the format's block and at most 256: q [n]; a scale and a minimum for each group.
-static void unpack(enum format format, const uint8_t *src, int n, int8_t *q, float *scale, float *min) {
+// Elements 32 i to 32 i + 31 of a block, as signed bytes.
+LANE vb unpack(enum format format, const uint8_t *p, int i) {
+    uint32_t bits = 0;
     switch (format) {
-    case Q8_0: unpack_small(Q8_0, src, n / 32, q, scale, min); break;
-    case Q4_0: unpack_small(Q4_0, src, n / 32, q, scale, min); break;
-    case Q4_1: unpack_small(Q4_1, src, n / 32, q, scale, min); break;
-    case Q5_0: unpack_small(Q5_0, src, n / 32, q, scale, min); break;
-    case Q5_1: unpack_small(Q5_1, src, n / 32, q, scale, min); break;
-    case Q2_K: unpack_q2_k(src, q, scale, min); break;
-    case Q3_K: unpack_q3_k(src, q, scale); break;
-    case Q4_K: unpack_q45_k(false, src, q, scale, min); break;
-    case Q5_K: unpack_q45_k(true, src, q, scale, min); break;
-    case Q6_K: unpack_q6_k(src, q, scale); break;
-    case F32: case F16: case BF16: case N_FORMATS: break;
+    // d [half], in formats with a minimum m [half], in 5-bit formats 32 fifth bits, then the elements: bytes, or 16 bytes
+    // whose low nibbles are elements 0 to 15 and whose high nibbles are elements 16 to 31.
+    case Q8_0: return b_load(p + 2);
+    case Q4_0: return b_add(b_nibbles(p + 2), -8);
+    case Q4_1: return b_nibbles(p + 4);
+    case Q5_0: memcpy(&bits, p + 2, 4); return b_add(b_join(b_nibbles(p + 6), b_bits(bits), 4), -16);
+    case Q5_1: memcpy(&bits, p + 4, 4); return b_join(b_nibbles(p + 8), b_bits(bits), 4);
+    // Scales of 16 elements [16], 64 bytes with two bits each of four runs of 32, d, dmin [half].
+    case Q2_K: return b_field(b_load(p + 16 + i / 4 * 32), i % 4 * 2, 3);
+    // Third bits [32], 64 bytes as in Q2_K, scales [12], d [half]. A third bit that is not set takes 4 away.
+    case Q3_K: return b_add(b_join(b_field(b_load(p + 32 + i / 4 * 32), i % 4 * 2, 3), b_field(b_load(p), i, 1), 2), -4);
+    // d, dmin [half], scales of 32 elements [12], in Q5_K fifth bits [32], then 4 times 32 bytes: low nibbles are one run
+    // of 32, high nibbles the next.
+    case Q4_K: return b_field(b_load(p + 16 + i / 2 * 32), i % 2 * 4, 15);
+    case Q5_K: return b_join(b_field(b_load(p + 48 + i / 2 * 32), i % 2 * 4, 15), b_field(b_load(p + 16), i, 1), 4);
+    // Low nibbles [128], upper two bits [64], scales of 16 elements [16 signed bytes], d [half]. In each half of the block
+    // 64 bytes of nibbles and 32 of upper bits serve four runs.
+    case Q6_K:
+        return b_add(b_join(b_field(b_load(p + i / 4 * 64 + i % 2 * 32), i % 4 / 2 * 4, 15),
+                            b_field(b_load(p + 128 + i / 4 * 32), i % 4 * 2, 3), 4), -32);
+    default: return b_load(p);  // not reached
+    }
+}
+
+// Scales and, where the format has them, minima of a block's groups: to scale[0], scale[step] ...
+LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, float *min, int step) {
+    switch (format) {
+    case Q8_0: case Q4_0: case Q5_0: *scale = h_load(p); break;
+    case Q4_1: case Q5_1:
+        *scale = h_load(p);
+        *min = h_load(p + 2);
+        break;
+    case Q2_K: {  // low nibble: scale, high nibble: minimum
+        float d = h_load(p + 80), dmin = h_load(p + 82);
+        for (int g = 0; g < 16; g++) {
+            scale[g * step] = d * (float)(p[g] & 15);
+            min[g * step] = -(dmin * (float)(p[g] >> 4));
+        }
+        break;
+    }
+    case Q3_K: {  // 6 bits, zero at 32: 16 nibbles, then 16 times two upper bits
+        float d = h_load(p + 108);
+        const uint8_t *s = p + 96;
+        for (int g = 0; g < 16; g++) {
+            int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> g / 4 * 2 & 3;
+            scale[g * step] = d * (float)((low | high << 4) - 32);
+        }
+        break;
+    }
+    case Q4_K: case Q5_K: {  // 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
+        float d = h_load(p), dmin = h_load(p + 2);
+        const uint8_t *s = p + 4;
+        for (int g = 0; g < 8; g++) {
+            int sc = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+            int m = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
+            scale[g * step] = d * (float)sc;
+            min[g * step] = -(dmin * (float)m);
+        }
+        break;
+    }
+    case Q6_K: {
+        float d = h_load(p + 208);
+        for (int g = 0; g < 16; g++) scale[g * step] = d * (float)(int8_t)p[192 + g];
+        break;
+    }
+    default: break;
     }
 }
 
@@ -1518,25 +1567,139 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
     if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
     else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
     else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
-    else for (int k = 0; k < n; k += 256) {
-        int8_t q[256];
+    else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
         float scale[16], min[16] = {0};
-        int now = n - k < 256 ? n - k : 256;
-        unpack(format, row + (size_t)k / (size_t)formats[format].block * (size_t)formats[format].bytes, now, q, scale, min);
-        for (int i = 0; i < now; i++) {
+        unpack_scales(format, row, scale, min, 1);
+        for (int i = 0; i < formats[format].block; i++) {
+            int8_t q[32];
+            if (i % 32 == 0) b_store(q, unpack(format, row, i / 32));
             int g = i / formats[format].group;
-            x[k + i] = scale[g] * (float)q[i] + min[g];
+            x[k + i] = scale[g] * (float)q[i % 32] + min[g];
         }
     }
 }
 
-// 16 rows by up to 256 columns, ready to be multiplied: lane r of a vector belongs to row r.
+// 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
-    int8_t w[64][16][4];       // [column/4][row][column%4]
-    int32_t start[16][16];     // [group][row] minus what Q_BIAS adds to the group's dot product
     float scale[16][16];       // [group][row]
     float min[16][16];         // [group][row]
+    int32_t start[16][16];     // [group][row] minus what Q_BIAS adds to the group's dot product
+    int8_t w[64][16][4];       // [column/4][row][column%4]
 };
+
+// A chunk of weights: n columns of 16 rows.
+struct chunk {
+    const uint8_t *row[16];    // begins of the rows; of those that do not exist, of the last one that does: not stored later
+    size_t at;                 // bytes from there to the chunk
+    int n;
+};
+
+LANE const uint8_t *chunk_block(enum format format, const struct chunk *c, int row, int i) {
+    return c->row[row] + c->at + (size_t)(i * 32 / formats[format].block * formats[format].bytes);
+}
+
+// Half floats at offset `at` of each block of 32: to to[block][row].
+LANE void chunk_halves(enum format format, const struct chunk *c, size_t at, float (*to)[16]) {
+    uint16_t half[8][16];
+    for (int r = 0; r < 16; r++)
+        for (int b = 0; b < c->n / 32; b++) half[b][r] = load_u16(chunk_block(format, c, r, b) + at);
+    for (int b = 0; b < c->n / 32; b++) v_store(to[b], v_load_f16(half[b]));
+}
+
+LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *p) {
+    const int block = formats[format].block, groups = block / formats[format].group;
+    if (block == 32) {
+        chunk_halves(format, c, 0, p->scale);
+        if (formats[format].has_min) chunk_halves(format, c, 2, p->min);
+    } else {
+        for (int r = 0; r < 16; r++)
+            for (int b = 0; b < c->n / block; b++)
+                unpack_scales(format, chunk_block(format, c, r, b * block / 32), &p->scale[b * groups][r], &p->min[b * groups][r], 16);
+    }
+}
+
+// ---- one token ----
+
+// Dot products of 32 elements of 16 rows with x, the first 16 and the last 16 apart.
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
+    const int in_block = i % (formats[format].block / 32);
+    vb x = _mm256_xor_si256(b_load(xp), _mm256_set1_epi8((char)Q_BIAS)), d[4];
+    UNROLL for (int r = 0; r < 16; r += 4) {
+        vb w[4];
+        UNROLL for (int j = 0; j < 4; j++) w[j] = unpack(format, chunk_block(format, c, r + j, i), in_block);
+        d[r / 4] = dot_4_rows(w[0], w[1], w[2], w[3], x);
+    }
+    vb lo_first = _mm256_permute2x128_si256(d[0], d[1], 0x20), lo_second = _mm256_permute2x128_si256(d[0], d[1], 0x31);
+    vb hi_first = _mm256_permute2x128_si256(d[2], d[3], 0x20), hi_second = _mm256_permute2x128_si256(d[2], d[3], 0x31);
+#if defined(ISA_AVX512)
+    *first = _mm512_inserti64x4(_mm512_castsi256_si512(lo_first), hi_first, 1);
+    *second = _mm512_inserti64x4(_mm512_castsi256_si512(lo_second), hi_second, 1);
+#else
+    *first = (vi){lo_first, hi_first};
+    *second = (vi){lo_second, hi_second};
+#endif
+}
+LANE vi v_add_int(vi a, vi b) {
+#if defined(ISA_AVX512)
+    return _mm512_add_epi32(a, b);
+#else
+    return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+#endif
+}
+#else
+LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *x, vi *first, vi *second) {
+    for (int r = 0; r < 16; r++) {
+        int8_t w[32];
+        b_store(w, unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32)));
+        first->lane[r] = second->lane[r] = 0;
+        for (int j = 0; j < 16; j++) {
+            first->lane[r] += w[j] * x[j];
+            second->lane[r] += w[j + 16] * x[j + 16];
+        }
+    }
+}
+LANE vi v_add_int(vi a, vi b) {
+    for (int i = 0; i < 16; i++) a.lane[i] += b.lane[i];
+    return a;
+}
+#endif
+
+// sum + group's scale * dot, and its minimum * the sum of the activations: the order that section 4's head fixes.
+LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_scale, int x_sum, vf sum) {
+    sum = v_fma(v_mul(v_load(p->scale[g]), v_set(x_scale)), v_from_int(dot), sum);
+    return has_min ? v_fma(v_load(p->min[g]), v_set(x_scale * (float)x_sum), sum) : sum;
+}
+
+// 16 rows are 16 streams, more than the processor follows by itself: while the i-th 32 columns of a chunk are multiplied,
+// an eighth of the next one is fetched, two rows.
+LANE void prefetch_rows(const struct chunk *next, size_t bytes, int i) {
+    for (int r = 2 * i; r < 2 * i + 2; r++)
+        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next->row[r] + next->at + at);
+}
+
+// Adds a chunk times one token to sums [16]. The format is a constant at every call.
+LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk *next, const int8_t *q, const float *scale, const int32_t *sum,
+                   float *sums) {
+    struct panel p;
+    const bool has_min = formats[format].has_min;
+    vf s = v_load(sums);
+    chunk_scales(format, c, &p);
+    for (int i = 0; i < c->n / 32; i++) {
+        vi first, second;
+        prefetch_rows(next, (size_t)(256 / formats[format].block * formats[format].bytes), i);
+        dot_16_rows(format, c, i, q + 32 * i, &first, &second);
+        if (formats[format].group == 32) {
+            s = add_group(&p, has_min, i, v_add_int(first, second), scale[i], sum[2 * i] + sum[2 * i + 1], s);
+        } else {
+            s = add_group(&p, has_min, 2 * i, first, scale[i], sum[2 * i], s);
+            s = add_group(&p, has_min, 2 * i + 1, second, scale[i], sum[2 * i + 1], s);
+        }
+    }
+    v_store(sums, s);
+}
+
+// ---- many tokens ----
 
 // to[column][row] = from[row][column], 16 rows of n dwords, n a multiple of 8.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
@@ -1567,29 +1730,20 @@ static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n
 }
 #endif
 
-// Columns [k, k + n) of rows [0, n_rows) at w, n_rows at most 16; the panel's other rows are zero.
-static void panel_fill(struct panel *p, enum format format, const uint8_t *w, size_t row_bytes, int n_rows, int k, int n) {
+// The format is a constant at every call.
+LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
     int32_t q[16][64];
-    const int group = formats[format].group;
-    w += (size_t)k / (size_t)formats[format].block * (size_t)formats[format].bytes;
-    if (n_rows < 16) {
-        memset(q, 0, sizeof q);
-        memset(p->scale, 0, sizeof p->scale);
-        memset(p->min, 0, sizeof p->min);
-    }
-    for (int r = 0; r < n_rows; r++) {
-        float scale[16], min[16];
-        unpack(format, w + (size_t)r * row_bytes, n, (int8_t *)q[r], scale, min);
-        for (int g = 0; g < n / group; g++) p->scale[g][r] = scale[g];
-        if (formats[format].has_min)
-            for (int g = 0; g < n / group; g++) p->min[g][r] = min[g];
-    }
-    transpose_dwords((const int32_t (*)[64])q, (int32_t (*)[16])p->w, n / 4);
+    chunk_scales(format, c, p);
+    for (int r = 0; r < 16; r++)
+        for (int i = 0; i < c->n / 32; i++)
+            b_store(&q[r][8 * i], unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32)));
+    transpose_dwords((const int32_t (*)[64])q, (int32_t (*)[16])p->w, c->n / 4);
 #if Q_BIAS
     const int8_t ones[4] = {1, 1, 1, 1};
-    for (int g = 0; g < n / group; g++) {
+    const int per_group = formats[format].group / 4;
+    for (int g = 0; g < c->n / 4 / per_group; g++) {
         vi sum = _mm512_setzero_si512();
-        for (int i = 0; i < group / 4; i++) sum = v_dot4(sum, p->w[g * group / 4 + i][0], ones);
+        for (int i = 0; i < per_group; i++) sum = v_dot4(sum, p->w[g * per_group + i][0], ones);
         _mm512_storeu_si512(p->start[g], _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));
     }
 #endif
@@ -1601,20 +1755,14 @@ LANE void panel_dot(const struct panel *p, int n, int group, bool has_min, int t
                     const int32_t *sum, size_t ld, float (*sums)[16]) {
     for (int g = 0; g < n / group; g++) {
         vi dot[Q_TOKENS];
-        vf w_scale = v_load(p->scale[g]);
         UNROLL for (int t = 0; t < tokens; t++) dot[t] = v_dot_start(p->start[g]);
         UNROLL for (int i = 0; i < group / 4; i++)
             UNROLL for (int t = 0; t < tokens; t++)
                 dot[t] = v_dot4(dot[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i);
         UNROLL for (int t = 0; t < tokens; t++) {
-            float x_scale = scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)];
-            vf s = v_fma(v_mul(w_scale, v_set(x_scale)), v_from_int(dot[t]), v_load(sums[t]));
-            if (has_min) {
-                const int32_t *x_sum = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
-                int total = group == 32 ? x_sum[0] + x_sum[1] : x_sum[0];
-                s = v_fma(v_load(p->min[g]), v_set(x_scale * (float)total), s);
-            }
-            v_store(sums[t], s);
+            const int32_t *x_sum = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
+            v_store(sums[t], add_group(p, has_min, g, dot[t], scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)],
+                                       group == 32 ? x_sum[0] + x_sum[1] : x_sum[0], v_load(sums[t])));
         }
     }
 }
@@ -1629,30 +1777,73 @@ LANE void panel_tokens(const struct panel *p, int n, int group, bool has_min, in
         panel_dot(p, n, group, has_min, 1, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), ld, sums + t);
 }
 
+static void panel_multiply(const struct panel *p, enum format format, int n, int n_tokens, const int8_t *q, const float *scale,
+                           const int32_t *sum, size_t ld, float (*sums)[16]) {
+    const bool has_min = formats[format].has_min;
+    if (formats[format].group == 32 && !has_min) panel_tokens(p, n, 32, false, n_tokens, q, scale, sum, ld, sums);
+    else if (formats[format].group == 32) panel_tokens(p, n, 32, true, n_tokens, q, scale, sum, ld, sums);
+    else if (!has_min) panel_tokens(p, n, 16, false, n_tokens, q, scale, sum, ld, sums);
+    else panel_tokens(p, n, 16, true, n_tokens, q, scale, sum, ld, sums);
+}
+
+// Adds a chunk times n_tokens tokens to sums [n_tokens][16]; `next` is the chunk that will follow.
+LANE void chunk_dot(enum format format, const struct chunk *c, const struct chunk *next, int n_tokens, const int8_t *q,
+                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
+    if (n_tokens <= 2) {
+        for (int t = 0; t < n_tokens; t++)
+            rows_dot(format, c, next, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), sums[t]);
+        return;
+    }
+    struct panel p;
+    panel_fill(format, c, &p);
+    panel_multiply(&p, format, c->n, n_tokens, q, scale, sum, ld, sums);
+}
+
+static struct chunk first_chunk(const struct matrix *m, int row0) {
+    struct chunk c = {.n = m->cols < 256 ? m->cols : 256};
+    for (int r = 0; r < 16; r++) {
+        int row = row0 + r < m->rows ? row0 + r : m->rows - 1;
+        c.row[r] = m->data + (size_t)row * m->row_bytes;
+    }
+    return c;
+}
+
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
-    struct panel p;
     float sums[96][16];     // of up to 96 tokens
     const size_t ld = (size_t)x->ld;
-    const int group = formats[m->format].group;
-    const bool has_min = formats[m->format].has_min;
     for (; n_tokens > 96; n_tokens -= 96, token0 += 96, y += 96 * (size_t)ldy)
         matmul_quantized(m, row0, n_rows, x, token0, 96, y, ldy, add);
+    struct chunk c = first_chunk(m, row0), next;
     for (int r = 0; r < n_rows; r += 16) {
-        int rows = n_rows - r < 16 ? n_rows - r : 16;
         memset(sums, 0, (size_t)n_tokens * sizeof sums[0]);
-        for (int k = 0; k < m->cols; k += 256) {
-            int n = m->cols - k < 256 ? m->cols - k : 256;
-            panel_fill(&p, m->format, m->data + (size_t)(row0 + r) * m->row_bytes, m->row_bytes, rows, k, n);
+        for (int k = 0; k < m->cols; k += 256, c = next) {
+            if (k + 256 < m->cols) {
+                next = c;
+                next.at += (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
+                next.n = m->cols - k - 256 < 256 ? m->cols - k - 256 : 256;
+            } else {
+                next = first_chunk(m, row0 + r + 16);
+            }
             const size_t at = (size_t)token0 * ld + (size_t)k;
             const int8_t *q = x->q + at;
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
-            if (group == 32 && !has_min) panel_tokens(&p, n, 32, false, n_tokens, q, scale, sum, ld, sums);
-            else if (group == 32) panel_tokens(&p, n, 32, true, n_tokens, q, scale, sum, ld, sums);
-            else if (!has_min) panel_tokens(&p, n, 16, false, n_tokens, q, scale, sum, ld, sums);
-            else panel_tokens(&p, n, 16, true, n_tokens, q, scale, sum, ld, sums);
+            switch (m->format) {
+            case Q8_0: chunk_dot(Q8_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_0: chunk_dot(Q4_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_1: chunk_dot(Q4_1, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_0: chunk_dot(Q5_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_1: chunk_dot(Q5_1, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q2_K: chunk_dot(Q2_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q3_K: chunk_dot(Q3_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_K: chunk_dot(Q4_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_K: chunk_dot(Q5_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q6_K: chunk_dot(Q6_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case F32: case F16: case BF16: case N_FORMATS: break;
+            }
         }
+        int rows = n_rows - r < 16 ? n_rows - r : 16;
         for (int t = 0; t < n_tokens; t++)
             for (int i = 0; i < rows; i++) {
                 float *to = y + (size_t)t * (size_t)ldy + r + i;

@@ -16,8 +16,8 @@
 //    1  errors, memory, threads, half floats     8  Unicode and tokenizer
 //    2  GGUF                                     9  sampler
 //    3  configuration, tensor binding           10  commands
-//    4  kernels, once per instruction set       11  command line
-//    5  layers
+//    4  kernels, once per instruction set       11  bench
+//    5  layers                                  12  command line
 //    6  forward over a ragged batch
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
@@ -42,7 +42,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -220,6 +222,18 @@ __attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *form
     fflush(stdout);  // what was written so far is kept
     print_line(stderr, e.text);
     exit(1);
+}
+
+// A wrong command line.
+__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
+    struct error e;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
+    print_line(stderr, e.text);
+    fputs("Try: mamba --help\n", stderr);
+    exit(2);
 }
 
 // The first error of a parse stays.
@@ -3572,7 +3586,7 @@ static void sampler_free(struct sampler *s) {
 // only; what is for people goes to standard error.
 // ====================================================================================================================
 
-enum command { GENERATE, SCORE, EMBED, TOKENIZE, INSPECT, N_COMMANDS };
+enum command { GENERATE, SCORE, EMBED, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
 
 enum source { FROM_TEXT, FROM_FILE, FROM_IDS };  // -p, -f, --ids
 
@@ -3599,6 +3613,9 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     int layer;
     const char *output;
     bool decode;
+    const char *bench_prompts, *bench_gens, *bench_parallels, *bench_threads, *bench_format;
+    int repeats;
+    bool paper;
 };
 
 struct session {            // what every command that runs a model has open
@@ -4281,9 +4298,362 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 11. Command line.
+// 11. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 12.
+// ====================================================================================================================
+
+enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
+
+struct bench_list {
+    int n, v[MAX_BENCH_LIST];
+};
+
+struct bench_test {         // n_parallel sequences, each with a prompt, then with tokens that are generated one at a time
+    int n_prompt, n_gen, n_parallel, n_threads;
+};
+
+struct bench_result {
+    double seconds[MAX_REPEATS], prompt_seconds[MAX_REPEATS];  // of a whole run; of its prompts
+    uint64_t logits_hash;   // of the last logits: equal for every number of threads and instruction set
+};
+
+struct bench {
+    const struct options *o;
+    struct model model;
+    char cpu[96];
+    uint64_t n_params, model_size, step_bytes;  // step_bytes: weights that one decoding step reads
+    double read_gb_per_s;
+};
+
+// "512,2048": numbers from min to max.
+static struct bench_list parse_list(const char *name, const char *text, int min, int max) {
+    struct bench_list list = {0};
+    for (const char *p = text; list.n < MAX_BENCH_LIST; p++) {
+        char *end;
+        long v = strtol(p, &end, 10);
+        if (end == p || v < min || v > max || (*end && *end != ',')) break;
+        list.v[list.n++] = (int)v;
+        p = end;
+        if (!*end) return list;
+    }
+    usage_error("%s %s: expected up to %d numbers from %d to %d, separated by commas", name, text, MAX_BENCH_LIST, min, max);
+}
+
+// Bytes per second that all threads together read from memory, the best of three passes. Pages of one repeated value
+// could be merged by a hypervisor and then be read faster than memory is, so each word differs.
+static double read_bandwidth(int n_threads) {
+    const size_t n = (size_t)1 << 25;  // words of 8 bytes: 256 MiB, larger than caches
+    uint64_t *words = xcalloc(n, sizeof *words), total = 0;
+    double best = 0;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+#endif
+    for (size_t i = 0; i < n; i++) words[i] = i * UINT64_C(0x9e3779b97f4a7c15);
+    for (int pass = 0; pass < 3; pass++) {
+        double start = now_seconds();
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(n_threads) schedule(static) reduction(+ : total)
+#endif
+        for (size_t block = 0; block < n; block += 4096) {
+            uint64_t lanes[16] = {0};
+            for (size_t i = block; i < block + 4096; i += 16)
+                for (int j = 0; j < 16; j++) lanes[j] += words[i + (size_t)j];
+            for (int j = 0; j < 16; j++) total += lanes[j];
+        }
+        double rate = (double)n * sizeof *words / (now_seconds() - start);
+        if (rate > best) best = rate;
+    }
+    if (total == 1) best = 0;  // so that the sums are not optimised away
+    free(words);
+    return best;
+}
+
+static void read_cpu_name(char *to, size_t size) {
+    char line[256];
+    snprintf(to, size, "unknown");
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    if (!f) return;
+    while (fgets(line, sizeof line, f)) {
+        char *value = strncmp(line, "model name", 10) == 0 ? strchr(line, ':') : NULL;
+        if (!value) continue;
+        value[strcspn(value, "\n")] = 0;
+        snprintf(to, size, "%s", value + 2);
+        break;
+    }
+    fclose(f);
+}
+
+static int32_t random_token(const struct model *m, int sequence, int position) {
+    return (int32_t)(mix64((uint64_t)sequence << 32 | (uint32_t)position) % (uint64_t)m->c.n_vocab);
+}
+
+// One run: prompts one after the other in passes of at most max_tokens, then all sequences a token a pass.
+static void bench_run(struct context *ctx, struct sequence **seqs, const struct bench_test *t, int n_gen, double *seconds,
+                      double *prompt_seconds) {
+    const struct model *m = ctx->m;
+    int32_t *tokens = xmalloc((size_t)(ctx->max_tokens > t->n_parallel ? ctx->max_tokens : t->n_parallel) * sizeof *tokens);
+    struct segment *segments = xcalloc((size_t)t->n_parallel, sizeof *segments);
+    for (int s = 0; s < t->n_parallel; s++) sequence_reset(seqs[s], &m->c);
+    double start = now_seconds();
+    for (int s = 0; s < t->n_parallel; s++)
+        for (int at = 0, now; at < t->n_prompt; at += now) {
+            now = min_int(ctx->max_tokens, t->n_prompt - at);
+            for (int i = 0; i < now; i++) tokens[i] = random_token(m, s, at + i);
+            forward(ctx, &(struct segment){seqs[s], tokens, now, at + now == t->n_prompt}, 1, m->c.n_layer);
+        }
+    *prompt_seconds = now_seconds() - start;
+    for (int i = 0; i < n_gen; i++) {
+        for (int s = 0; s < t->n_parallel; s++) {
+            tokens[s] = random_token(m, s, t->n_prompt + i);
+            segments[s] = (struct segment){seqs[s], &tokens[s], 1, true};
+        }
+        forward(ctx, segments, t->n_parallel, m->c.n_layer);
+        stop_if_interrupted();
+    }
+    *seconds = now_seconds() - start;
+    free(tokens);
+    free(segments);
+}
+
+static void bench_measure(struct bench *b, const struct bench_test *t, struct bench_result *r) {
+    int pass = min_int(b->o->ubatch, t->n_prompt);
+    struct context *ctx = context_new(&b->model, choose_kernels(), t->n_threads, pass > t->n_parallel ? pass : t->n_parallel,
+                                      t->n_parallel);
+    struct sequence **seqs = xcalloc((size_t)t->n_parallel, sizeof *seqs);
+    for (int s = 0; s < t->n_parallel; s++) seqs[s] = sequence_new(&b->model.c);
+    double ignored;
+    struct bench_test warm_up = *t;
+    warm_up.n_prompt = pass;
+    bench_run(ctx, seqs, &warm_up, min_int(t->n_gen, 2), &ignored, &ignored);
+    for (int i = 0; i < b->o->repeats; i++) bench_run(ctx, seqs, t, t->n_gen, &r->seconds[i], &r->prompt_seconds[i]);
+    r->logits_hash = hash_bytes(1, ctx->logits, (size_t)b->model.c.n_vocab * sizeof(float));
+    for (int s = 0; s < t->n_parallel; s++) sequence_free(seqs[s]);
+    free(seqs);
+    context_free(ctx);
+}
+
+static double mean_of(const double *v, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += v[i];
+    return sum / n;
+}
+
+static double deviation_of(const double *v, int n) {  // of a sample; 0 for a single value
+    double mean = mean_of(v, n), squares = 0;
+    for (int i = 0; i < n; i++) squares += (v[i] - mean) * (v[i] - mean);
+    return n > 1 ? sqrt(squares / (n - 1)) : 0;
+}
+
+struct field {              // of a row of results
+    const char *name;
+    bool is_text;
+    char value[160];
+};
+
+enum { MAX_FIELDS = 24 };
+
+__attribute__((format(printf, 4, 5))) static void add_field(struct field *f, int *n, const char *name, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    f[*n].name = name;
+    f[*n].is_text = format[0] == '%' && format[1] == 's';
+    vsnprintf(f[*n].value, sizeof f[*n].value, format, args);
+    (*n)++;
+    va_end(args);
+}
+
+// The row of a test. Tokens a second: of prompt and generated tokens where a test has only one of them; where it has
+// both, as in the paper, of the generated ones over the whole time, and in gen_ts without the prompts' time.
+static int bench_fields(const struct bench *b, const struct bench_test *t, const struct bench_result *r, struct field *f) {
+    const int n_runs = b->o->repeats, per_sequence = t->n_gen ? t->n_gen : t->n_prompt;
+    const struct matrix *in = &b->model.layers[0].in;
+    const double tokens = (double)per_sequence * t->n_parallel;
+    double ts[MAX_REPEATS], gen_ts[MAX_REPEATS], ns[MAX_REPEATS], gb[MAX_REPEATS];
+    for (int i = 0; i < n_runs; i++) {
+        double gen_seconds = r->seconds[i] - r->prompt_seconds[i];
+        double state = (double)state_floats(&b->model.c) * sizeof(float) * t->n_parallel;
+        ns[i] = r->seconds[i] * 1e9;
+        ts[i] = tokens / r->seconds[i];
+        gen_ts[i] = t->n_gen ? tokens / gen_seconds : 0;
+        gb[i] = t->n_gen ? ((double)b->step_bytes + state) * t->n_gen / gen_seconds / 1e9 : 0;
+    }
+    char when[32];
+    time_t now = time(NULL);
+    struct tm utc;
+    strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    int n = 0;
+    add_field(f, &n, "build", "%s", MAMBA_VERSION);
+    add_field(f, &n, "cpu_info", "%s", b->cpu);
+    add_field(f, &n, "isa", "%s", choose_kernels()->name);
+    add_field(f, &n, "model_filename", "%s", b->o->model);
+    add_field(f, &n, "model_type", "%s %dx%d %s", "mamba", b->model.c.n_layer, b->model.c.d_model, formats[in->format].name);
+    add_field(f, &n, "model_size", "%" PRIu64, b->model_size);
+    add_field(f, &n, "model_n_params", "%" PRIu64, b->n_params);
+    add_field(f, &n, "n_ubatch", "%d", b->o->ubatch);
+    add_field(f, &n, "n_threads", "%d", t->n_threads);
+    add_field(f, &n, "n_prompt", "%d", t->n_prompt);
+    add_field(f, &n, "n_gen", "%d", t->n_gen);
+    add_field(f, &n, "n_parallel", "%d", t->n_parallel);
+    add_field(f, &n, "test_time", "%s", when);
+    add_field(f, &n, "avg_ns", "%.0f", mean_of(ns, n_runs));
+    add_field(f, &n, "stddev_ns", "%.0f", deviation_of(ns, n_runs));
+    add_field(f, &n, "avg_ts", "%.2f", mean_of(ts, n_runs));
+    add_field(f, &n, "stddev_ts", "%.2f", deviation_of(ts, n_runs));
+    add_field(f, &n, "gen_ts", "%.2f", mean_of(gen_ts, n_runs));
+    add_field(f, &n, "weight_gb_per_s", "%.2f", mean_of(gb, n_runs));
+    add_field(f, &n, "read_gb_per_s", "%.2f", b->read_gb_per_s);
+    add_field(f, &n, "peak_rss", "%ld", usage.ru_maxrss * 1024);
+    add_field(f, &n, "logits_hash", "%s%016" PRIx64, "", r->logits_hash);
+    return n;
+}
+
+static void print_json_text(const char *s) {
+    putchar('"');
+    for (; *s; s++) {
+        if (*s == '"' || *s == '\\') putchar('\\');
+        if ((unsigned char)*s < 32) printf("\\u%04x", *s);
+        else putchar(*s);
+    }
+    putchar('"');
+}
+
+static void print_json_row(const struct field *f, int n, const char *separator) {
+    putchar('{');
+    for (int i = 0; i < n; i++) {
+        printf("%s\"%s\": ", i ? separator : "", f[i].name);
+        if (f[i].is_text) print_json_text(f[i].value);
+        else fputs(f[i].value, stdout);
+    }
+    putchar('}');
+}
+
+static void print_csv_row(const struct field *f, int n) {
+    for (int i = 0; i < n; i++) {
+        printf("%s\"", i ? "," : "");
+        for (const char *p = f[i].value; *p; p++) printf(*p == '"' ? "\"\"" : "%c", *p);
+        putchar('"');
+    }
+    putchar('\n');
+}
+
+// llama-bench's table, one row a test.
+static void print_md_row(const struct bench *b, const struct bench_test *t, const struct field *f, int n) {
+    char test[48], speed[48] = "", bandwidth[32] = "";
+    double avg = 0, deviation = 0;
+    for (int i = 0; i < n; i++) {
+        if (strcmp(f[i].name, "avg_ts") == 0) avg = strtod(f[i].value, NULL);
+        if (strcmp(f[i].name, "stddev_ts") == 0) deviation = strtod(f[i].value, NULL);
+        if (strcmp(f[i].name, "weight_gb_per_s") == 0 && t->n_gen) snprintf(bandwidth, sizeof bandwidth, "%.5s", f[i].value);
+    }
+    if (t->n_prompt && t->n_gen) snprintf(test, sizeof test, "pp%d+tg%d", t->n_prompt, t->n_gen);
+    else snprintf(test, sizeof test, "%s%d", t->n_gen ? "tg" : "pp", t->n_gen ? t->n_gen : t->n_prompt);
+    snprintf(speed, sizeof speed, "%.2f ± %.2f", avg, deviation);
+    printf("| mamba %dx%d %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->model.c.n_layer, b->model.c.d_model,
+           formats[b->model.layers[0].in.format].name, (double)b->model_size / 1048576, (double)b->n_params / 1e6, t->n_threads,
+           t->n_parallel, test, speed, bandwidth, b->read_gb_per_s);
+}
+
+static void bench_print(const struct bench *b, const struct bench_test *t, const struct bench_result *r, bool first, bool last) {
+    const char *format = b->o->bench_format;
+    struct field f[MAX_FIELDS];
+    int n = bench_fields(b, t, r, f);
+    if (strcmp(format, "md") == 0) {
+        if (first)
+            printf("| model | size | params | threads | sequences | test | t/s | GB/s | of GB/s |\n"
+                   "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+        print_md_row(b, t, f, n);
+    } else if (strcmp(format, "csv") == 0) {
+        for (int i = 0; i < n && first; i++) printf("%s%s", f[i].name, i + 1 < n ? "," : "\n");
+        print_csv_row(f, n);
+    } else if (strcmp(format, "jsonl") == 0) {
+        print_json_row(f, n, ", ");
+        putchar('\n');
+    } else {
+        printf(first ? "[\n  " : "  ");
+        print_json_row(f, n, ", ");
+        printf(last ? "\n]\n" : ",\n");
+    }
+    check_stdout();
+}
+
+// All combinations, prompts and generation apart; or the paper's.
+static int bench_tests(const struct options *o, struct bench_test **tests) {
+    char default_list[16];
+    snprintf(default_list, sizeof default_list, "%d", default_threads());
+    struct bench_list threads = parse_list("-t", o->bench_threads ? o->bench_threads : default_list, 1, 4096);
+    struct bench_list parallels = parse_list("-np", o->paper ? "1,2,4,8,16,32,64,128" : o->bench_parallels, 1, 65536);
+    struct bench_list prompts = parse_list("-p", o->bench_prompts, 0, 1 << 24), gens = parse_list("-n", o->bench_gens, 0, 1 << 24);
+    int n = 0;
+    *tests = xcalloc((size_t)(threads.n * parallels.n * (prompts.n + gens.n)), sizeof **tests);
+    for (int t = 0; t < threads.n; t++)
+        for (int np = 0; np < parallels.n; np++) {
+            if (o->paper) {
+                (*tests)[n++] = (struct bench_test){2048, 128, parallels.v[np], threads.v[t]};
+                continue;
+            }
+            for (int i = 0; i < prompts.n + gens.n; i++) {
+                int p = i < prompts.n ? prompts.v[i] : 0, g = i < prompts.n ? 0 : gens.v[i - prompts.n];
+                if (p || g) (*tests)[n++] = (struct bench_test){p, g, parallels.v[np], threads.v[t]};
+            }
+        }
+    return n;
+}
+
+// In a process of its own, so that its buffer does not count in peak_rss. (No thread has been started yet.)
+static double read_bandwidth_apart(int n_threads) {
+    int ends[2];
+    double rate = 0;
+    if (pipe(ends) != 0) return 0;
+    pid_t child = fork();
+    if (child == 0) {
+        rate = read_bandwidth(n_threads);
+        _exit(write(ends[1], &rate, sizeof rate) == (ssize_t)sizeof rate ? 0 : 1);
+    }
+    close(ends[1]);
+    if (child < 0 || read(ends[0], &rate, sizeof rate) != (ssize_t)sizeof rate) rate = 0;
+    close(ends[0]);
+    if (child > 0) waitpid(child, NULL, 0);
+    return rate;
+}
+
+static int command_bench(const struct options *o) {
+    struct bench b = {.o = o};
+    struct error e = {""};
+    struct bench_test *tests;
+    const char *known[] = {"md", "csv", "json", "jsonl"};
+    bool format_known = false;
+    for (int i = 0; i < 4; i++) format_known |= strcmp(o->bench_format, known[i]) == 0;
+    if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
+    int n_tests = bench_tests(o, &tests);
+    b.read_gb_per_s = read_bandwidth_apart(n_tests ? tests[0].n_threads : 1) / 1e9;
+    if (!model_open(&b.model, o->model, &e)) die("%s", e.text);
+    read_cpu_name(b.cpu, sizeof b.cpu);
+    for (uint64_t i = 0; i < b.model.file.n_tensors; i++) {
+        const struct tensor *t = &b.model.file.tensors[i];
+        b.model_size += t->n_bytes;
+        b.n_params += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]);
+        // Of an embedding that is not also the head, a step reads one row.
+        bool one_row = t->data == b.model.embd.data && b.model.head.data != b.model.embd.data;
+        b.step_bytes += one_row ? b.model.embd.row_bytes : t->n_bytes;
+    }
+    catch_signals();
+    for (int i = 0; i < n_tests; i++) {
+        struct bench_result *r = xcalloc(1, sizeof *r);
+        bench_measure(&b, &tests[i], r);
+        bench_print(&b, &tests[i], r, i == 0, i + 1 == n_tests);
+        free(r);
+    }
+    free(tests);
+    model_close(&b.model);
+    return 0;
+}
+
+// ====================================================================================================================
+// 12. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls section 10.
+// from the same table. Calls sections 10 and 11.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
@@ -4302,6 +4672,8 @@ static const struct {
     [EMBED] = {"embed", command_embed, "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
     [TOKENIZE] = {"tokenize", command_tokenize, "token ids of a text, one line a text; --decode turns them back",
                   "mamba tokenize tokenizer.bin -p \"Hello world\""},
+    [BENCH] = {"bench", command_bench, "tokens per second, as llama-bench reports them",
+               "mamba bench model.bin -p 512 -n 128 -np 1,8,32 -o json"},
     [INSPECT] = {"inspect", command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
@@ -4315,7 +4687,7 @@ static const struct option {
     double min, max;
 } option_table[] = {
 #define FIELD(name) offsetof(struct options, name)
-    {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ON_INPUT | ON(INSPECT), FIELD(model), 0, 0},
+    {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
     {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
@@ -4351,24 +4723,21 @@ static const struct option {
      FIELD(parse_special), 0, 0},
     {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", TEXT, ON_INPUT, FIELD(tokenizer), 0, 0},
     {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
-    {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL, FIELD(ubatch), 1, 1 << 16},
-    {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ON_MODEL, FIELD(quiet), 0, 0},
+    {"-p", "--n-prompt", "N,...", "lengths of prompts to read (512); 0: none", TEXT, ON(BENCH), FIELD(bench_prompts), 0, 0},
+    {"-n", "--n-gen", "N,...", "numbers of tokens to generate (128); 0: none", TEXT, ON(BENCH), FIELD(bench_gens), 0, 0},
+    {"-np", "--parallel", "N,...", "sequences at once (1)", TEXT, ON(BENCH), FIELD(bench_parallels), 0, 0},
+    {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH), FIELD(bench_threads), 0, 0},
+    {"-r", "--repetitions", "N", "runs of each test (3)", INTEGER, ON(BENCH), FIELD(repeats), 1, MAX_REPEATS},
+    {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", TEXT, ON(BENCH), FIELD(bench_format), 0, 0},
+    {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
+     FIELD(paper), 0, 0},
+    {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
+    {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ON_MODEL | ON(BENCH), FIELD(quiet), 0, 0},
     {"-h", "--help", NULL, "this help", HELP, ~0u, 0, 0, 0},
     {NULL, "--version", NULL, "print the version", VERSION, ~0u, 0, 0, 0},
 #undef FIELD
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
-
-__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
-    struct error e;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(e.text, sizeof e.text, format, args);
-    va_end(args);
-    print_line(stderr, e.text);
-    fputs("Try: mamba --help\n", stderr);
-    exit(2);
-}
 
 static void print_general_help(FILE *f) {
     fputs("Usage: mamba [COMMAND] MODEL [OPTIONS]\n\n"
@@ -4447,23 +4816,27 @@ static void apply_option(struct options *o, const struct option *opt, const char
     }
 }
 
-// The table's entry for an argument; the value of --name=value goes to *value.
-static const struct option *find_option(const char *arg, const char **value) {
+// The table's entry for an argument: the command's own, or another's for the error message. The value of --name=value goes
+// to *value.
+static const struct option *find_option(const char *arg, enum command command, const char **value) {
     const char *equals = strncmp(arg, "--", 2) == 0 ? strchr(arg, '=') : NULL;
     size_t n = equals ? (size_t)(equals - arg) : strlen(arg);
+    const struct option *other = NULL;
     *value = equals ? equals + 1 : NULL;
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
         bool is_long = strlen(o->name) == n && strncmp(o->name, arg, n) == 0;
-        if (is_long || (o->short_name && strcmp(o->short_name, arg) == 0)) return o;
+        if (!is_long && (!o->short_name || strcmp(o->short_name, arg) != 0)) continue;
+        if (o->on & ON(command)) return o;
+        other = o;
     }
-    return NULL;
+    return other;
 }
 
 // A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
-    if (o->command == INSPECT || o->n_inputs || o->load_state) return;
+    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->load_state) return;
     if (!isatty(STDIN_FILENO)) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", commands[o->command].name);
 }
@@ -4483,6 +4856,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     const struct option *given[N_OPTIONS];
     int n_positional = 0, n_given = 0;
     bool help = argc > 1 && strcmp(argv[1], "help") == 0, version = false;
+    int command = argc > 1 + help ? find_command(argv[1 + help]) : -1;  // options follow it, and depend on it
+    o->command = command >= 0 ? (enum command)command : GENERATE;
     for (int i = help ? 2 : 1; i < argc; i++) {
         const char *value;
         if (argv[i][0] != '-' || !argv[i][1]) {
@@ -4490,7 +4865,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
             positional[n_positional++] = argv[i];
             continue;
         }
-        const struct option *opt = find_option(argv[i], &value);
+        const struct option *opt = find_option(argv[i], o->command, &value);
         if (!opt) usage_error("unknown option %s", argv[i]);
         if (value && !opt->takes) usage_error("%s takes no value", opt->name);
         if (opt->takes && !value) {
@@ -4504,8 +4879,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         if (!repeated) given[n_given++] = opt;
         apply_option(o, opt, value ? value : "");
     }
-    int command = n_positional ? find_command(positional[0]) : -1, next = command >= 0;
-    o->command = command >= 0 ? (enum command)command : GENERATE;
+    int next = command >= 0;  // the first positional argument that is not the command
     if (help || version) {
         if (version) printf("mamba %s\n", MAMBA_VERSION);
         else if (command >= 0) print_command_help(stdout, o->command);
@@ -4524,7 +4898,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 
 static struct options default_options(void) {
     return (struct options){
-        .n_predict = 128, .ubatch = 512, .pool = "last", .layer = -1,
+        .n_predict = 128, .ubatch = 512, .pool = "last", .layer = -1, .bench_prompts = "512", .bench_gens = "128",
+        .bench_parallels = "1", .bench_format = "md", .repeats = 3,
         .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .repeat_last_n = 64}};
 }
 

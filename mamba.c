@@ -162,7 +162,7 @@ struct sequence {              // one stream of tokens; owner of both buffers
 // Activations, one row a token: floats, and for block-quantised weights the same numbers as int8 blocks of 32.
 struct act {
     float *f;                  // [tokens][ld]; what pads a row to ld stays zero
-    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised; holds q + q_bias of the kernels
+    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised
     float *scale;              // [tokens][ld/32], value = q * scale
     int32_t *sum;              // [tokens][ld/16], sums of q
     int ld;                    // a multiple of 32
@@ -471,13 +471,22 @@ static const struct {
     int block, bytes;  // elements a block, bytes a block
     int gguf_id;       // number of the type in the file
     int group;         // elements that share a scale; 0: not quantised
-    bool has_min;      // element = scale * q + min, otherwise scale * q
+    int zero;          // element = scale * (q - zero), and with has_min + min
+    bool has_min;
 } formats[N_FORMATS] = {
-    [F32] = {"F32", 1, 4, 0, 0, false},         [F16] = {"F16", 1, 2, 1, 0, false},         [BF16] = {"BF16", 1, 2, 30, 0, false},
-    [Q8_0] = {"Q8_0", 32, 34, 8, 32, false},    [Q4_0] = {"Q4_0", 32, 18, 2, 32, false},    [Q4_1] = {"Q4_1", 32, 20, 3, 32, true},
-    [Q5_0] = {"Q5_0", 32, 22, 6, 32, false},    [Q5_1] = {"Q5_1", 32, 24, 7, 32, true},     [Q2_K] = {"Q2_K", 256, 84, 10, 16, true},
-    [Q3_K] = {"Q3_K", 256, 110, 11, 16, false}, [Q4_K] = {"Q4_K", 256, 144, 12, 32, true},  [Q5_K] = {"Q5_K", 256, 176, 13, 32, true},
-    [Q6_K] = {"Q6_K", 256, 210, 14, 16, false},
+    [F32] = {"F32", 1, 4, 0, 0, 0, false},
+    [F16] = {"F16", 1, 2, 1, 0, 0, false},
+    [BF16] = {"BF16", 1, 2, 30, 0, 0, false},
+    [Q8_0] = {"Q8_0", 32, 34, 8, 32, 0, false},  // the only one with signed q
+    [Q4_0] = {"Q4_0", 32, 18, 2, 32, 8, false},
+    [Q4_1] = {"Q4_1", 32, 20, 3, 32, 0, true},
+    [Q5_0] = {"Q5_0", 32, 22, 6, 32, 16, false},
+    [Q5_1] = {"Q5_1", 32, 24, 7, 32, 0, true},
+    [Q2_K] = {"Q2_K", 256, 84, 10, 16, 0, true},
+    [Q3_K] = {"Q3_K", 256, 110, 11, 16, 4, false},
+    [Q4_K] = {"Q4_K", 256, 144, 12, 32, 0, true},
+    [Q5_K] = {"Q5_K", 256, 176, 13, 32, 0, true},
+    [Q6_K] = {"Q6_K", 256, 210, 14, 16, 32, false},
 };
 
 static const struct {
@@ -987,7 +996,6 @@ struct scan_args {          // one sequence, channels [0, n) likewise; n and all
 
 struct kernels {
     const char *name;
-    int q_bias;             // 128 where the instruction set multiplies unsigned by signed bytes, else 0
     // y[t*ldy + r] = (or +=) row row0+r of w times row token0+t of x
     void (*matmul)(const struct matrix *w, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
                    int ldy, bool add);
@@ -1029,7 +1037,7 @@ struct kernels {
 #define v_reduce_max ISA_NAME(v_reduce_max)
 #define v_load_weights ISA_NAME(v_load_weights)
 #define vi ISA_NAME(vi)
-#define v_dot_start ISA_NAME(v_dot_start)
+#define v_set_int ISA_NAME(v_set_int)
 #define v_dot4 ISA_NAME(v_dot4)
 #define v_from_int ISA_NAME(v_from_int)
 #define h_load ISA_NAME(h_load)
@@ -1040,9 +1048,9 @@ struct kernels {
 #define b_bits ISA_NAME(b_bits)
 #define b_field ISA_NAME(b_field)
 #define b_join ISA_NAME(b_join)
-#define b_add ISA_NAME(b_add)
-#define dot_row ISA_NAME(dot_row)
-#define dot_4_rows ISA_NAME(dot_4_rows)
+#define b_flip ISA_NAME(b_flip)
+#define dot_bytes ISA_NAME(dot_bytes)
+#define add_pairs ISA_NAME(add_pairs)
 #define dot_16_rows ISA_NAME(dot_16_rows)
 #define transpose_dwords ISA_NAME(transpose_dwords)
 #define unpack ISA_NAME(unpack)
@@ -1124,13 +1132,15 @@ LANE vf v_split_exponent(vf x, vf *e) {
     return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
 }
 typedef __m512i vi;
-#define Q_BIAS 128
 #define Q_TOKENS 12
-LANE vi v_dot_start(const int32_t *p) { return _mm512_loadu_si512(p); }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {
+#define SIGNED_PANELS false
+LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
+LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), _mm512_loadu_si512(w));
+    (void)is_signed;  // panels are not
+    return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
 LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 
@@ -1203,18 +1213,21 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef struct {
     __m256i lo, hi;
 } vi;
-#define Q_BIAS 0
 #define Q_TOKENS 4
-LANE vi v_dot_start(const int32_t *p) { return (void)p, (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-// |w| is at most 128 as an unsigned byte and x lies in [-127, 127]: pairs of products stay below 2^15.
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {
+#define SIGNED_PANELS true
+LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
+LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+LANE __m256i dot_bytes(__m256i w, __m256i x, bool is_signed) {
+    // Unsigned q have 6 bits at most and signed ones are at most 128 in magnitude, x at most 127: pairs stay below 2^15.
+    __m256i pairs = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
-    __m256i b = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+    __m256i b = _mm256_set1_epi32(four);
     __m256i lo = _mm256_loadu_si256((const __m256i *)w), hi = _mm256_loadu_si256((const __m256i *)(w + 32));
-    lo = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(b, lo));
-    hi = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(b, hi));
-    return (vi){_mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, one)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, one))};
+    return (vi){_mm256_add_epi32(sum.lo, dot_bytes(lo, b, is_signed)), _mm256_add_epi32(sum.hi, dot_bytes(hi, b, is_signed))};
 }
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
@@ -1304,13 +1317,19 @@ LANE vf v_split_exponent(vf x, vf *e) {  // x = m * 2^e with m in [2/3, 4/3): re
 typedef struct {
     int32_t lane[16];
 } vi;
-#define Q_BIAS 0
 #define Q_TOKENS 1
-LANE vi v_dot_start(const int32_t *p) {  // takes away what Q_BIAS will add to a dot product: here nothing
-    return (void)p, (vi){{0}};
+#define SIGNED_PANELS true
+LANE vi v_set_int(int n) {
+    vi r;
+    EACH r.lane[i] = n;
+    return r;
 }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x) {  // lane i adds four products: weights w[i] [4] with x [4]
-    EACH sum.lane[i] += w[4 * i] * x[0] + w[4 * i + 1] * x[1] + w[4 * i + 2] * x[2] + w[4 * i + 3] * x[3];
+LANE vi v_add_int(vi a, vi b) {
+    EACH a.lane[i] += b.lane[i];
+    return a;
+}
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // lane i adds four products: w[i] [4] with x [4]
+    EACH for (int j = 0; j < 4; j++) sum.lane[i] += (is_signed ? w[4 * i + j] : (uint8_t)w[4 * i + j]) * x[j];
     return sum;
 }
 LANE vf v_from_int(vi a) {
@@ -1451,20 +1470,17 @@ LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte
     vb mask = _mm256_set1_epi64x((long long)0x8040201008040201);
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask), _mm256_set1_epi8(1));
 }
+LANE vb b_flip(vb a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 LANE vb b_join(vb low, vb high, int shift) { return _mm256_or_si256(low, _mm256_slli_epi16(high, shift)); }
-LANE vb b_add(vb a, int n) { return _mm256_add_epi8(a, _mm256_set1_epi8((char)n)); }
-// Sums of products of four neighbours, eight of them. |w| is at most 128 as an unsigned byte and x lies in [-127, 127]:
-// pairs of products stay below 2^15.
-LANE vb dot_row(vb w, vb x) {
 #if defined(ISA_AVX512)
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-#else
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
-#endif
+LANE vb dot_bytes(vb w, vb x, bool is_signed) {
+    vb a = is_signed ? _mm256_abs_epi8(w) : w, b = is_signed ? _mm256_sign_epi8(x, w) : x;
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b);
 }
-// Dot products of four rows with x: over elements 0 to 15 in the lower half, over 16 to 31 in the upper one.
-LANE vb dot_4_rows(vb a, vb b, vb c, vb d, vb x) {
-    return _mm256_hadd_epi32(_mm256_hadd_epi32(dot_row(a, x), dot_row(b, x)), _mm256_hadd_epi32(dot_row(c, x), dot_row(d, x)));
+#endif
+LANE vb add_pairs(vb a, vb b) {  // as hadd, which is slower: [a0 + a1, a2 + a3, b0 + b1, b2 + b3] in each half
+    __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
+    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
 }
 #else
 typedef struct {
@@ -1492,32 +1508,32 @@ LANE vb b_bits(uint32_t bits) {  // a bit a byte
     EACH r.byte[i] = bits >> i & 1;
     return r;
 }
+LANE vb b_flip(vb a) {
+    EACH a.byte[i] ^= 128;
+    return a;
+}
 LANE vb b_join(vb low, vb high, int shift) {
     EACH low.byte[i] = (uint8_t)(low.byte[i] | high.byte[i] << shift);
     return low;
 }
-LANE vb b_add(vb a, int n) {
-    EACH a.byte[i] = (uint8_t)(a.byte[i] + n);
-    return a;
-}
 #undef EACH
 #endif
 
-// Elements 32 i to 32 i + 31 of a block, as signed bytes.
+// q of elements 32 i to 32 i + 31 of a block.
 LANE vb unpack(enum format format, const uint8_t *p, int i) {
     uint32_t bits = 0;
     switch (format) {
     // d [half], in formats with a minimum m [half], in 5-bit formats 32 fifth bits, then the elements: bytes, or 16 bytes
     // whose low nibbles are elements 0 to 15 and whose high nibbles are elements 16 to 31.
     case Q8_0: return b_load(p + 2);
-    case Q4_0: return b_add(b_nibbles(p + 2), -8);
+    case Q4_0: return b_nibbles(p + 2);
     case Q4_1: return b_nibbles(p + 4);
-    case Q5_0: memcpy(&bits, p + 2, 4); return b_add(b_join(b_nibbles(p + 6), b_bits(bits), 4), -16);
+    case Q5_0: memcpy(&bits, p + 2, 4); return b_join(b_nibbles(p + 6), b_bits(bits), 4);
     case Q5_1: memcpy(&bits, p + 4, 4); return b_join(b_nibbles(p + 8), b_bits(bits), 4);
     // Scales of 16 elements [16], 64 bytes with two bits each of four runs of 32, d, dmin [half].
     case Q2_K: return b_field(b_load(p + 16 + i / 4 * 32), i % 4 * 2, 3);
-    // Third bits [32], 64 bytes as in Q2_K, scales [12], d [half]. A third bit that is not set takes 4 away.
-    case Q3_K: return b_add(b_join(b_field(b_load(p + 32 + i / 4 * 32), i % 4 * 2, 3), b_field(b_load(p), i, 1), 2), -4);
+    // Third bits [32], 64 bytes as in Q2_K, scales [12], d [half].
+    case Q3_K: return b_join(b_field(b_load(p + 32 + i / 4 * 32), i % 4 * 2, 3), b_field(b_load(p), i, 1), 2);
     // d, dmin [half], scales of 32 elements [12], in Q5_K fifth bits [32], then 4 times 32 bytes: low nibbles are one run
     // of 32, high nibbles the next.
     case Q4_K: return b_field(b_load(p + 16 + i / 2 * 32), i % 2 * 4, 15);
@@ -1525,8 +1541,8 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     // Low nibbles [128], upper two bits [64], scales of 16 elements [16 signed bytes], d [half]. In each half of the block
     // 64 bytes of nibbles and 32 of upper bits serve four runs.
     case Q6_K:
-        return b_add(b_join(b_field(b_load(p + i / 4 * 64 + i % 2 * 32), i % 4 / 2 * 4, 15),
-                            b_field(b_load(p + 128 + i / 4 * 32), i % 4 * 2, 3), 4), -32);
+        return b_join(b_field(b_load(p + i / 4 * 64 + i % 2 * 32), i % 4 / 2 * 4, 15),
+                      b_field(b_load(p + 128 + i / 4 * 32), i % 4 * 2, 3), 4);
     default: return b_load(p);  // not reached
     }
 }
@@ -1576,7 +1592,7 @@ LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, floa
     }
 }
 
-// Element = scale * q + min, each operation rounded, as gguf-py does it.
+// Element = scale * (q - zero) + min, each operation rounded, as gguf-py does it.
 static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
     if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
     else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
@@ -1588,7 +1604,7 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
             int8_t q[32];
             if (i % 32 == 0) b_store(q, unpack(format, row, i / 32));
             int g = i / formats[format].group;
-            x[k + i] = scale[g] * (float)q[i % 32] + min[g];
+            x[k + i] = scale[g] * (float)(q[i % 32] - formats[format].zero) + min[g];
         }
     }
 }
@@ -1597,8 +1613,8 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
 struct panel {
     float scale[16][16];       // [group][row]
     float min[16][16];         // [group][row]
-    int32_t start[16][16];     // [group][row] minus what Q_BIAS adds to the group's dot product
-    int8_t w[64][16][4];       // [column/4][row][column%4]
+    int8_t w[64][16][4];       // [column/4][row][column%4] q
+    int zero;                  // of q, as in formats[]
 };
 
 // A chunk of weights: n columns of 16 rows.
@@ -1634,15 +1650,16 @@ LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *
 
 // ---- one token ----
 
-// Dot products of 32 elements of 16 rows with x, the first 16 and the last 16 apart.
+// Dot products of 32 q of 16 rows with x, the first 16 and the last 16 apart.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
     const int in_block = i % (formats[format].block / 32);
-    vb x = _mm256_xor_si256(b_load(xp), _mm256_set1_epi8((char)Q_BIAS)), d[4];
-    UNROLL for (int r = 0; r < 16; r += 4) {
-        vb w[4];
-        UNROLL for (int j = 0; j < 4; j++) w[j] = unpack(format, chunk_block(format, c, r + j, i), in_block);
-        d[r / 4] = dot_4_rows(w[0], w[1], w[2], w[3], x);
+    vb x = b_load(xp), d[4];
+    UNROLL for (int r = 0; r < 16; r += 4) {  // four rows: lower half over elements 0 to 15, upper half over 16 to 31
+        vb s[4];
+        UNROLL for (int j = 0; j < 4; j++)
+            s[j] = dot_bytes(unpack(format, chunk_block(format, c, r + j, i), in_block), x, format == Q8_0);
+        d[r / 4] = add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
     }
     vb lo_first = _mm256_permute2x128_si256(d[0], d[1], 0x20), lo_second = _mm256_permute2x128_si256(d[0], d[1], 0x31);
     vb hi_first = _mm256_permute2x128_si256(d[2], d[3], 0x20), hi_second = _mm256_permute2x128_si256(d[2], d[3], 0x31);
@@ -1652,13 +1669,6 @@ LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const in
 #else
     *first = (vi){lo_first, hi_first};
     *second = (vi){lo_second, hi_second};
-#endif
-}
-LANE vi v_add_int(vi a, vi b) {
-#if defined(ISA_AVX512)
-    return _mm512_add_epi32(a, b);
-#else
-    return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 #endif
 }
 #else
@@ -1672,10 +1682,6 @@ LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const in
             second->lane[r] += w[j + 16] * x[j + 16];
         }
     }
-}
-LANE vi v_add_int(vi a, vi b) {
-    for (int i = 0; i < 16; i++) a.lane[i] += b.lane[i];
-    return a;
 }
 #endif
 
@@ -1697,6 +1703,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk
                    float *sums) {
     struct panel p;
     const bool has_min = formats[format].has_min;
+    const int zero = formats[format].zero;
     vf s = v_load(sums);
     chunk_scales(format, c, &p);
     for (int i = 0; i < c->n / 32; i++) {
@@ -1704,10 +1711,11 @@ LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk
         prefetch_rows(next, (size_t)(256 / formats[format].block * formats[format].bytes), i);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
-            s = add_group(&p, has_min, i, v_add_int(first, second), scale[i], sum[2 * i] + sum[2 * i + 1], s);
+            int x_sum = sum[2 * i] + sum[2 * i + 1];
+            s = add_group(&p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], x_sum, s);
         } else {
-            s = add_group(&p, has_min, 2 * i, first, scale[i], sum[2 * i], s);
-            s = add_group(&p, has_min, 2 * i + 1, second, scale[i], sum[2 * i + 1], s);
+            s = add_group(&p, has_min, 2 * i, v_add_int(first, v_set_int(-zero * sum[2 * i])), scale[i], sum[2 * i], s);
+            s = add_group(&p, has_min, 2 * i + 1, v_add_int(second, v_set_int(-zero * sum[2 * i + 1])), scale[i], sum[2 * i + 1], s);
         }
     }
     v_store(sums, s);
@@ -1747,57 +1755,58 @@ static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n
 // The format is a constant at every call.
 LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
     int32_t q[16][64];
+    const bool flip = format == Q8_0 && !SIGNED_PANELS;  // q + 128 as an unsigned byte
     chunk_scales(format, c, p);
+    p->zero = flip ? 128 : formats[format].zero;
     for (int r = 0; r < 16; r++)
-        for (int i = 0; i < c->n / 32; i++)
-            b_store(&q[r][8 * i], unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32)));
+        for (int i = 0; i < c->n / 32; i++) {
+            vb row = unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32));
+            b_store(&q[r][8 * i], flip ? b_flip(row) : row);
+        }
     transpose_dwords((const int32_t (*)[64])q, (int32_t (*)[16])p->w, c->n / 4);
-#if Q_BIAS
-    const int8_t ones[4] = {1, 1, 1, 1};
-    const int per_group = formats[format].group / 4;
-    for (int g = 0; g < c->n / 4 / per_group; g++) {
-        vi sum = _mm512_setzero_si512();
-        for (int i = 0; i < per_group; i++) sum = v_dot4(sum, p->w[g * per_group + i][0], ones);
-        _mm512_storeu_si512(p->start[g], _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7));
-    }
-#endif
 }
 
-// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. group, has_min and tokens are constants at every
-// call. q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
-LANE void panel_dot(const struct panel *p, int n, int group, bool has_min, int tokens, const int8_t *q, const float *scale,
-                    const int32_t *sum, size_t ld, float (*sums)[16]) {
+// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. group, has_min, is_signed and tokens are constants
+// at every call. q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
+LANE void panel_dot(const struct panel *p, int n, int group, bool has_min, bool is_signed, int tokens, const int8_t *q,
+                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
     for (int g = 0; g < n / group; g++) {
         vi dot[Q_TOKENS];
-        UNROLL for (int t = 0; t < tokens; t++) dot[t] = v_dot_start(p->start[g]);
+        int x_sum[Q_TOKENS];
+        UNROLL for (int t = 0; t < tokens; t++) {
+            const int32_t *s = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
+            x_sum[t] = group == 32 ? s[0] + s[1] : s[0];
+            dot[t] = v_set_int(-p->zero * x_sum[t]);
+        }
         UNROLL for (int i = 0; i < group / 4; i++)
             UNROLL for (int t = 0; t < tokens; t++)
-                dot[t] = v_dot4(dot[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const int32_t *x_sum = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
-            v_store(sums[t], add_group(p, has_min, g, dot[t], scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)],
-                                       group == 32 ? x_sum[0] + x_sum[1] : x_sum[0], v_load(sums[t])));
-        }
+                dot[t] = v_dot4(dot[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i, is_signed);
+        UNROLL for (int t = 0; t < tokens; t++)
+            v_store(sums[t], add_group(p, has_min, g, dot[t], scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)], x_sum[t],
+                                       v_load(sums[t])));
     }
 }
 
 // The same for any number of tokens.
-LANE void panel_tokens(const struct panel *p, int n, int group, bool has_min, int n_tokens, const int8_t *q, const float *scale,
-                       const int32_t *sum, size_t ld, float (*sums)[16]) {
+LANE void panel_tokens(const struct panel *p, int n, int group, bool has_min, bool is_signed, int n_tokens, const int8_t *q,
+                       const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
     int t = 0;
     for (; t + Q_TOKENS <= n_tokens; t += Q_TOKENS)
-        panel_dot(p, n, group, has_min, Q_TOKENS, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), ld, sums + t);
+        panel_dot(p, n, group, has_min, is_signed, Q_TOKENS, q + (size_t)t * ld, scale + (size_t)t * (ld / 32),
+                  sum + (size_t)t * (ld / 16), ld, sums + t);
     for (; t < n_tokens; t++)
-        panel_dot(p, n, group, has_min, 1, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), ld, sums + t);
+        panel_dot(p, n, group, has_min, is_signed, 1, q + (size_t)t * ld, scale + (size_t)t * (ld / 32),
+                  sum + (size_t)t * (ld / 16), ld, sums + t);
 }
 
 static void panel_multiply(const struct panel *p, enum format format, int n, int n_tokens, const int8_t *q, const float *scale,
                            const int32_t *sum, size_t ld, float (*sums)[16]) {
     const bool has_min = formats[format].has_min;
-    if (formats[format].group == 32 && !has_min) panel_tokens(p, n, 32, false, n_tokens, q, scale, sum, ld, sums);
-    else if (formats[format].group == 32) panel_tokens(p, n, 32, true, n_tokens, q, scale, sum, ld, sums);
-    else if (!has_min) panel_tokens(p, n, 16, false, n_tokens, q, scale, sum, ld, sums);
-    else panel_tokens(p, n, 16, true, n_tokens, q, scale, sum, ld, sums);
+    if (format == Q8_0) panel_tokens(p, n, 32, false, SIGNED_PANELS, n_tokens, q, scale, sum, ld, sums);
+    else if (formats[format].group == 32 && !has_min) panel_tokens(p, n, 32, false, false, n_tokens, q, scale, sum, ld, sums);
+    else if (formats[format].group == 32) panel_tokens(p, n, 32, true, false, n_tokens, q, scale, sum, ld, sums);
+    else if (!has_min) panel_tokens(p, n, 16, false, false, n_tokens, q, scale, sum, ld, sums);
+    else panel_tokens(p, n, 16, true, false, n_tokens, q, scale, sum, ld, sums);
 }
 
 // Adds a chunk times n_tokens tokens to sums [n_tokens][16]; `next` is the chunk that will follow.
@@ -1893,10 +1902,7 @@ static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, i
     }
     for (int g = 0; g < n / 16; g++) {
         sum[g] = 0;
-        for (int i = 16 * g; i < 16 * g + 16; i++) {
-            sum[g] += q[i];
-            q[i] = (int8_t)(q[i] ^ Q_BIAS);  // + 128 as an unsigned byte
-        }
+        for (int i = 16 * g; i < 16 * g + 16; i++) sum[g] += q[i];
     }
 }
 
@@ -2024,15 +2030,15 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
-    ISA_STRING(MAMBA_ISA_PASS), Q_BIAS, ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
+    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
     ISA_NAME(scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
 #undef ISA_STRING2
 #undef TILE_ROWS
 #undef TILE_TOKENS
-#undef Q_BIAS
 #undef Q_TOKENS
+#undef SIGNED_PANELS
 #undef UNROLL
 
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------

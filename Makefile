@@ -2,6 +2,7 @@
 # make demo       builds it and tells a story
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
+# make bench      tokens per second here and in llama.cpp, side by side
 # make install    into PREFIX (/usr/local)
 
 PREFIX ?= /usr/local
@@ -24,7 +25,7 @@ mamba: mamba.c Makefile
 	$(CC) $(CFLAGS) $(FLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
 demo: mamba
-	./mamba models/tales.bin -p "Once upon a time" -n 300 -s 7
+	./mamba models/tales.bin -p "Once upon a time" -n 300 --temp 0.6 -s 21 --echo
 
 test: mamba tests/unit $(VENV)/quick
 	$(VENV)/bin/python tests/run.py quick
@@ -45,6 +46,9 @@ $(VENV)/full: tests/requirements-check.txt $(VENV)/quick
 	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	cp $< $@
 
+bench: mamba $(VENV)/quick
+	$(VENV)/bin/python tests/bench/compare_llama.py
+
 install: mamba
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/mamba
 	install -m 755 mamba $(DESTDIR)$(PREFIX)/bin/mamba
@@ -53,4 +57,4 @@ install: mamba
 clean:
 	rm -f mamba tests/unit
 
-.PHONY: all demo test check install clean
+.PHONY: all demo test check bench install clean

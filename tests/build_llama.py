@@ -6,7 +6,7 @@ bindings are not used. What is built is the library for this CPU alone and tests
 
     python3 tests/build_llama.py [--sdist FILE] [--tools]     prints the folder
 
---tools also builds llama-bench, llama-quantize and llama-perplexity. A folder that is complete is used again.
+--tools also builds llama-bench and llama-quantize. A folder that is complete is used again.
 """
 import argparse
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-TOOLS = ["llama-bench", "llama-quantize", "llama-perplexity"]
+TOOLS = ["llama-bench", "llama-quantize"]
 HELPER = Path(__file__).resolve().with_name("llama_logits.c")
 
 

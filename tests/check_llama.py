@@ -10,9 +10,10 @@ import pytest
 
 import build_llama
 import reference
-from conftest import ROOT
+from conftest import ROOT, run_mamba
 
 FIXTURES = ROOT / "tests" / "fixtures"
+SHIPPED = ROOT / "models" / "tales.bin"
 WIDE = dict(hidden_size=64, num_hidden_layers=3, vocab_size=50280, state_size=16, conv_kernel=4, time_step_rank=4,
             tie_word_embeddings=True)  # the vocabulary of the published text models
 
@@ -126,12 +127,24 @@ def test_their_typed_conversion_here(mamba, llama, checkpoint, tmp_path, kind):
     assert np.sqrt(((ours - reference_logits) ** 2).mean()) <= 0.04 * reference_logits.std()
 
 
-def test_perplexity_of_the_shipped_model(mamba, llama, tmp_path):
-    """Within 0.5 % of llama.cpp's on the same Q8_0 file, on 2,000 tokens that the model itself wrote; both read the text from the front."""
-    shipped = ROOT / "models" / "tales.bin"
-    if not shipped.exists():
-        pytest.skip("models/tales.bin is not there")
-    made = mamba("generate", shipped, "--print-ids", "--ignore-eos", "-s", "4", "-n", "2000", "-p", "Once upon a time").stdout
-    ids = np.array([int(word) for word in made.split()])
-    ours, theirs = nll(our_logits(mamba, shipped, ids, tmp_path), ids), nll(their_logits(llama, shipped, ids), ids)
-    assert len(ids) == 2000 and abs(np.exp(ours - theirs) - 1) <= 0.005, (ours, theirs)
+@pytest.fixture(scope="module")
+def own_text():
+    """2,000 tokens that the shipped model wrote."""
+    made = run_mamba("generate", SHIPPED, "--print-ids", "--ignore-eos", "-s", "4", "-n", "2000", "-p", "Once upon a time").stdout
+    return np.array([int(word) for word in made.split()])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"])
+def test_perplexity_of_quantised_files(mamba, llama, own_text, tmp_path, kind):
+    """The shipped model as llama-quantize writes it: perplexity within 0.5 % of llama.cpp's on the same file, which rounds activations
+    in blocks of other sizes. Both read the text from the front."""
+    path = SHIPPED
+    if kind != "Q8_0":
+        build_llama.ensure(tools=True)
+        path = tmp_path / "requantised.gguf"
+        subprocess.run([build_llama.cache_dir() / "build" / "bin" / "llama-quantize", "--allow-requantize", SHIPPED, path, kind], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        kinds = {line.split("\t")[2] for line in mamba("inspect", path).stdout.decode().splitlines() if line.startswith("tensor")}
+        assert kind.removesuffix("_M") in kinds, kinds
+    ours, theirs = nll(our_logits(mamba, path, own_text, tmp_path), own_text), nll(their_logits(llama, path, own_text), own_text)
+    assert len(own_text) == 2000 and abs(np.exp(ours - theirs) - 1) <= 0.005, (ours, theirs)

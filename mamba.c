@@ -1600,11 +1600,13 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
     else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
         float scale[16], min[16] = {0};
         unpack_scales(format, row, scale, min, 1);
-        for (int i = 0; i < formats[format].block; i++) {
-            int8_t q[32];
-            if (i % 32 == 0) b_store(q, unpack(format, row, i / 32));
-            int g = i / formats[format].group;
-            x[k + i] = scale[g] * (float)(q[i % 32] - formats[format].zero) + min[g];
+        for (int i = 0; i < formats[format].block; i += 32) {
+            int8_t q[32] = {0};
+            b_store(q, unpack(format, row, i / 32));
+            for (int j = 0; j < 32; j++) {
+                int g = (i + j) / formats[format].group;
+                x[k + i + j] = scale[g] * (float)(q[j] - formats[format].zero) + min[g];
+            }
         }
     }
 }
@@ -1852,6 +1854,7 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
             const int8_t *q = x->q + at;
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
+#if defined(ISA_AVX512) || defined(ISA_AVX2)  // code of its own for each format
             switch (m->format) {
             case Q8_0: chunk_dot(Q8_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
             case Q4_0: chunk_dot(Q4_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
@@ -1865,6 +1868,9 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
             case Q6_K: chunk_dot(Q6_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
+#else
+            chunk_dot(m->format, &c, &next, n_tokens, q, scale, sum, ld, sums);
+#endif
         }
         int rows = n_rows - r < 16 ? n_rows - r : 16;
         for (int t = 0; t < n_tokens; t++)
@@ -2047,7 +2053,9 @@ static const struct kernels ISA_NAME(kernels) = {
 #if defined(__x86_64__)
 #define MAMBA_ISA_PASS avx512
 #define ISA_AVX512
-#ifdef __clang__
+#if defined(MAMBA_EMULATE_AVX512)  // tests/emulate_avx512.h has replaced the intrinsics
+#include "mamba.c"
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2"))), apply_to = function)
 #include "mamba.c"
 #pragma clang attribute pop
@@ -2086,9 +2094,12 @@ static int usable_kernels(const struct kernels *usable[3]) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C too
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        usable[n++] = &kernels_avx512;
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#ifdef MAMBA_EMULATE_AVX512
+    avx512 = true;
+#endif
+    if (avx512) usable[n++] = &kernels_avx512;
     if (avx2) usable[n++] = &kernels_avx2;
 #endif
     usable[n++] = &kernels_generic;
@@ -4351,6 +4362,7 @@ static double read_bandwidth(int n_threads) {
     const size_t n = (size_t)1 << 25;  // words of 8 bytes: 256 MiB, larger than caches
     uint64_t *words = xcalloc(n, sizeof *words), total = 0;
     double best = 0;
+    (void)n_threads;  // without OpenMP
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(n_threads) schedule(static)
 #endif
@@ -4425,7 +4437,7 @@ static void bench_measure(struct bench *b, const struct bench_test *t, struct be
     int pass = min_int(b->o->ubatch, t->n_prompt);
     struct context *ctx = context_new(&b->model, choose_kernels(), t->n_threads, pass > t->n_parallel ? pass : t->n_parallel,
                                       t->n_parallel);
-    struct sequence **seqs = xcalloc((size_t)t->n_parallel, sizeof *seqs);
+    struct sequence **seqs = xcalloc((size_t)t->n_parallel, sizeof(void *));
     for (int s = 0; s < t->n_parallel; s++) seqs[s] = sequence_new(&b->model.c);
     double ignored;
     struct bench_test warm_up = *t;
@@ -4592,7 +4604,7 @@ static int bench_tests(const struct options *o, struct bench_test **tests) {
     struct bench_list parallels = parse_list("-np", o->paper ? "1,2,4,8,16,32,64,128" : o->bench_parallels, 1, 65536);
     struct bench_list prompts = parse_list("-p", o->bench_prompts, 0, 1 << 24), gens = parse_list("-n", o->bench_gens, 0, 1 << 24);
     int n = 0;
-    *tests = xcalloc((size_t)(threads.n * parallels.n * (prompts.n + gens.n)), sizeof **tests);
+    *tests = xcalloc((size_t)threads.n * (size_t)parallels.n * (size_t)(prompts.n + gens.n), sizeof **tests);
     for (int t = 0; t < threads.n; t++)
         for (int np = 0; np < parallels.n; np++) {
             if (o->paper) {

@@ -2,6 +2,8 @@
 
 A tool that is missing is reported as skipped; .ci/run installs all of them."""
 import os
+import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -48,7 +50,18 @@ def test_clang_tidy():
 def test_cppcheck():
     """invalidPointerCast: rows of a model file and of a state file are bytes that are read as floats."""
     run("cppcheck", "--quiet", "--enable=warning,performance,portability", "--inline-suppr", "--suppress=invalidPointerCast",
-        "--error-exitcode=1", "mamba.c")
+        "--max-configs=64", "--error-exitcode=1", "mamba.c")
+
+
+def test_avx512_emulated(tmp_path):
+    """The unit tests with AVX-512 computed by AVX2: the kernels are tested on machines that cannot run them."""
+    if platform.machine() != "x86_64" or "avx2" not in pathlib.Path("/proc/cpuinfo").read_text():
+        pytest.skip("emulated with AVX2, which this machine lacks")
+    if not pathlib.Path("/usr/include/simde").exists():
+        pytest.skip("libsimde-dev is not installed")
+    run("gcc", "-O1", *DIALECT, "-D_GNU_SOURCE", "-DMAMBA_EMULATE_AVX512", "-mavx2", "-mfma", "-mf16c", "-include",
+        "tests/emulate_avx512.h", "-w", "tests/unit.c", "-o", tmp_path / "unit", "-lm")
+    assert re.search(r"\d+ passed, 0 failed\n$", run(tmp_path / "unit", "tests/fixtures"))
 
 
 @pytest.fixture(scope="module")

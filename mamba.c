@@ -3790,7 +3790,6 @@ static void open_context(struct session *s, int64_t max_tokens, int max_rows) {
     s->ctx = context_new(&s->model, choose_kernels(), s->o->n_threads ? s->o->n_threads : default_threads(),
                          n > 0 ? n : 1, max_rows);
     s->seq = sequence_new(&s->model.c);
-    catch_signals();
 }
 
 static void open_session(struct session *s, const struct options *o) {
@@ -3934,6 +3933,7 @@ static int command_generate(const struct options *o) {
     if (!o->print_ids) need_tokenizer(&s);
     read_prompt(&s, &prompt, o->load_state != NULL);
     open_context(&s, (int64_t)prompt.n + 1, 1);
+    catch_signals();
     if (o->load_state && !state_load(o->load_state, &s.model, s.seq, r, &e)) die("%s", e.text);
     if (o->save_state) {  // better now than after an hour
         struct outfile probe;
@@ -4102,7 +4102,8 @@ static int command_score(const struct options *o) {
     int64_t longest;
     open_session(&s, o);
     struct ids *texts = read_inputs(&s, &longest);
-    open_context(&s, longest, min_int(LOGIT_ROWS, longest > 0 ? (int)(longest < LOGIT_ROWS ? longest : LOGIT_ROWS) : 1));
+    open_context(&s, longest, longest > 0 && longest < LOGIT_ROWS ? (int)longest : LOGIT_ROWS);
+    catch_signals();
     float *scratch = xmalloc((size_t)s.model.c.n_vocab * sizeof *scratch);
     struct outfile npy = {0};
     if (o->logits) {
@@ -4174,6 +4175,7 @@ static int command_embed(const struct options *o) {
     bool all = strcmp(o->pool, "none") == 0;
     if (all && o->n_inputs != 1) die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
     open_context(&s, longest, 1);
+    catch_signals();
     struct outfile out;
     if (!outfile_open(&out, o->output, &e)) die("%s", e.text);
     if (out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");

@@ -1,4 +1,6 @@
 """The command line: help, errors and exit statuses, pipes, streams, files that appear whole or not at all."""
+import csv
+import json
 import os
 import re
 import signal
@@ -11,7 +13,7 @@ from conftest import FIXTURES, PROGRAM, ROOT
 
 MODEL = FIXTURES / "mamba_tied.f32.bin"
 VOCABULARY = FIXTURES / "vocab_gpt2.gguf"
-COMMANDS = ["generate", "score", "embed", "tokenize", "inspect"]
+COMMANDS = ["generate", "score", "embed", "tokenize", "bench", "inspect"]
 IDS = ["--ids", "5 6 7 8"]
 
 
@@ -60,6 +62,10 @@ def test_general_help(mamba):
     (["score"], ["no model file"]),
     (["help", "dance"], ["dance", "no such command"]),
     (["score", MODEL, "-f", "-", "-f", "-"], ["standard input"]),
+    (["bench", MODEL, "-p", "5,x"], ["-p 5,x", "commas"]),
+    (["bench", MODEL, "-np", "0"], ["-np 0"]),
+    (["bench", MODEL, "-o", "xml"], ["-o xml", "jsonl"]),
+    (["bench", MODEL, "--greedy"], ["--greedy does not apply to bench"]),
 ])
 def test_wrong_command_line(mamba, arguments, words):
     one_line(mamba(*arguments, check=False), 2, *words)
@@ -179,6 +185,34 @@ def test_inspect(mamba):
     lines = mamba("inspect", MODEL).stdout.decode().splitlines()
     assert "metadata\tgeneral.architecture\tstring\t\"mamba\"" in lines
     assert any(line.startswith("tensor\tblk.0.ssm_in.weight\tF32\t[256, 64]") for line in lines)
+
+
+def bench_rows(mamba, *options):
+    return json.loads(mamba("bench", MODEL, "-r", 2, "-o", "json", *options).stdout)
+
+
+def test_bench(mamba):
+    rows = bench_rows(mamba, "-p", "7,9", "-n", "5", "-np", "1,3", "-t", "1,2")
+    tests = [(r["n_threads"], r["n_parallel"], r["n_prompt"], r["n_gen"]) for r in rows]
+    assert tests == [(t, np, *test) for t in (1, 2) for np in (1, 3) for test in ((7, 0), (9, 0), (0, 5))]
+    for row in rows:
+        assert row["avg_ts"] > 0 and row["avg_ns"] > 0 and row["stddev_ts"] >= 0
+        assert (row["weight_gb_per_s"] > 0) == (row["n_gen"] > 0) and row["peak_rss"] > 1e6 and row["read_gb_per_s"] > 0
+    # The last logits do not depend on the threads, the batch or the pass.
+    assert len({r["logits_hash"] for r in rows if r["n_gen"]}) == 1
+    (row,) = json.loads(mamba("bench", MODEL, "-r", 1, "-o", "json", "-p", 9, "-n", 0, "-ub", 2).stdout)
+    assert abs(9 / row["avg_ts"] * 1e9 / row["avg_ns"] - 1) < 1e-3  # one run: one time, one speed
+    assert row["logits_hash"] == rows[1]["logits_hash"] != rows[0]["logits_hash"]
+
+
+def test_bench_formats(mamba):
+    options = ["bench", MODEL, "-p", 4, "-n", 3, "-r", 1]
+    table = mamba(*options).stdout.decode().splitlines()
+    assert len(table) == 4 and "pp4" in table[2] and "tg3" in table[3] and {line.count("|") for line in table} == {10}
+    rows = list(csv.DictReader(mamba(*options, "-o", "csv").stdout.decode().splitlines()))
+    lines = [json.loads(line) for line in mamba(*options, "-o", "jsonl").stdout.splitlines()]
+    assert [row["n_gen"] for row in rows] == ["0", "3"] and [line["n_gen"] for line in lines] == [0, 3]
+    assert set(rows[0]) == set(lines[0]) and {"model_filename", "model_type", "model_size", "model_n_params"} <= set(rows[0])
 
 
 def test_same_seed_same_ids_and_other_seed_others(mamba):

@@ -446,6 +446,12 @@ static uint16_t load_u16(const uint8_t *p) {
     return v;
 }
 
+static uint32_t load_u32(const uint8_t *p) {
+    uint32_t v;
+    memcpy(&v, p, 4);
+    return v;
+}
+
 // Eight bytes at a time; not for enemies, who can forge it, but for accidents. n may be any number.
 static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
     const uint8_t *p = data;
@@ -1040,6 +1046,7 @@ struct kernels {
 #define v_set_int ISA_NAME(v_set_int)
 #define v_dot4 ISA_NAME(v_dot4)
 #define v_from_int ISA_NAME(v_from_int)
+#define v_from_bytes ISA_NAME(v_from_bytes)
 #define h_load ISA_NAME(h_load)
 #define vb ISA_NAME(vb)
 #define b_load ISA_NAME(b_load)
@@ -1143,6 +1150,9 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
 LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
+LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi32((int)a, (int)b, (int)c, (int)d)));
+}
 
 #elif defined(ISA_AVX2)
 
@@ -1230,6 +1240,10 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     return (vi){_mm256_add_epi32(sum.lo, dot_bytes(lo, b, is_signed)), _mm256_add_epi32(sum.hi, dot_bytes(hi, b, is_signed))};
 }
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    __m128i bytes = _mm_setr_epi32((int)a, (int)b, (int)c, (int)d);
+    return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 
 #else  // plain C: the definition
 
@@ -1335,6 +1349,12 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // l
 LANE vf v_from_int(vi a) {
     vf r;
     EACH r.lane[i] = (float)a.lane[i];
+    return r;
+}
+LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // signed ones, in words that the compiler keeps in registers
+    const uint32_t words[4] = {a, b, c, d};
+    vf r;
+    EACH r.lane[i] = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
     return r;
 }
 #undef EACH
@@ -1521,15 +1541,14 @@ LANE vb b_join(vb low, vb high, int shift) {
 
 // q of elements 32 i to 32 i + 31 of a block.
 LANE vb unpack(enum format format, const uint8_t *p, int i) {
-    uint32_t bits = 0;
     switch (format) {
     // d [half], in formats with a minimum m [half], in 5-bit formats 32 fifth bits, then the elements: bytes, or 16 bytes
     // whose low nibbles are elements 0 to 15 and whose high nibbles are elements 16 to 31.
     case Q8_0: return b_load(p + 2);
     case Q4_0: return b_nibbles(p + 2);
     case Q4_1: return b_nibbles(p + 4);
-    case Q5_0: memcpy(&bits, p + 2, 4); return b_join(b_nibbles(p + 6), b_bits(bits), 4);
-    case Q5_1: memcpy(&bits, p + 4, 4); return b_join(b_nibbles(p + 8), b_bits(bits), 4);
+    case Q5_0: return b_join(b_nibbles(p + 6), b_bits(load_u32(p + 2)), 4);
+    case Q5_1: return b_join(b_nibbles(p + 8), b_bits(load_u32(p + 4)), 4);
     // Scales of 16 elements [16], 64 bytes with two bits each of four runs of 32, d, dmin [half].
     case Q2_K: return b_field(b_load(p + 16 + i / 4 * 32), i % 4 * 2, 3);
     // Third bits [32], 64 bytes as in Q2_K, scales [12], d [half].
@@ -1547,8 +1566,10 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     }
 }
 
-// Scales and, where the format has them, minima of a block's groups: to scale[0], scale[step] ...
-LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, float *min, int step) {
+// Scales and, where the format has them, minima of a block's groups: scale and min have room for 16.
+LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, float *min) {
+    const uint32_t nibble = 0x0f0f0f0f, two = 0x03030303, six = 0x3f3f3f3f;  // masks of four bytes at once
+    const vf zero = v_set(0.0f);
     switch (format) {
     case Q8_0: case Q4_0: case Q5_0: *scale = h_load(p); break;
     case Q4_1: case Q5_1:
@@ -1556,36 +1577,30 @@ LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, floa
         *min = h_load(p + 2);
         break;
     case Q2_K: {  // low nibble: scale, high nibble: minimum
-        float d = h_load(p + 80), dmin = h_load(p + 82);
-        for (int g = 0; g < 16; g++) {
-            scale[g * step] = d * (float)(p[g] & 15);
-            min[g * step] = -(dmin * (float)(p[g] >> 4));
-        }
+        uint32_t a = load_u32(p), b = load_u32(p + 4), c = load_u32(p + 8), d = load_u32(p + 12);
+        v_store(scale, v_mul(v_set(h_load(p + 80)), v_from_bytes(a & nibble, b & nibble, c & nibble, d & nibble)));
+        v_store(min, v_sub(zero, v_mul(v_set(h_load(p + 82)), v_from_bytes(a >> 4 & nibble, b >> 4 & nibble, c >> 4 & nibble,
+                                                                          d >> 4 & nibble))));
         break;
     }
     case Q3_K: {  // 6 bits, zero at 32: 16 nibbles, then 16 times two upper bits
-        float d = h_load(p + 108);
-        const uint8_t *s = p + 96;
-        for (int g = 0; g < 16; g++) {
-            int low = g < 8 ? s[g] & 15 : s[g - 8] >> 4, high = s[8 + g % 4] >> g / 4 * 2 & 3;
-            scale[g * step] = d * (float)((low | high << 4) - 32);
-        }
+        uint32_t a = load_u32(p + 96), b = load_u32(p + 100), high = load_u32(p + 104);
+        vf six_bits = v_from_bytes((a & nibble) | (high & two) << 4, (b & nibble) | (high >> 2 & two) << 4,
+                                   (a >> 4 & nibble) | (high >> 4 & two) << 4, (b >> 4 & nibble) | (high >> 6 & two) << 4);
+        v_store(scale, v_mul(v_set(h_load(p + 108)), v_sub(six_bits, v_set(32.0f))));
         break;
     }
     case Q4_K: case Q5_K: {  // 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
-        float d = h_load(p), dmin = h_load(p + 2);
-        const uint8_t *s = p + 4;
-        for (int g = 0; g < 8; g++) {
-            int sc = g < 4 ? s[g] & 63 : (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-            int m = g < 4 ? s[g + 4] & 63 : s[g + 4] >> 4 | s[g] >> 6 << 4;
-            scale[g * step] = d * (float)sc;
-            min[g * step] = -(dmin * (float)m);
-        }
+        uint32_t a = load_u32(p + 4), b = load_u32(p + 8), c = load_u32(p + 12);
+        vf sc = v_from_bytes(a & six, (c & nibble) | (a >> 6 & two) << 4, 0, 0);
+        vf m = v_from_bytes(b & six, (c >> 4 & nibble) | (b >> 6 & two) << 4, 0, 0);
+        v_store(scale, v_mul(v_set(h_load(p)), sc));
+        v_store(min, v_sub(zero, v_mul(v_set(h_load(p + 2)), m)));
         break;
     }
     case Q6_K: {
-        float d = h_load(p + 208);
-        for (int g = 0; g < 16; g++) scale[g * step] = d * (float)(int8_t)p[192 + g];
+        vf sc = v_from_bytes(load_u32(p + 192), load_u32(p + 196), load_u32(p + 200), load_u32(p + 204));
+        v_store(scale, v_mul(v_set(h_load(p + 208)), sc));
         break;
     }
     default: break;
@@ -1599,7 +1614,7 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
     else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
     else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
         float scale[16], min[16] = {0};
-        unpack_scales(format, row, scale, min, 1);
+        unpack_scales(format, row, scale, min);
         for (int i = 0; i < formats[format].block; i += 32) {
             int8_t q[32] = {0};
             b_store(q, unpack(format, row, i / 32));
@@ -1630,11 +1645,40 @@ LANE const uint8_t *chunk_block(enum format format, const struct chunk *c, int r
     return c->row[row] + c->at + (size_t)(i * 32 / formats[format].block * formats[format].bytes);
 }
 
+// to[column][row] = from[row * ld + column], 16 rows of n dwords, n a multiple of 8.
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+static void transpose_dwords(const int32_t *from, int ld, int32_t (*to)[16], int n) {
+    for (int r = 0; r < 16; r += 8)
+        for (int c = 0; c < n; c += 8) {
+            __m256i a[8], b[8];
+            for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)(from + (r + i) * ld + c));
+            for (int i = 0; i < 8; i += 2) {  // pairs of rows
+                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)  // fours
+                for (int j = 0; j < 2; j++) {
+                    a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                    a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
+                }
+            for (int i = 0; i < 4; i++) {  // eights
+                _mm256_storeu_si256((__m256i *)&to[c + i][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+                _mm256_storeu_si256((__m256i *)&to[c + i + 4][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+            }
+        }
+}
+#else
+static void transpose_dwords(const int32_t *from, int ld, int32_t (*to)[16], int n) {
+    for (int c = 0; c < n; c++)
+        for (int r = 0; r < 16; r++) to[c][r] = from[r * ld + c];
+}
+#endif
+
 // Half floats at offset `at` of each block of 32: to to[block][row].
 LANE void chunk_halves(enum format format, const struct chunk *c, size_t at, float (*to)[16]) {
     uint16_t half[8][16];
-    for (int r = 0; r < 16; r++)
-        for (int b = 0; b < c->n / 32; b++) half[b][r] = load_u16(chunk_block(format, c, r, b) + at);
+    for (int b = 0; b < c->n / 32; b++)
+        UNROLL for (int r = 0; r < 16; r++) half[b][r] = load_u16(chunk_block(format, c, r, b) + at);
     for (int b = 0; b < c->n / 32; b++) v_store(to[b], v_load_f16(half[b]));
 }
 
@@ -1643,10 +1687,11 @@ LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *
     if (block == 32) {
         chunk_halves(format, c, 0, p->scale);
         if (formats[format].has_min) chunk_halves(format, c, 2, p->min);
-    } else {
-        for (int r = 0; r < 16; r++)
-            for (int b = 0; b < c->n / block; b++)
-                unpack_scales(format, chunk_block(format, c, r, b * block / 32), &p->scale[b * groups][r], &p->min[b * groups][r], 16);
+    } else {  // one block of 256
+        float scale[16][16], min[16][16];
+        for (int r = 0; r < 16; r++) unpack_scales(format, chunk_block(format, c, r, 0), scale[r], min[r]);
+        transpose_dwords((const int32_t *)scale, 16, (int32_t (*)[16])p->scale, groups);
+        if (formats[format].has_min) transpose_dwords((const int32_t *)min, 16, (int32_t (*)[16])p->min, groups);
     }
 }
 
@@ -1657,7 +1702,7 @@ LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
     const int in_block = i % (formats[format].block / 32);
     vb x = b_load(xp), d[4];
-    UNROLL for (int r = 0; r < 16; r += 4) {  // four rows: lower half over elements 0 to 15, upper half over 16 to 31
+    NO_UNROLL for (int r = 0; r < 16; r += 4) {  // four rows: lower half over elements 0 to 15, upper half over 16 to 31
         vb s[4];
         UNROLL for (int j = 0; j < 4; j++)
             s[j] = dot_bytes(unpack(format, chunk_block(format, c, r + j, i), in_block), x, format == Q8_0);
@@ -1725,35 +1770,6 @@ LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk
 
 // ---- many tokens ----
 
-// to[column][row] = from[row][column], 16 rows of n dwords, n a multiple of 8.
-#if defined(ISA_AVX512) || defined(ISA_AVX2)
-static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n) {
-    for (int r = 0; r < 16; r += 8)
-        for (int c = 0; c < n; c += 8) {
-            __m256i a[8], b[8];
-            for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)&from[r + i][c]);
-            for (int i = 0; i < 8; i += 2) {  // pairs of rows
-                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-                b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4)  // fours
-                for (int j = 0; j < 2; j++) {
-                    a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                    a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
-                }
-            for (int i = 0; i < 4; i++) {  // eights
-                _mm256_storeu_si256((__m256i *)&to[c + i][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
-                _mm256_storeu_si256((__m256i *)&to[c + i + 4][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
-            }
-        }
-}
-#else
-static void transpose_dwords(const int32_t (*from)[64], int32_t (*to)[16], int n) {
-    for (int c = 0; c < n; c++)
-        for (int r = 0; r < 16; r++) to[c][r] = from[r][c];
-}
-#endif
-
 // The format is a constant at every call.
 LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
     int32_t q[16][64];
@@ -1765,7 +1781,7 @@ LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p)
             vb row = unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32));
             b_store(&q[r][8 * i], flip ? b_flip(row) : row);
         }
-    transpose_dwords((const int32_t (*)[64])q, (int32_t (*)[16])p->w, c->n / 4);
+    transpose_dwords(q[0], 64, (int32_t (*)[16])p->w, c->n / 4);
 }
 
 // Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. group, has_min, is_signed and tokens are constants

@@ -1069,9 +1069,7 @@ struct kernels {
 #define add_group ISA_NAME(add_group)
 #define chunk_dot ISA_NAME(chunk_dot)
 #define rows_dot ISA_NAME(rows_dot)
-#define prefetch_rows ISA_NAME(prefetch_rows)
 #define chunk_halves ISA_NAME(chunk_halves)
-#define first_chunk ISA_NAME(first_chunk)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
 #define panel_dot ISA_NAME(panel_dot)
@@ -1738,16 +1736,10 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_scale * (float)x_sum), sum) : sum;
 }
 
-// 16 rows are 16 streams, more than the processor follows by itself: while the i-th 32 columns of a chunk are multiplied,
-// an eighth of the next one is fetched, two rows.
-LANE void prefetch_rows(const struct chunk *next, size_t bytes, int i) {
-    for (int r = 2 * i; r < 2 * i + 2; r++)
-        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next->row[r] + next->at + at);
-}
-
-// Adds a chunk times one token to sums [16]. The format is a constant at every call.
-LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk *next, const int8_t *q, const float *scale, const int32_t *sum,
-                   float *sums) {
+// Adds a chunk times one token to sums [16]. The format is a constant at every call. 16 rows are 16 streams, more than the
+// processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in between, in file order.
+LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const int8_t *q, const float *scale,
+                   const int32_t *sum, float *sums) {
     struct panel p;
     const bool has_min = formats[format].has_min;
     const int zero = formats[format].zero;
@@ -1755,7 +1747,8 @@ LANE void rows_dot(enum format format, const struct chunk *c, const struct chunk
     chunk_scales(format, c, &p);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
-        prefetch_rows(next, (size_t)(256 / formats[format].block * formats[format].bytes), i);
+        const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
+        for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + i * bytes + at);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
             int x_sum = sum[2 * i] + sum[2 * i + 1];
@@ -1827,12 +1820,12 @@ static void panel_multiply(const struct panel *p, enum format format, int n, int
     else panel_tokens(p, n, 16, true, false, n_tokens, q, scale, sum, ld, sums);
 }
 
-// Adds a chunk times n_tokens tokens to sums [n_tokens][16]; `next` is the chunk that will follow.
-LANE void chunk_dot(enum format format, const struct chunk *c, const struct chunk *next, int n_tokens, const int8_t *q,
+// Adds a chunk times n_tokens tokens to sums [n_tokens][16].
+LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
                     const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
     if (n_tokens <= 2) {
         for (int t = 0; t < n_tokens; t++)
-            rows_dot(format, c, next, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), sums[t]);
+            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), sums[t]);
         return;
     }
     struct panel p;
@@ -1840,52 +1833,39 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const struct chun
     panel_multiply(&p, format, c->n, n_tokens, q, scale, sum, ld, sums);
 }
 
-static struct chunk first_chunk(const struct matrix *m, int row0) {
-    struct chunk c = {.n = m->cols < 256 ? m->cols : 256};
-    for (int r = 0; r < 16; r++) {
-        int row = row0 + r < m->rows ? row0 + r : m->rows - 1;
-        c.row[r] = m->data + (size_t)row * m->row_bytes;
-    }
-    return c;
-}
-
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
     float sums[96][16];     // of up to 96 tokens
-    const size_t ld = (size_t)x->ld;
+    const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
     for (; n_tokens > 96; n_tokens -= 96, token0 += 96, y += 96 * (size_t)ldy)
         matmul_quantized(m, row0, n_rows, x, token0, 96, y, ldy, add);
-    struct chunk c = first_chunk(m, row0), next;
     for (int r = 0; r < n_rows; r += 16) {
+        struct chunk c = {.at = 0};
+        for (int i = 0; i < 16; i++) c.row[i] = m->data + (size_t)min_int(row0 + r + i, m->rows - 1) * m->row_bytes;
+        const uint8_t *ahead = c.row[0] + 16 * m->row_bytes;  // only fetched: it may lie behind the matrix
         memset(sums, 0, (size_t)n_tokens * sizeof sums[0]);
-        for (int k = 0; k < m->cols; k += 256, c = next) {
-            if (k + 256 < m->cols) {
-                next = c;
-                next.at += (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
-                next.n = m->cols - k - 256 < 256 ? m->cols - k - 256 : 256;
-            } else {
-                next = first_chunk(m, row0 + r + 16);
-            }
+        for (int k = 0; k < m->cols; k += 256, c.at += chunk_bytes, ahead += 16 * chunk_bytes) {
             const size_t at = (size_t)token0 * ld + (size_t)k;
             const int8_t *q = x->q + at;
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
+            c.n = min_int(m->cols - k, 256);
 #if defined(ISA_AVX512) || defined(ISA_AVX2)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_0: chunk_dot(Q4_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_1: chunk_dot(Q4_1, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_0: chunk_dot(Q5_0, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_1: chunk_dot(Q5_1, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q2_K: chunk_dot(Q2_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q3_K: chunk_dot(Q3_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_K: chunk_dot(Q4_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_K: chunk_dot(Q5_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
-            case Q6_K: chunk_dot(Q6_K, &c, &next, n_tokens, q, scale, sum, ld, sums); break;
+            case Q8_0: chunk_dot(Q8_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_0: chunk_dot(Q4_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_1: chunk_dot(Q4_1, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_0: chunk_dot(Q5_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_1: chunk_dot(Q5_1, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q2_K: chunk_dot(Q2_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q3_K: chunk_dot(Q3_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_K: chunk_dot(Q4_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_K: chunk_dot(Q5_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q6_K: chunk_dot(Q6_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, &c, &next, n_tokens, q, scale, sum, ld, sums);
+            chunk_dot(m->format, &c, ahead, n_tokens, q, scale, sum, ld, sums);
 #endif
         }
         int rows = n_rows - r < 16 ? n_rows - r : 16;
@@ -2179,10 +2159,17 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
     }
 }
 
+// Rows of weights a block while decoding: few blocks, since memory is read best in long runs, but several a thread, so that
+// nobody waits long for the last one.
+static int decode_block(const struct context *ctx, int rows) {
+    int block = rows / (4 * ctx->n_threads) / 16 * 16;
+    return block < 16 ? 16 : min_int(block, 128);
+}
+
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase.
 static void matmul_phase(struct team *t, const struct matrix *w, const struct act *x, int n_tokens, float *y, int ldy,
                          bool add) {
-    int row_block = n_tokens == 1 ? 32 : 64, token_block = 96, item;
+    int row_block = n_tokens <= 2 ? decode_block(t->ctx, w->rows) : 64, token_block = 96, item;
     int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
         int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
@@ -2215,9 +2202,10 @@ static void norm_phase(struct team *t, const float *weight) {
     }
 }
 
-// Channels [c, c + n) of block `item`; n is a multiple of 16 in the padded arrays, n_real counts what exists.
+// Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, int *n_blocks) {
-    int block = ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32;
+    int block = ctx->n_tokens > 2 ? (ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32)
+                                  : round_up(decode_block(ctx, ctx->m->c.d_inner), 32);
     *n_blocks = (ctx->m->c.d_inner + block - 1) / block;
     return block;
 }

@@ -195,6 +195,9 @@ struct context {               // what a forward needs besides the model; owner 
     struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
+    int n_left_out, n_until_retry;  // threads that decoding does without, because other processes have their cores: team_size()
+    int trouble;               // how often a thread lost its core lately
+    atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
     struct phase *phases;      // [PHASES_PER_LAYER * n_layer + PHASES_BESIDE] of a forward
     const struct segment *segments;  // the batch in progress
     int n_segments, n_tokens, n_rows, n_run_layers;
@@ -980,6 +983,8 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 //                   groups in rising order.
 // How many rows and tokens are in flight together never changes a sum, so a GEMV and a GEMM give the same bits.
 // ====================================================================================================================
+
+enum { ROW_TOKENS = 3 };    // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]
@@ -1823,7 +1828,7 @@ static void panel_multiply(const struct panel *p, enum format format, int n, int
 // Adds a chunk times n_tokens tokens to sums [n_tokens][16].
 LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
                     const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
-    if (n_tokens <= 2) {
+    if (n_tokens <= ROW_TOKENS) {
         for (int t = 0; t < n_tokens; t++)
             rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), sums[t]);
         return;
@@ -2127,10 +2132,15 @@ struct team {               // one thread's view of a forward in progress
 };
 
 // Waits until a phase's items are done: spins for a few microseconds, and then offers its core to whoever wants it, since
-// the thread that is waited for may be the one that does not run.
-static void await_phase(struct phase *p, int n_items) {
+// the thread that is waited for may be the one that does not run. After a millisecond it is said to have lost its core.
+static void await_phase(struct context *ctx, struct phase *p, int n_items) {
+    double start = 0;
     for (int spins = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_items; spins++) {
-        if (spins >= 4000) sched_yield();
+        if (spins >= 4000) {
+            sched_yield();
+            if (!start) start = now_seconds();
+            else if (now_seconds() - start > 1e-3) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
+        }
 #if defined(__x86_64__)
         else _mm_pause();
 #endif
@@ -2146,7 +2156,7 @@ static bool next_item(struct team *t, int n_items, int *item) {
     *item = atomic_fetch_add_explicit(&p->n_taken, 1, memory_order_relaxed);
     t->has_item = *item < n_items;
     if (t->has_item) return true;
-    await_phase(p, n_items);
+    await_phase(t->ctx, p, n_items);
     t->phase++;
     return false;
 }
@@ -2169,7 +2179,7 @@ static int decode_block(const struct context *ctx, int rows) {
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase.
 static void matmul_phase(struct team *t, const struct matrix *w, const struct act *x, int n_tokens, float *y, int ldy,
                          bool add) {
-    int row_block = n_tokens <= 2 ? decode_block(t->ctx, w->rows) : 64, token_block = 96, item;
+    int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : 64, token_block = 96, item;
     int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
         int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
@@ -2204,7 +2214,7 @@ static void norm_phase(struct team *t, const float *weight) {
 
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, int *n_blocks) {
-    int block = ctx->n_tokens > 2 ? (ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32)
+    int block = ctx->n_tokens > ROW_TOKENS ? (ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32)
                                   : round_up(decode_block(ctx, ctx->m->c.d_inner), 32);
     *n_blocks = (ctx->m->c.d_inner + block - 1) / block;
     return block;
@@ -2429,14 +2439,35 @@ static void forward_team(struct team *t) {
     head_phase(t);
 }
 
-// Runs body on all threads, in one parallel region.
+// How many threads the next forward uses. One that loses its core in the middle of an item keeps the others waiting for
+// milliseconds, the length of several tokens: while that happens, decoding does with a thread less, and tries again later.
+static int team_size(struct context *ctx) {
+    enum { RETRY = 50, LOSS = 8 };  // forwards; two losses within eight forwards are no accident
+    if (ctx->n_tokens > ROW_TOKENS) return ctx->n_threads;  // long items: waiting means nothing
+    if (atomic_exchange(&ctx->lost_a_core, false)) ctx->trouble += LOSS;
+    else if (ctx->trouble) ctx->trouble--;
+    if (ctx->trouble > LOSS && ctx->n_left_out < ctx->n_threads - 1) {
+        ctx->n_left_out++;
+        ctx->n_until_retry = RETRY;
+        ctx->trouble = 0;
+    } else if (ctx->n_left_out && --ctx->n_until_retry <= 0) {
+        ctx->n_left_out--;
+        ctx->n_until_retry = RETRY;
+        ctx->trouble = LOSS;  // on probation: the next loss is enough
+    }
+    return ctx->n_threads - ctx->n_left_out;
+}
+
+// Runs body on a team of threads, in one parallel region.
 static void run_team(struct context *ctx, void (*body)(struct team *)) {
+    const int n_threads = team_size(ctx);
+    (void)n_threads;  // without OpenMP
     for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) {
         atomic_init(&ctx->phases[i].n_taken, 0);
         atomic_init(&ctx->phases[i].n_done, 0);
     }
 #ifdef _OPENMP
-#pragma omp parallel num_threads(ctx->n_threads)
+#pragma omp parallel num_threads(n_threads)
 #endif
     {
         struct team t = {.ctx = ctx};

@@ -226,6 +226,30 @@ static void test_quantize(void) {
     }
 }
 
+// ---- threads ----
+
+// Decoding does without a thread that keeps losing its core, and tries again; a single loss is an accident.
+static void test_team_size(void) {
+    struct context ctx = {.n_threads = 2, .n_tokens = 1};
+    int sizes = 0;
+    atomic_store(&ctx.lost_a_core, true);
+    for (int i = 0; i < 20; i++) sizes += team_size(&ctx);
+    CHECK(sizes == 40, "one loss changed the team: %d", sizes);
+    atomic_store(&ctx.lost_a_core, true);
+    team_size(&ctx);
+    atomic_store(&ctx.lost_a_core, true);
+    CHECK(team_size(&ctx) == 1, "two losses left the team as it was");
+    int n = 0;
+    while (n < 1000 && team_size(&ctx) == 1) n++;
+    CHECK(n > 10 && n < 100, "tried again after %d forwards", n);
+    atomic_store(&ctx.lost_a_core, true);
+    CHECK(team_size(&ctx) == 1, "a loss on probation left the team as it was");
+    ctx.n_tokens = 100;
+    CHECK(team_size(&ctx) == 2, "a prompt was read by a part of the team");
+    ctx = (struct context){.n_threads = 1, .n_tokens = 1, .trouble = 100};
+    CHECK(team_size(&ctx) == 1 && ctx.n_left_out == 0, "nobody is left");
+}
+
 // ---- the model: one result, however a run is cut up ----
 
 static const float *random_vector(int n, float mean, float size) {
@@ -575,6 +599,7 @@ int main(int argc, char **argv) {
     test_half_floats();
     for (int i = 0; i < n_isa; i++) test_functions(isa[i]);
     test_quantize();
+    test_team_size();
     for (int f = 0; f < N_FORMATS; f++) {
         int block = formats[f].block;
         test_products((enum format)f, 5, round_up(3 * 32, block), 7);

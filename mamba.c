@@ -1143,6 +1143,7 @@ LANE vf v_split_exponent(vf x, vf *e) {
 }
 typedef __m512i vi;
 #define Q_TOKENS 12
+#define MATH LANE
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
 LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
@@ -1227,6 +1228,7 @@ typedef struct {
     __m256i lo, hi;
 } vi;
 #define Q_TOKENS 4
+#define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
 LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
@@ -1335,6 +1337,7 @@ typedef struct {
     int32_t lane[16];
 } vi;
 #define Q_TOKENS 1
+#define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
     vi r;
@@ -1366,7 +1369,7 @@ LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // signe
 
 // 2^t for t clamped to [-126, 126]. t = n + f with n the nearest integer; 2^f by a polynomial with relative error 2e-8
 // (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
-LANE vf v_exp2(vf t) {
+MATH vf v_exp2(vf t) {
     t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
     vf shift = v_set(0x1.8p23f), rounded = v_add(t, shift), f = v_sub(t, v_sub(rounded, shift));
     vf p = v_set(0x1.41fbbcp-13f);
@@ -1380,13 +1383,13 @@ LANE vf v_exp2(vf t) {
 }
 
 // x * sigmoid(x)
-LANE vf v_silu(vf x) {
+MATH vf v_silu(vf x) {
     return v_div(x, v_add(v_set(1.0f), v_exp2(v_mul(x, v_set(-0x1.715476p+0f)))));
 }
 
 // log(1 + e^x) = max(x, 0) + log(1 + t) with t = e^-|x|. u = 1 + t loses the low bits of t; they come back as the
 // first term of the logarithm's series at u. log(m) = s - s^2/2 + s^3 P(s), s = m - 1 (tests/fit_polynomials.py).
-LANE vf v_softplus(vf x) {
+MATH vf v_softplus(vf x) {
     vf one = v_set(1.0f), minus_abs = v_min(x, v_sub(v_set(0.0f), x));
     vf t = v_exp2(v_mul(minus_abs, v_set(0x1.715476p+0f))), u = v_add(one, t), e;
     vf s = v_sub(v_split_exponent(u, &e), one);
@@ -2045,6 +2048,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef TILE_ROWS
 #undef TILE_TOKENS
 #undef Q_TOKENS
+#undef MATH
 #undef SIGNED_PANELS
 #undef UNROLL
 

@@ -2,7 +2,7 @@
 # make demo       builds it and tells a story
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
-# make bench      tokens per second here and in llama.cpp, side by side
+# make bench      tokens per second here and in llama.cpp, side by side; plots in tests/bench/results
 # make install    into PREFIX (/usr/local)
 
 PREFIX ?= /usr/local
@@ -46,8 +46,9 @@ $(VENV)/full: tests/requirements-check.txt $(VENV)/quick
 	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	cp $< $@
 
-bench: mamba $(VENV)/quick
+bench: mamba $(VENV)/full
 	$(VENV)/bin/python tests/bench/compare_llama.py
+	$(VENV)/bin/python tests/bench/plots.py
 
 install: mamba
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/mamba

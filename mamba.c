@@ -984,7 +984,7 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // How many rows and tokens are in flight together never changes a sum, so a GEMV and a GEMM give the same bits.
 // ====================================================================================================================
 
-enum { ROW_TOKENS = 3 };    // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+enum { ROW_TOKENS = 5 };    // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]

@@ -1744,15 +1744,13 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_scale * (float)x_sum), sum) : sum;
 }
 
-// Adds a chunk times one token to sums [16]. The format is a constant at every call. 16 rows are 16 streams, more than the
+// Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16 streams, more than the
 // processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in between, in file order.
 LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const int8_t *q, const float *scale,
-                   const int32_t *sum, float *sums) {
-    struct panel p;
+                   const int32_t *sum, const struct panel *p, float *sums) {
     const bool has_min = formats[format].has_min;
     const int zero = formats[format].zero;
     vf s = v_load(sums);
-    chunk_scales(format, c, &p);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
@@ -1760,10 +1758,10 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
             int x_sum = sum[2 * i] + sum[2 * i + 1];
-            s = add_group(&p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], x_sum, s);
+            s = add_group(p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], x_sum, s);
         } else {
-            s = add_group(&p, has_min, 2 * i, v_add_int(first, v_set_int(-zero * sum[2 * i])), scale[i], sum[2 * i], s);
-            s = add_group(&p, has_min, 2 * i + 1, v_add_int(second, v_set_int(-zero * sum[2 * i + 1])), scale[i], sum[2 * i + 1], s);
+            s = add_group(p, has_min, 2 * i, v_add_int(first, v_set_int(-zero * sum[2 * i])), scale[i], sum[2 * i], s);
+            s = add_group(p, has_min, 2 * i + 1, v_add_int(second, v_set_int(-zero * sum[2 * i + 1])), scale[i], sum[2 * i + 1], s);
         }
     }
     v_store(sums, s);
@@ -1771,11 +1769,10 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
-// The format is a constant at every call.
+// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call.
 LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
     int32_t q[16][64];
     const bool flip = format == Q8_0 && !SIGNED_PANELS;  // q + 128 as an unsigned byte
-    chunk_scales(format, c, p);
     p->zero = flip ? 128 : formats[format].zero;
     for (int r = 0; r < 16; r++)
         for (int i = 0; i < c->n / 32; i++) {
@@ -1831,12 +1828,13 @@ static void panel_multiply(const struct panel *p, enum format format, int n, int
 // Adds a chunk times n_tokens tokens to sums [n_tokens][16].
 LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
                     const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
+    struct panel p;
+    chunk_scales(format, c, &p);
     if (n_tokens <= ROW_TOKENS) {
         for (int t = 0; t < n_tokens; t++)
-            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), sums[t]);
+            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), &p, sums[t]);
         return;
     }
-    struct panel p;
     panel_fill(format, c, &p);
     panel_multiply(&p, format, c->n, n_tokens, q, scale, sum, ld, sums);
 }

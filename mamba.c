@@ -12,13 +12,14 @@
 //
 // Sections, bottom up; each opens with its purpose, what it may call and who calls it:
 //
-//    0  structs                                  7  sequence state: save and load
-//    1  errors, memory, threads, half floats     8  Unicode and tokenizer
-//    2  GGUF                                     9  sampler
-//    3  configuration, tensor binding           10  commands
-//    4  kernels, once per instruction set       11  bench
-//    5  layers                                  12  command line
-//    6  forward over a ragged batch
+//    0  structs                                  8  Unicode and tokenizer
+//    1  errors, memory, threads, half floats     9  sampler
+//    2  GGUF                                    10  JSON
+//    3  configuration, tensor binding           11  requests: many sequences at once
+//    4  kernels, once per instruction set       12  commands
+//    5  layers                                  13  bench
+//    6  forward over a ragged batch             14  command line
+//    7  sequence state: save and load
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
 
@@ -31,6 +32,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -47,6 +49,12 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -117,6 +125,7 @@ struct config {
     int n_vocab;               // rows of the embedding; a tokenizer may use fewer
     int context_length;        // of the training; 0 when unknown. Nothing limits how long a text may be
     float norm_eps;
+    int n_labels;              // of the classifier; 0: there is none
     bool dt_b_c_rms;           // FalconMamba: RMSNorm without weight on dt, B and C
     float dt_b_c_eps;
 };
@@ -148,6 +157,8 @@ struct model {                 // owner of the file, layers and the arena of sma
     struct matrix embd;        // [n_vocab][d_model]
     struct matrix head;        // [n_vocab][d_model]; the embedding itself when tied
     const float *norm;         // [d_model]
+    const float *cls_w, *cls_b;  // [n_labels][d_model], [n_labels]: the classifier, on the output of norm
+    struct str *labels;        // [n_labels], in the mapping
     struct layer *layers;      // [n_layer]
     float *arena;
     uint64_t fingerprint;      // of header and samples of the weights: ties a saved state to its model
@@ -287,6 +298,24 @@ static void buffer_add(struct buffer *b, const void *data, size_t n) {
     b->n += n;
 }
 
+// Appends text, and a 0 behind it that does not count.
+__attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b, const char *format, ...) {
+    for (int pass = 0; pass < 2; pass++) {
+        size_t room = b->capacity - b->n;
+        va_list args;
+        va_start(args, format);
+        int n = vsnprintf(room ? b->p + b->n : NULL, room, format, args);
+        va_end(args);
+        if (n < 0) return;
+        if ((size_t)n < room) {
+            b->n += (size_t)n;
+            return;
+        }
+        b->capacity = (b->n + (size_t)n) * 2 + 64;
+        b->p = xrealloc(b->p, b->capacity);
+    }
+}
+
 // An output file appears under its name only when it is whole: it is written beside its destination, synced and renamed.
 // A pipe or device (/dev/stdout, a FIFO) is written directly.
 struct outfile {
@@ -370,6 +399,15 @@ static double now_seconds(void) {
 }
 
 static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A whole number in decimal digits.
+static bool parse_u64(struct str s, uint64_t *out) {
+    uint64_t v = 0;
+    for (size_t i = 0; i < s.n; i++)
+        if (s.p[i] < '0' || s.p[i] > '9' || __builtin_mul_overflow(v, 10, &v) || __builtin_add_overflow(v, s.p[i] - '0', &v)) return false;
+    *out = v;
+    return s.n > 0;
+}
 
 static int min_int(int a, int b) { return a < b ? a : b; }
 
@@ -918,7 +956,27 @@ static void bind_all(struct binder *b, struct model *m) {
     m->c.n_vocab = m->embd.rows;
     m->head = gguf_tensor(b->g, "output.weight") ? bind_matrix(b, "output.weight", m->c.n_vocab, m->c.d_model) : m->embd;
     m->norm = bind_vector(b, "output_norm.weight", m->c.d_model);
+    if (m->c.n_labels) {
+        float *w = arena_take(b, (size_t)m->c.n_labels * (size_t)m->c.d_model);
+        copy_floats(b, "cls.output.weight", m->c.n_labels, m->c.d_model, w, (size_t)m->c.d_model, 1);
+        bool has_bias = gguf_tensor(b->g, "cls.output.bias");
+        m->cls_w = w;
+        m->cls_b = has_bias ? bind_vector(b, "cls.output.bias", m->c.n_labels) : arena_take(b, (size_t)m->c.n_labels);
+    }
     for (int i = 0; i < m->c.n_layer && !b->error->text[0]; i++) bind_layer(b, &m->layers[i], &m->c, i);
+}
+
+// The names of the classes, where the file has a classifier.
+static bool model_labels(struct model *m, struct error *e) {
+    const struct gguf_kv *kv = gguf_find(&m->file, "mamba.classifier.output_labels");
+    if (!kv) return true;
+    if (!kv->is_array || kv->type != GGUF_STRING || kv->count < 1 || kv->count > 1 << 20)
+        return fail(e, "metadata 'mamba.classifier.output_labels' is not an array of strings");
+    m->c.n_labels = (int)kv->count;
+    m->labels = xmalloc((size_t)kv->count * sizeof *m->labels);
+    const uint8_t *at = kv->value;
+    for (int i = 0; i < m->c.n_labels; i++) m->labels[i] = gguf_next_str(&at);
+    return true;
 }
 
 // Of everything in the header (names, shapes, types, vocabulary) and 64 bytes at both ends of every tensor: two models
@@ -936,6 +994,7 @@ static uint64_t model_fingerprint(const struct gguf *g) {
 
 static void model_close(struct model *m) {
     free(m->layers);
+    free(m->labels);
     free(m->arena);
     gguf_close(&m->file);
     *m = (struct model){0};
@@ -944,7 +1003,7 @@ static void model_close(struct model *m) {
 // Checks and binds what m->file holds. Tensors that the architecture does not name are ignored, as llama.cpp does.
 static bool model_bind(struct model *m, struct error *e) {
     const struct gguf *g = &m->file;
-    if (!config_read(g, &m->c, e)) return false;
+    if (!config_read(g, &m->c, e) || !model_labels(m, e)) return false;
     if ((uint64_t)m->c.n_layer > g->n_tensors / 10)  // bounds the allocation by what the file really holds
         return fail(e, "mamba.block_count is %d, but the file holds only %" PRIu64 " tensors", m->c.n_layer, g->n_tensors);
     m->layers = xcalloc((size_t)m->c.n_layer, sizeof *m->layers);
@@ -2395,6 +2454,13 @@ static void sequence_reset(struct sequence *s, const struct config *c) {
     s->n_past = 0;
 }
 
+static void sequence_copy(struct sequence *to, const struct sequence *from, const struct config *c) {
+    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
+    memcpy(to->conv, from->conv, channels * (size_t)(c->d_conv - 1) * sizeof(float));
+    memcpy(to->ssm, from->ssm, channels * (size_t)c->d_state * sizeof(float));
+    to->n_past = from->n_past;
+}
+
 static void sequence_free(struct sequence *s) {
     if (!s) return;
     free(s->conv);
@@ -2494,9 +2560,9 @@ static void forward(struct context *ctx, const struct segment *segments, int n_s
     if (ctx->n_tokens) run_team(ctx, forward_team);
 }
 
-// Logits of the last forward's tokens [token0, token0 + n), at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
-static void logits_of(struct context *ctx, int token0, int n) {
-    for (int i = 0; i < n; i++) gather_row(ctx, token0 + i, i);
+// Logits of n of the last forward's tokens, at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
+static void logits_of(struct context *ctx, const int *tokens, int n) {
+    for (int i = 0; i < n; i++) gather_row(ctx, tokens[i], i);
     ctx->n_rows = n;
     run_team(ctx, head_phase);
 }
@@ -2569,8 +2635,8 @@ static void state_copy(const struct config *c, struct sequence *s, float *file, 
             }
 }
 
-static bool state_save(const char *path, const struct model *m, struct sequence *s, const struct resume *r,
-                       struct error *e) {
+// Writes to an open file; an error stays in its stream, for outfile_commit.
+static void state_write(struct outfile *out, const struct model *m, struct sequence *s, const struct resume *r) {
     struct state_header h = state_header_of(m, s, r);
     char *file = xmalloc((size_t)h.file_bytes), *p = file;
     memcpy(p, &h, sizeof h);
@@ -2580,14 +2646,8 @@ static bool state_save(const char *path, const struct model *m, struct sequence 
     state_copy(&m->c, s, (float *)p, true);
     uint64_t hash = hash_bytes(STATE_VERSION, file, (size_t)h.file_bytes - 8);
     memcpy(file + h.file_bytes - 8, &hash, 8);
-    struct outfile out;
-    bool ok = outfile_open(&out, path, e);
-    if (ok) {
-        fwrite(file, 1, (size_t)h.file_bytes, out.f);  // an error stays in the stream, for outfile_commit
-        ok = outfile_commit(&out, e);
-    }
+    fwrite(file, 1, (size_t)h.file_bytes, out->f);
     free(file);
-    return ok;
 }
 
 // Checks everything before *s and *r are touched. file: 4-byte aligned.
@@ -3469,19 +3529,15 @@ static size_t incomplete_tail(const char *s, size_t n) {
 }
 
 struct emitter {            // turns tokens into text that is whole at every flush, and watches for stop texts
-    FILE *f;
+    struct buffer *to;
     struct buffer held;     // owned: not written yet
-    const char *const *stops;
+    const struct str *stops;  // [n_stops]
     int n_stops;
     bool stopped;           // a stop text came: nothing more is written
 };
 
 static void emit_bytes(struct emitter *e, size_t n) {
-    struct buffer clean = {0};
-    repair_utf8(e->held.p, n, &clean);
-    fwrite(clean.p, 1, clean.n, e->f);
-    fflush(e->f);
-    free(clean.p);
+    repair_utf8(e->held.p, n, e->to);
     memmove(e->held.p, e->held.p + n, e->held.n -= n);
 }
 
@@ -3490,8 +3546,8 @@ static size_t find_stop(struct emitter *e) {
     size_t partial = e->held.n;
     for (size_t i = 0; i < e->held.n; i++)
         for (int s = 0; s < e->n_stops; s++) {
-            size_t n = strlen(e->stops[s]), left = e->held.n - i;
-            if (memcmp(e->held.p + i, e->stops[s], n < left ? n : left) != 0) continue;
+            size_t n = e->stops[s].n, left = e->held.n - i;
+            if (memcmp(e->held.p + i, e->stops[s].p, n < left ? n : left) != 0) continue;
             e->stopped = n <= left;
             if (e->stopped) return i;
             if (partial > i) partial = i;
@@ -3512,7 +3568,7 @@ static void emit(struct emitter *e, struct str text) {
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by `generate`.
+// Calls sections 1 and 4; called by section 11.
 // ====================================================================================================================
 
 struct sampling {
@@ -3527,8 +3583,7 @@ struct choice {
     int32_t id;
 };
 
-struct sampler {            // owner of choices and p
-    struct sampling s;
+struct sampler {            // what drawing a token works on; owner of choices and p
     const struct kernels *k;
     struct choice *choices;  // [n_vocab]
     float *p;               // [n_vocab]
@@ -3587,46 +3642,65 @@ static double choice_probabilities(struct sampler *s, int n, float scale) {
     return sum;
 }
 
-// logits: [n_vocab], penalised in place; -INFINITY bans a token. recent: the last tokens; t: position of the new one.
-static int32_t sample(struct sampler *s, float *logits, const int32_t *recent, int n_recent, int64_t t) {
-    int from = n_recent > s->s.repeat_last_n ? n_recent - s->s.repeat_last_n : 0, n = 0;
-    for (int i = from; i < n_recent && s->s.repeat_penalty != 1.0f; i++) {
-        bool again = false;  // a token is penalised once, however often it came
-        for (int j = from; j < i && !again; j++) again = recent[j] == recent[i];
-        float *l = &logits[recent[i]];
-        if (!again) *l = *l > 0 ? *l / s->s.repeat_penalty : *l * s->s.repeat_penalty;
+// The token at position t, from logits [n_vocab]; -1 when none is left to choose from. banned: tokens that are not drawn.
+static int32_t sample(struct sampler *s, const struct sampling *how, const float *logits, const struct ids *banned,
+                      const struct resume *past, int64_t t) {
+    struct choice *c = s->choices;
+    int from = past->n_recent > how->repeat_last_n ? past->n_recent - how->repeat_last_n : 0, n = 0;
+    for (int32_t id = 0; id < s->n_vocab; id++) c[id] = (struct choice){logits[id], 0, id};
+    for (size_t i = 0; i < banned->n; i++) c[banned->p[i]].logit = -INFINITY;
+    for (int i = from; i < past->n_recent && how->repeat_penalty != 1.0f; i++) {
+        struct choice *again = &c[past->recent[i]];
+        if (again->p == 0) again->logit = again->logit > 0 ? again->logit / how->repeat_penalty : again->logit * how->repeat_penalty;
+        again->p = 1;  // a token is penalised once, however often it came
     }
     for (int32_t id = 0; id < s->n_vocab; id++)
-        if (logits[id] > -INFINITY) s->choices[n++] = (struct choice){logits[id], 0, id};
-    if (n == 0) die("no token is left to choose from");
-    bool greedy = s->s.greedy || s->s.temperature <= 0;
-    int k = greedy ? 1 : s->s.top_k > 0 ? min_int(s->s.top_k, n) : n;
-    select_best(s->choices, n, k);
-    if (greedy) return s->choices[0].id;
+        if (c[id].logit > -INFINITY) c[n++] = c[id];
+    if (n == 0) return -1;
+    bool greedy = how->greedy || how->temperature <= 0;
+    int k = greedy ? 1 : how->top_k > 0 ? min_int(how->top_k, n) : n;
+    select_best(c, n, k);
+    if (greedy) return c[0].id;
 
-    if (s->s.top_p < 1.0f) {
-        double limit = choice_probabilities(s, k, 1.0f) * (double)s->s.top_p, sum = 0;
+    if (how->top_p < 1.0f) {
+        double limit = choice_probabilities(s, k, 1.0f) * (double)how->top_p, sum = 0;
         int kept = 0;
-        while (kept < k && (kept == 0 || sum < limit)) sum += s->choices[kept++].p;
+        while (kept < k && (kept == 0 || sum < limit)) sum += c[kept++].p;
         k = kept;
     }
-    if (s->s.min_p > 0) {
+    if (how->min_p > 0) {
         choice_probabilities(s, k, 1.0f);  // relative to the best, whose exp(0) is 1
         int kept = 1;
-        while (kept < k && s->choices[kept].p >= s->s.min_p) kept++;
+        while (kept < k && c[kept].p >= how->min_p) kept++;
         k = kept;
     }
-    double target = choice_probabilities(s, k, 1.0f / s->s.temperature) * random_at(s->s.seed, t), sum = 0;
+    double target = choice_probabilities(s, k, 1.0f / how->temperature) * random_at(how->seed, t), sum = 0;
     for (int i = 0; i < k; i++) {
-        sum += s->choices[i].p;
-        if (target < sum) return s->choices[i].id;
+        sum += c[i].p;
+        if (target < sum) return c[i].id;
     }
-    return s->choices[k - 1].id;
+    return c[k - 1].id;
 }
 
-static struct sampler sampler_new(struct sampling settings, const struct kernels *k, int n_vocab) {
-    return (struct sampler){settings, k, xmalloc((size_t)n_vocab * sizeof(struct choice)),
-                            xmalloc((size_t)n_vocab * sizeof(float)), n_vocab};
+// log p(token) = logit - max - log sum exp(logit - max). Sixteen sums in double, so that their order is fixed. The n_top
+// likeliest tokens go to top, the best first, with their log-probability in p.
+static double log_probability(struct sampler *s, const float *logits, float max, int32_t token, int n_top, struct choice *top) {
+    double lanes[16] = {0}, sum = 0;
+    s->k->exp_minus(logits, s->n_vocab, max, s->p);
+    for (int i = 0; i < s->n_vocab; i++) lanes[i % 16] += s->p[i];
+    for (int i = 0; i < 16; i++) sum += lanes[i];
+    const double log_sum = log(sum);
+    n_top = min_int(n_top, s->n_vocab);
+    if (n_top > 0) {
+        for (int32_t id = 0; id < s->n_vocab; id++) s->choices[id] = (struct choice){logits[id], (float)((double)(logits[id] - max) - log_sum), id};
+        select_best(s->choices, s->n_vocab, n_top);
+        memcpy(top, s->choices, (size_t)n_top * sizeof *top);
+    }
+    return (double)(logits[token] - max) - log_sum;
+}
+
+static struct sampler sampler_new(const struct kernels *k, int n_vocab) {
+    return (struct sampler){k, xmalloc((size_t)n_vocab * sizeof(struct choice)), xmalloc((size_t)n_vocab * sizeof(float)), n_vocab};
 }
 
 static void sampler_free(struct sampler *s) {
@@ -3635,12 +3709,169 @@ static void sampler_free(struct sampler *s) {
 }
 
 // ====================================================================================================================
-// 10. Commands.
-// generate, score, embed, tokenize, inspect. Calls everything above; called by section 11. Standard output carries data
-// only; what is for people goes to standard error.
+// 10. JSON.
+// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 11
+// and by bench.
 // ====================================================================================================================
 
-enum command { GENERATE, SCORE, EMBED, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
+struct json {               // cursor over a text that changes under it: strings are decoded where they stand
+    char *p;
+    const char *start, *end;
+    struct error *error;    // the first error stays
+};
+
+// The first byte of what comes next, or -1 at the end.
+static int json_peek(struct json *j) {
+    while (j->p < j->end && strchr(" \t\r\n", *j->p) && *j->p) j->p++;
+    return j->p < j->end ? (uint8_t)*j->p : -1;
+}
+
+static bool json_take(struct json *j, char c) {
+    if (json_peek(j) != (uint8_t)c) return false;
+    j->p++;
+    return true;
+}
+
+static bool json_fail(struct json *j, const char *expected) {
+    if (j->p >= j->end) return fail(j->error, "the line ends where %s was expected", expected);
+    return fail(j->error, "column %td: expected %s", j->p - j->start + 1, expected);
+}
+
+static bool json_word(struct json *j, const char *word) {
+    size_t n = strlen(word);
+    if (json_peek(j) < 0 || (size_t)(j->end - j->p) < n || memcmp(j->p, word, n) != 0) return false;
+    j->p += n;
+    return true;
+}
+
+// Four hexadecimal digits, or -1.
+static int32_t json_hex(const struct json *j, const char *p) {
+    int32_t v = 0;
+    for (int i = 0; i < 4; i++) {
+        if (p + i >= j->end || !isxdigit((uint8_t)p[i])) return -1;
+        int digit = tolower((uint8_t)p[i]);
+        v = v * 16 + (digit > '9' ? digit - 'a' + 10 : digit - '0');
+    }
+    return v;
+}
+
+// One escape at j->p, decoded to *to: never longer than it was. Half a surrogate pair becomes U+FFFD.
+static bool json_escape(struct json *j, char **to) {
+    const char *known = "\"\\/bfnrt", *means = "\"\\/\b\f\n\r\t", *at;
+    char c = j->p + 1 < j->end ? j->p[1] : 0;
+    if (c && (at = strchr(known, c))) {
+        *(*to)++ = means[at - known];
+        j->p += 2;
+        return true;
+    }
+    int32_t cp = c == 'u' ? json_hex(j, j->p + 2) : -1;
+    if (cp < 0) return json_fail(j, "an escape such as \\n or \\u00e9");
+    j->p += 6;
+    if (cp >= 0xd800 && cp < 0xe000) {
+        int32_t low = cp < 0xdc00 && j->end - j->p >= 6 && j->p[0] == '\\' && j->p[1] == 'u' ? json_hex(j, j->p + 2) : -1;
+        bool pair = low >= 0xdc00 && low < 0xe000;
+        if (pair) j->p += 6;
+        cp = pair ? 0x10000 + ((cp - 0xd800) << 10) + (low - 0xdc00) : (int32_t)UC_REPLACEMENT;
+    }
+    *to += utf8_encode((uint32_t)cp, *to);
+    return true;
+}
+
+static bool json_string(struct json *j, struct str *out) {
+    if (!json_take(j, '"')) return json_fail(j, "a string");
+    char *to = j->p;
+    *out = (struct str){to, 0};
+    while (j->p < j->end && *j->p != '"') {
+        if ((uint8_t)*j->p < 32) return json_fail(j, "no control character inside a string (write \\n, \\t, \\u0001)");
+        if (*j->p == '\\') {
+            if (!json_escape(j, &to)) return false;
+        } else {
+            *to++ = *j->p++;
+        }
+    }
+    out->n = (size_t)(to - out->p);
+    return json_take(j, '"') ? true : json_fail(j, "the quote that ends a string");
+}
+
+// The digits of a number, as they stand.
+static bool json_number(struct json *j, struct str *out) {
+    json_peek(j);
+    char *from = j->p, *p = from;
+#define DIGITS for (digits = p; p < j->end && isdigit((uint8_t)*p); p++)
+    const char *digits;
+    if (p < j->end && *p == '-') p++;
+    DIGITS;
+    bool ok = p > digits && !(*digits == '0' && p > digits + 1);
+    if (ok && p < j->end && *p == '.') {
+        p++;
+        DIGITS;
+        ok = p > digits;
+    }
+    if (ok && p < j->end && (*p == 'e' || *p == 'E')) {
+        p++;
+        if (p < j->end && (*p == '+' || *p == '-')) p++;
+        DIGITS;
+        ok = p > digits;
+    }
+#undef DIGITS
+    if (!ok) return json_fail(j, "a number");
+    j->p = p;
+    *out = (struct str){from, (size_t)(p - from)};
+    return true;
+}
+
+// Walks over one value of any kind.
+static bool json_skip(struct json *j, int depth) {
+    struct str ignored;
+    int c = json_peek(j);
+    if (depth > 64) return json_fail(j, "no more than 64 levels");
+    if (c == '"') return json_string(j, &ignored);
+    if (c == '{' || c == '[') {
+        const char close = c == '{' ? '}' : ']';
+        j->p++;
+        if (json_take(j, close)) return true;
+        do {
+            if (c == '{' && (!json_string(j, &ignored) || !(json_take(j, ':') || json_fail(j, "a colon")))) return false;
+            if (!json_skip(j, depth + 1)) return false;
+        } while (json_take(j, ','));
+        return json_take(j, close) ? true : json_fail(j, "a comma or the end of the list");
+    }
+    if (json_word(j, "true") || json_word(j, "false") || json_word(j, "null")) return true;
+    return json_number(j, &ignored);
+}
+
+// Writes s as a string; what is not UTF-8 becomes U+FFFD.
+static void add_json_string(struct buffer *b, struct str s) {
+    buffer_add(b, "\"", 1);
+    for (size_t i = 0, n; i < s.n; i += n) {
+        uint32_t cp;
+        char utf8[4];
+        n = (size_t)utf8_decode(s.p + i, s.n - i, &cp);
+        if (cp == '"' || cp == '\\') buffer_printf(b, "\\%c", (char)cp);
+        else if (cp == '\n' || cp == '\t' || cp == '\r') buffer_printf(b, "\\%c", cp == '\n' ? 'n' : cp == '\t' ? 't' : 'r');
+        else if (cp < 32) buffer_printf(b, "\\u%04x", (unsigned)cp);
+        else if (cp == UC_REPLACEMENT) buffer_add(b, utf8, (size_t)utf8_encode(cp, utf8));
+        else buffer_add(b, s.p + i, n);
+    }
+    buffer_add(b, "\"", 1);
+}
+
+// JSON has no word for infinity and what is not a number.
+static void add_json_number(struct buffer *b, int decimals, double v) {
+    if (isfinite(v)) buffer_printf(b, "%.*f", decimals, v);
+    else buffer_printf(b, "null");
+}
+
+// ====================================================================================================================
+// 11. Requests.
+// A request is a text that a command works on. Up to -np of them run at once, each in a sequence of its own: a step of
+// the engine gives every one its next tokens in one forward, those that end leave, and others enter before the next step.
+// Texts of the command line and lines of --jsonl go the same way. Calls everything above; called by the commands.
+// ====================================================================================================================
+
+enum command { GENERATE, SCORE, EMBED, CLASSIFY, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
+
+static const char *const command_names[N_COMMANDS] = {"generate", "score", "embed", "classify", "tokenize", "bench", "inspect"};
 
 enum source { FROM_TEXT, FROM_FILE, FROM_IDS };  // -p, -f, --ids
 
@@ -3649,18 +3880,28 @@ struct input {              // one text of the command line, in its order
     const char *value;      // the text, the path ("-" is standard input), or the ids
 };
 
+enum { MAX_TOP = 20, MAX_SLOTS = 1 << 16 };  // alternatives that logprobs may ask for; sequences at once
+
+struct settings {           // what a line of --jsonl may set; the command line gives the defaults
+    struct sampling sampling;
+    int n_predict;          // -1: to the end of the text
+    int logprobs;           // likeliest tokens to report beside each one; -1: no log-probabilities
+    bool echo;
+    struct str *stops;      // [n_stops]; the bytes belong to the arguments or to the request's line
+    int n_stops;
+};
+
 struct options {            // the command line, parsed; defaults are llama.cpp's where it has them
     enum command command;
     const char *program, *model;
     struct input *inputs;   // [n_inputs], owned
     int n_inputs;
-    int n_predict, n_threads, ubatch;
-    struct sampling sampling;
+    struct settings settings;  // owner of stops
+    int n_threads, ubatch, n_parallel;  // n_parallel 0: as many as the input is worth
     bool seed_given;
-    const char **stops;     // [n_stops], owned
-    int n_stops;
-    bool ignore_eos, echo, print_ids, parse_special, quiet;
-    const char *save_state, *load_state, *tokenizer;
+    bool ignore_eos, print_ids, parse_special, quiet;
+    bool jsonl, unordered, sandbox;
+    const char *prefix, *save_state, *load_state, *tokenizer;
     bool per_token;
     const char *logits;
     const char *pool;
@@ -3674,11 +3915,13 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
 
 struct session {            // what every command that runs a model has open
     const struct options *o;
+    struct outfile out;     // the one file that the command writes; standard output when it writes none
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
-    struct context *ctx;
-    struct sequence *seq;
+    struct ids banned;      // tokens that are never drawn
+    struct sequence *base;  // what every request continues: --prefix, --load-state; NULL: nothing
+    struct resume *base_resume;
 };
 
 static volatile sig_atomic_t interrupted;  // the signal, once one came
@@ -3687,10 +3930,10 @@ static void on_signal(int signal) {
     interrupted = signal;
 }
 
-// From here on the first Ctrl-C or kill ends a command at its next token, and a second one ends the process. A write in
-// progress is not cut short. (While input is read, a signal still does what it always does.)
+// From here on the first Ctrl-C or kill ends a command at its next step, and a second one ends the process. A read or write
+// that waits is cut short. (While prompts are read, a signal still does what it always does.)
 static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 }
@@ -3713,24 +3956,57 @@ static void check_stdout(void) {
     die("standard output: %s", strerror(errno));
 }
 
-// ---- Input ----
+static void check_finite(const struct session *s, float max_logit, int64_t position) {
+    if (!isfinite(max_logit))
+        die("%s: the model's output after token %" PRId64 " is not a finite number: its weights are damaged", s->o->model,
+            position);
+}
 
-static struct buffer read_all(const char *path) {
-    struct buffer b = {0};
+// A line on standard error, on a terminal only, once the work has taken a second.
+struct progress {
+    const char *what;
+    double start, shown;
+    bool on, visible;
+};
+
+static struct progress progress_new(const char *what, bool quiet) {
+    return (struct progress){what, now_seconds(), 0, !quiet && isatty(STDERR_FILENO), false};
+}
+
+static void progress_clear(struct progress *p) {
+    if (p->visible) fprintf(stderr, "\r%*s\r", 64, "");
+    p->visible = false;
+}
+
+// fraction: of the work, negative when nobody knows. n_requests: ended ones; negative where there is only one.
+static void progress_show(struct progress *p, double fraction, int64_t n_requests, int64_t n_tokens) {
+    double now = now_seconds(), elapsed = now - p->start;
+    if (!p->on || elapsed < 1 || now - p->shown < 0.2) return;
+    p->shown = now;
+    p->visible = true;
+    fprintf(stderr, "\r%s", p->what);
+    if (fraction >= 0) fprintf(stderr, " %3d %%", (int)(100 * fraction));
+    if (n_requests >= 0) fprintf(stderr, " %" PRId64 " requests", n_requests);
+    fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
+}
+
+// ---- Reading texts ----
+
+static bool read_all(const char *path, struct buffer *b, struct error *e) {
     bool is_stdin = strcmp(path, "-") == 0;
     FILE *f = is_stdin ? stdin : fopen(path, "rb");
-    if (!f) die("%s: %s", path, strerror(errno));
+    if (!f) return fail(e, "%s: %s", path, strerror(errno));
     for (size_t n = 1; n;) {
         char chunk[65536];
         n = fread(chunk, 1, sizeof chunk, f);
-        buffer_add(&b, chunk, n);
+        buffer_add(b, chunk, n);
     }
-    if (ferror(f)) die("%s: %s", is_stdin ? "standard input" : path, strerror(errno));
+    bool ok = ferror(f) ? fail(e, "%s: %s", is_stdin ? "standard input" : path, strerror(errno)) : true;
     if (!is_stdin) fclose(f);
-    return b;
+    return ok;
 }
 
-static void parse_ids(const char *text, int n_vocab, struct ids *out) {
+static bool parse_ids(const char *text, int n_vocab, struct ids *out, struct error *e) {
     for (const char *p = text; *p;) {
         if (isspace((unsigned char)*p) || *p == ',') {
             p++;
@@ -3740,49 +4016,995 @@ static void parse_ids(const char *text, int n_vocab, struct ids *out) {
         errno = 0;
         long v = strtol(p, &end, 10);
         if (end == p || errno || v < 0 || v >= n_vocab || (*end && !isspace((unsigned char)*end) && *end != ','))
-            die("token id \"%.20s\": expected a number from 0 to %d", p, n_vocab - 1);
+            return fail(e, "token id \"%.20s\": expected a number from 0 to %d", p, n_vocab - 1);
         ids_add(out, (int32_t)v);
         p = end;
     }
+    return true;
 }
 
-static const struct tokenizer *need_tokenizer(const struct session *s) {
-    if (!s->has_tokenizer)
-        die("%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
-    return &s->tokenizer;
+static bool need_tokenizer(const struct session *s, struct error *e) {
+    if (s->has_tokenizer) return true;
+    return fail(e, "%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
 }
 
-// The tokens of one input. Text gets BOS in front where the file asks for it, unless it continues a state.
-static void read_input(const struct session *s, const struct input *in, bool continues, struct ids *out) {
-    if (in->source == FROM_IDS) {
-        parse_ids(in->value, s->model.c.n_vocab, out);
+// Appends the tokens of a text. BOS goes in front where the file asks for it, unless the text continues another.
+static bool read_text(const struct session *s, struct str text, bool continues, struct ids *out, struct error *e) {
+    const struct tokenizer *t = &s->tokenizer;
+    if (!need_tokenizer(s, e)) return false;
+    if (t->add_bos && t->bos >= 0 && !continues) ids_add(out, t->bos);
+    if (text.n) tokenize(t, text.p, text.n, s->o->parse_special, out);
+    return true;
+}
+
+// Appends the tokens of one input of the command line.
+static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct error *e) {
+    if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
+    if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
+    struct buffer b = {0};
+    bool ok = need_tokenizer(s, e) && read_all(in->value, &b, e);
+    // `echo prompt |` ends in a line end that nobody means to be continued from.
+    if (s->o->command == GENERATE && b.n && b.p[b.n - 1] == '\n') b.n--;
+    ok = ok && read_text(s, (struct str){b.p, b.n}, continues, out, e);
+    free(b.p);
+    return ok;
+}
+
+struct line_reader {        // lines of a file that may come slowly; owner of b
+    int fd;
+    struct buffer b;        // read and not handed out yet, from `start` on
+    size_t start;
+    int64_t n_lines, n_bytes;  // lines handed out; bytes read
+    bool ended, skipping;   // skipping: the rest of a line that was too long
+};
+
+enum { MAX_LINE = 1 << 26 };  // bytes; what is longer is answered with an error
+enum line { LINE, LINE_TOO_LONG, NO_LINE_YET, NO_MORE_LINES };
+
+// More bytes; false when there are none now (wait: ... and never will be, or a signal came).
+static bool read_more(struct line_reader *l, bool wait) {
+    struct pollfd ready = {.fd = l->fd, .events = POLLIN};
+    if (l->ended || (!wait && poll(&ready, 1, 0) <= 0)) return false;
+    memmove(l->b.p, l->b.p + l->start, l->b.n -= l->start);  // NOLINT: no bytes when b.p is NULL
+    l->start = 0;
+    char chunk[65536];
+    ssize_t n = read(l->fd, chunk, sizeof chunk);
+    if (n < 0 && errno == EINTR) return false;
+    if (n < 0) die("standard input: %s", strerror(errno));
+    l->ended = n == 0;
+    l->n_bytes += n;
+    buffer_add(&l->b, chunk, (size_t)n);
+    return n > 0;
+}
+
+// The next line, without its end; it stands until the next call. wait: until there is one, the file ends or a signal comes.
+static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
+    size_t searched = 0;
+    for (;;) {
+        char *from = l->b.p + l->start;
+        size_t n = l->b.n - l->start;
+        char *end = n > searched ? memchr(from + searched, '\n', n - searched) : NULL;
+        if (!end && !l->ended && n > MAX_LINE) {  // forget what has come of it
+            l->skipping = true;
+            l->start = l->b.n;
+            n = 0;
+        }
+        if (end || (l->ended && n)) {
+            *line = (struct str){from, end ? (size_t)(end - from) : n};
+            l->start += line->n + (end != NULL);
+            l->n_lines++;
+            bool too_long = l->skipping;
+            l->skipping = false;
+            return too_long ? LINE_TOO_LONG : LINE;
+        }
+        searched = n;
+        if (!read_more(l, wait) && !l->ended) return NO_LINE_YET;
+        if (l->ended && l->start == l->b.n) return NO_MORE_LINES;
+    }
+}
+
+// ---- A request ----
+
+struct token_logprob {
+    int32_t id;
+    double logprob;         // NaN: nothing came before it
+    int n_top;
+    struct choice top[MAX_TOP];  // the likeliest tokens, the best first; p holds the log-probability
+};
+
+struct request {            // one text; owner of all it points to but seq
+    struct request *next;   // in the order of the input
+    char *id;               // JSON, or what stands in the id column of a table
+    char *line;             // bytes of stop texts
+    struct settings settings;
+    struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
+    size_t n_carried;       // of tokens: those of the base, 0 or 1
+    size_t n_feed, n_fed;   // of tokens: how many are to be fed, and are; after them comes resume->pending, drawn from the logits
+    bool all_rows;          // log-probabilities of the prompt's own tokens are wanted
+    struct sequence *seq;   // lent while it runs
+    struct resume *resume;  // generate only
+    struct emitter text;    // generate: writes to answer, or to out when that is text
+    struct ids generated;   // generate --jsonl --print-ids: the answer
+    int64_t n_out_ids;      // generate --print-ids: ids written
+    int64_t n_generated, n_before;  // tokens drawn; tokens of the base that were fed
+    double nll;             // score: of n_scored tokens, in nats
+    int64_t n_scored;
+    struct buffer logprobs; // of struct token_logprob
+    double *sum;            // [d_model] embed --pool mean
+    float *pooled;          // [d_model]
+    struct buffer answer;   // --jsonl: the text of generate, the rows of embed --pool none, the classes
+    struct buffer out;      // bytes for the output, not written yet
+    const char *finish_reason;  // once it has ended
+    struct error error;
+    size_t held;            // bytes that it holds once it is done
+    bool done;
+};
+
+static struct request *request_new(const struct session *s) {
+    const struct settings *defaults = &s->o->settings;
+    struct request *r = xcalloc(1, sizeof *r);
+    r->settings = *defaults;
+    r->settings.stops = xmalloc((size_t)defaults->n_stops * sizeof *r->settings.stops);
+    if (defaults->n_stops)
+        memcpy(r->settings.stops, defaults->stops, (size_t)defaults->n_stops * sizeof *r->settings.stops);
+    for (int i = 0; s->base && i < s->base_resume->n_pending; i++) ids_add(&r->tokens, s->base_resume->pending[i]);
+    r->n_carried = r->tokens.n;
+    return r;
+}
+
+// Everything but what is still to be written: many requests may have ended before the oldest one does.
+static void request_strip(struct request *r) {
+    void *owned[] = {r->id, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
+                     r->logprobs.p, r->sum, r->pooled, r->answer.p};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    *r = (struct request){.next = r->next, .out = r->out, .done = r->done};
+}
+
+static void request_free(struct request *r) {
+    request_strip(r);
+    free(r->out.p);
+    free(r);
+}
+
+enum request_kind { R_INTEGER, R_NUMBER, R_BOOL, R_SEED, R_STOP, R_ID, R_PROMPT, R_IDS, R_IGNORED };
+
+// Names of OpenAI's completions, and ids.
+static const struct request_field {
+    const char *name;
+    enum request_kind kind;
+    size_t field;           // in struct settings
+    double min, max;
+} request_fields[] = {
+#define FIELD(name) offsetof(struct settings, name)
+    {"id", R_ID, 0, 0, 0},
+    {"prompt", R_PROMPT, 0, 0, 0},
+    {"ids", R_IDS, 0, 0, 0},
+    {"max_tokens", R_INTEGER, FIELD(n_predict), -1, 1e9},
+    {"temperature", R_NUMBER, FIELD(sampling.temperature), 0, 1e6},
+    {"top_k", R_INTEGER, FIELD(sampling.top_k), 0, 1e9},
+    {"top_p", R_NUMBER, FIELD(sampling.top_p), 0, 1},
+    {"min_p", R_NUMBER, FIELD(sampling.min_p), 0, 1},
+    {"repeat_penalty", R_NUMBER, FIELD(sampling.repeat_penalty), 0.01, 100},
+    {"seed", R_SEED, FIELD(sampling.seed), 0, 0},
+    {"stop", R_STOP, 0, 0, 0},
+    {"echo", R_BOOL, FIELD(echo), 0, 0},
+    {"logprobs", R_INTEGER, FIELD(logprobs), 0, MAX_TOP},
+    {"model", R_IGNORED, 0, 0, 0},
+    {"user", R_IGNORED, 0, 0, 0},
+    {"metadata", R_IGNORED, 0, 0, 0},
+#undef FIELD
+};
+
+struct request_parse {
+    struct json j;
+    struct request *r;
+    struct str prompt;
+    bool has_prompt, has_ids;
+    int n_vocab;
+};
+
+// A number between min and max. A wrong one is an error of the request, but the line can be read on.
+static bool request_number(struct request_parse *q, const struct request_field *f, double *v) {
+    struct str digits;
+    char text[64];
+    if (!json_number(&q->j, &digits)) return false;
+    snprintf(text, sizeof text, "%.*s", str_show(digits), digits.p);
+    *v = strtod(text, NULL);
+    bool whole = f->kind == R_NUMBER || *v == floor(*v);
+    if (digits.n >= sizeof text || !(*v >= f->min && *v <= f->max) || !whole) {
+        set_error(q->j.error, "%s %s: expected %s from %g to %g", f->name, text, f->kind == R_NUMBER ? "a number" : "an integer",
+                  f->min, f->max);
+        *v = f->min;
+    }
+    return true;
+}
+
+static bool request_ids(struct request_parse *q) {
+    const struct request_field token = {"ids", R_INTEGER, 0, 0, q->n_vocab - 1};
+    q->r->tokens.n = q->r->n_carried;
+    q->has_ids = true;
+    if (!json_take(&q->j, '[')) return json_fail(&q->j, "an array of token ids");
+    if (json_take(&q->j, ']')) return true;
+    do {
+        double v;
+        if (!request_number(q, &token, &v)) return false;
+        ids_add(&q->r->tokens, (int32_t)v);
+    } while (json_take(&q->j, ','));
+    return json_take(&q->j, ']') ? true : json_fail(&q->j, "a comma or the end of the array");
+}
+
+static bool request_stops(struct request_parse *q) {
+    struct settings *s = &q->r->settings;
+    bool several = json_take(&q->j, '[');
+    s->n_stops = 0;
+    if (several && json_take(&q->j, ']')) return true;
+    do {
+        struct str stop;
+        if (!json_string(&q->j, &stop)) return false;
+        if (!stop.n) set_error(q->j.error, "stop: the text is empty");
+        s->stops = xrealloc(s->stops, ((size_t)s->n_stops + 1) * sizeof *s->stops);
+        s->stops[s->n_stops++] = stop;
+    } while (several && json_take(&q->j, ','));
+    return !several || json_take(&q->j, ']') ? true : json_fail(&q->j, "a comma or the end of the array");
+}
+
+static bool request_id(struct request_parse *q) {
+    struct buffer id = {0};
+    struct str s;
+    bool is_text = json_peek(&q->j) == '"';
+    if (!(is_text ? json_string(&q->j, &s) : json_number(&q->j, &s))) return false;
+    if (is_text) add_json_string(&id, s);
+    else buffer_add(&id, s.p, s.n);
+    buffer_add(&id, "", 1);
+    free(q->r->id);
+    q->r->id = id.p;
+    return true;
+}
+
+static bool request_value(struct request_parse *q, const struct request_field *f) {
+    void *field = (char *)&q->r->settings + f->field;
+    struct str s;
+    double v;
+    if (json_word(&q->j, "null")) return true;  // as if it were not there
+    switch (f->kind) {
+    case R_ID: return request_id(q);
+    case R_IDS: return request_ids(q);
+    case R_STOP: return request_stops(q);
+    case R_IGNORED: return json_skip(&q->j, 0);
+    case R_PROMPT: return q->has_prompt = json_string(&q->j, &q->prompt);
+    case R_BOOL:
+        *(bool *)field = json_word(&q->j, "true");
+        return *(bool *)field || json_word(&q->j, "false") ? true : json_fail(&q->j, "true or false");
+    case R_INTEGER:
+    case R_NUMBER:
+        if (!request_number(q, f, &v)) return false;
+        if (f->kind == R_NUMBER) *(float *)field = (float)v;
+        else *(int *)field = (int)v;
+        return true;
+    case R_SEED:
+        if (!json_number(&q->j, &s)) return false;
+        if (!parse_u64(s, field)) set_error(q->j.error, "seed %.*s: expected an integer from 0 to 2^64 - 1", str_show(s), s.p);
+        return true;
+    }
+    return false;
+}
+
+// Fills r from a line, which changes under the parser and belongs to r afterwards. Errors go to r->error; after one that
+// leaves the line readable, it is read on for its id. *prompt is the text to tokenize, NULL when ids were given.
+static bool request_parse(struct request *r, struct str line, int n_vocab, struct str *prompt) {
+    r->line = xmalloc(line.n);
+    if (line.n) memcpy(r->line, line.p, line.n);
+    struct request_parse q = {.j = {r->line, r->line, r->line + line.n, &r->error}, .r = r, .n_vocab = n_vocab};
+    struct json *j = &q.j;
+    bool ok = json_take(j, '{') || json_fail(j, "an object, {\"prompt\": ...}");
+    if (ok && !json_take(j, '}')) {
+        do {
+            struct str name;
+            const struct request_field *f = NULL;
+            ok = json_string(j, &name) && (json_take(j, ':') || json_fail(j, "a colon"));
+            for (size_t i = 0; ok && i < sizeof request_fields / sizeof *request_fields; i++)
+                if (str_is(name, request_fields[i].name)) f = &request_fields[i];
+            if (ok && !f) set_error(&r->error, "unknown field \"%.*s\"", str_show(name), name.p);
+            ok = ok && (f ? request_value(&q, f) : json_skip(j, 0));
+        } while (ok && json_take(j, ','));
+        ok = ok && (json_take(j, '}') || json_fail(j, "a comma or the end of the object"));
+    }
+    if (ok && json_peek(j) >= 0) json_fail(j, "nothing behind the object");
+    if (q.has_prompt == q.has_ids) set_error(&r->error, q.has_ids ? "both prompt and ids" : "neither prompt nor ids");
+    *prompt = q.has_ids ? (struct str){NULL, 0} : q.prompt;
+    return !r->error.text[0];
+}
+
+// ---- Answers ----
+
+// A token as text of JSON; one that is not UTF-8 by itself as OpenAI spells it, "bytes:\xe2\x80".
+static void add_json_token(struct buffer *b, const struct session *s, int32_t id) {
+    struct str t = s->has_tokenizer && id < s->tokenizer.n_tokens ? s->tokenizer.token[id] : (struct str){"", 0};
+    struct buffer bytes = {0};
+    bool valid = t.n > 0;
+    for (size_t i = 0, n; i < t.n; i += n) {
+        uint32_t cp;
+        n = (size_t)utf8_decode(t.p + i, t.n - i, &cp);
+        valid &= cp != UC_REPLACEMENT;
+    }
+    if (!t.n) buffer_printf(&bytes, "%" PRId32, id);
+    else if (!valid) buffer_printf(&bytes, "bytes:");
+    for (size_t i = 0; i < t.n && !valid; i++) buffer_printf(&bytes, "\\x%02x", (uint8_t)t.p[i]);
+    add_json_string(b, valid ? t : (struct str){bytes.p, bytes.n});
+    free(bytes.p);
+}
+
+static void add_json_ids(struct buffer *b, const struct ids *ids) {
+    buffer_printf(b, "[");
+    for (size_t i = 0; i < ids->n; i++) buffer_printf(b, i ? ", %" PRId32 : "%" PRId32, ids->p[i]);
+    buffer_printf(b, "]");
+}
+
+// OpenAI's object: parallel arrays, an element a token.
+static void add_json_logprobs(struct buffer *b, const struct session *s, const struct request *r) {
+    const struct token_logprob *l = (const struct token_logprob *)r->logprobs.p;
+    size_t n = r->logprobs.n / sizeof *l;
+    buffer_printf(b, ", \"logprobs\": {\"tokens\": [");
+    for (size_t i = 0; i < n; i++) {
+        if (i) buffer_printf(b, ", ");
+        add_json_token(b, s, l[i].id);
+    }
+    buffer_printf(b, "], \"ids\": [");
+    for (size_t i = 0; i < n; i++) buffer_printf(b, i ? ", %" PRId32 : "%" PRId32, l[i].id);
+    buffer_printf(b, "], \"token_logprobs\": [");
+    for (size_t i = 0; i < n; i++) {
+        if (i) buffer_printf(b, ", ");
+        add_json_number(b, 6, l[i].logprob);
+    }
+    buffer_printf(b, "]");
+    if (r->settings.logprobs > 0) {
+        buffer_printf(b, ", \"top_logprobs\": [");
+        for (size_t i = 0; i < n; i++) {
+            buffer_printf(b, "%s%s", i ? ", " : "", l[i].n_top ? "{" : "null");
+            for (int k = 0; k < l[i].n_top; k++) {
+                if (k) buffer_printf(b, ", ");
+                add_json_token(b, s, l[i].top[k].id);
+                buffer_printf(b, ": ");
+                add_json_number(b, 6, (double)l[i].top[k].p);
+            }
+            if (l[i].n_top) buffer_printf(b, "}");
+        }
+        buffer_printf(b, "]");
+    }
+    buffer_printf(b, "}");
+}
+
+static void add_json_vector(struct buffer *b, const float *v, int n) {
+    buffer_printf(b, "[");
+    for (int i = 0; i < n; i++) buffer_printf(b, i ? ", %.9g" : "%.9g", (double)v[i]);
+    buffer_printf(b, "]");
+}
+
+static void add_json_answer(struct buffer *b, const struct session *s, const struct request *r) {
+    const int d = s->model.c.d_model;
+    buffer_printf(b, "{\"id\": %s", r->id);
+    if (r->error.text[0]) {
+        buffer_printf(b, ", \"error\": ");
+        add_json_string(b, (struct str){r->error.text, strlen(r->error.text)});
+        buffer_printf(b, "}\n");
         return;
     }
-    const struct tokenizer *t = need_tokenizer(s);
-    struct buffer b = {0};
-    if (in->source == FROM_FILE) b = read_all(in->value);
-    else buffer_add(&b, in->value, strlen(in->value));
-    // `echo prompt |` ends in a line end that nobody means to be continued from.
-    if (s->o->command == GENERATE && in->source == FROM_FILE && b.n && b.p[b.n - 1] == '\n') b.n--;
-    if (t->add_bos && t->bos >= 0 && !continues) ids_add(out, t->bos);
-    if (b.n) tokenize(t, b.p, b.n, s->o->parse_special, out);
-    free(b.p);
+    if (s->o->command == GENERATE) {
+        buffer_printf(b, s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
+        if (s->o->print_ids) add_json_ids(b, &r->generated);
+        else add_json_string(b, (struct str){r->answer.p, r->answer.n});
+        buffer_printf(b, ", \"finish_reason\": \"%s\"", r->finish_reason);
+    } else if (s->o->command == SCORE) {
+        double mean = r->nll / (double)r->n_scored;  // NaN when nothing was predicted
+        buffer_printf(b, ", \"tokens\": %" PRId64 ", \"nll\": %.6f, \"bits_per_token\": ", r->n_scored, r->nll);
+        add_json_number(b, 6, mean / log(2));
+        buffer_printf(b, ", \"perplexity\": ");
+        add_json_number(b, 6, exp(mean));
+    } else if (s->o->command == EMBED) {
+        const float *rows = (const float *)r->answer.p;
+        size_t n = r->answer.n / ((size_t)d * sizeof *rows);
+        buffer_printf(b, ", \"embedding\": ");
+        if (!rows) add_json_vector(b, r->pooled, d);
+        for (size_t i = 0; i < n; i++) {
+            buffer_printf(b, i ? ", " : "[");
+            add_json_vector(b, rows + i * (size_t)d, d);
+        }
+        if (rows) buffer_printf(b, "]");
+    } else {
+        buffer_add(b, r->answer.p, r->answer.n);
+    }
+    if (r->settings.logprobs >= 0) add_json_logprobs(b, s, r);
+    int64_t n_prompt = r->n_before + (int64_t)r->tokens.n;
+    buffer_printf(b, ", \"usage\": {\"prompt_tokens\": %" PRId64 ", \"completion_tokens\": %" PRId64 ", \"total_tokens\": %" PRId64
+                  "}}\n", n_prompt, r->n_generated, n_prompt + r->n_generated);
 }
+
+// ---- The engine ----
+
+enum { LOGIT_ROWS = 64 };   // logits of prompts held at once: bounds memory at long chunks and large vocabularies
+enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more, no new request begins
+
+struct row {                // of logits
+    struct request *r;
+    size_t at;              // it stands behind token `at` of the request; of tokens.n and more, one is drawn
+    int token;              // in the batch
+    float max;              // of the logits
+    struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
+};
+
+struct engine {             // owner of all but s; requests leave it when they are written
+    struct session *s;
+    struct context *ctx;
+    struct request *first, **end;  // requests in the order of the input, unwritten ones only
+    struct request **running;  // [n_slots]
+    struct request **batch;  // [n_slots] of the step in progress, with their segments
+    struct segment *segments;  // [n_slots]
+    struct sequence **idle;  // [n_idle] sequences that no request has
+    struct row *rows;       // [max_rows]
+    int *row_tokens;        // [max_rows] their tokens in the batch
+    struct sampler *samplers;  // [n_threads], scratch of each thread
+    int n_slots, n_running, n_idle, n_layers;
+    struct sequence *kept;  // state of the one request whose state is saved
+    struct resume *kept_resume;
+    size_t held;            // bytes of answers that wait
+    FILE *output;
+    bool reader_gone;       // the output's reader closed it
+    bool has_header;        // the table's or array's is written
+    int next_input;         // of the command line
+    struct line_reader lines;  // of --jsonl
+    int64_t lines_size;     // of a plain file; 0: unknown
+    struct progress progress;
+    int64_t n_requests, n_failed;  // ended
+    int64_t n_fed, n_sampled;  // tokens
+    double prompt_seconds, sample_seconds;  // of steps before and after something was first sampled
+};
+
+static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tokens, FILE *output) {
+    struct engine *en = xcalloc(1, sizeof *en);
+    const struct options *o = s->o;
+    const struct kernels *k = choose_kernels();
+    int n_tokens = max_tokens < o->ubatch ? (int)max_tokens : o->ubatch;
+    int n_threads = o->n_threads ? o->n_threads : default_threads(), n_rows = n_slots > LOGIT_ROWS ? n_slots : LOGIT_ROWS;
+    if (n_tokens < n_slots) n_tokens = n_slots;
+    if (o->command == EMBED || o->command == CLASSIFY) n_rows = 1;
+    else if (n_slots == 1 && o->command == GENERATE && !o->jsonl) n_rows = 1;
+    else if (n_rows > n_tokens) n_rows = n_tokens;
+    en->s = s;
+    en->ctx = context_new(&s->model, k, n_threads, n_tokens, n_rows);
+    en->end = &en->first;
+    en->n_slots = n_slots;
+    en->running = xcalloc((size_t)n_slots, sizeof(void *));
+    en->batch = xcalloc((size_t)n_slots, sizeof(void *));
+    en->segments = xcalloc((size_t)n_slots, sizeof *en->segments);
+    en->idle = xcalloc((size_t)n_slots, sizeof(void *));
+    en->rows = xcalloc((size_t)n_rows, sizeof *en->rows);
+    en->row_tokens = xcalloc((size_t)n_rows, sizeof *en->row_tokens);
+    en->samplers = xcalloc((size_t)n_threads, sizeof *en->samplers);
+    for (int i = 0; i < n_threads; i++) en->samplers[i] = sampler_new(k, s->model.c.n_vocab);
+    en->n_layers = o->command == EMBED && o->layer >= 0 ? o->layer : s->model.c.n_layer;
+    en->output = output;
+    return en;
+}
+
+static void engine_free(struct engine *en) {
+    while (en->first) {
+        struct request *r = en->first;
+        en->first = r->next;
+        sequence_free(r->seq);
+        request_free(r);
+    }
+    sequence_free(en->kept);
+    for (int i = 0; i < en->n_idle; i++) sequence_free(en->idle[i]);
+    for (int i = 0; i < en->ctx->n_threads; i++) sampler_free(&en->samplers[i]);
+    void *owned[] = {en->running, en->batch, en->segments, en->idle, en->rows, en->row_tokens, en->samplers, en->kept_resume,
+                     en->lines.b.p};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    context_free(en->ctx);
+    free(en);
+}
+
+// A sequence that stands where every request begins: at nothing, or behind the base.
+static struct sequence *engine_sequence(struct engine *en) {
+    const struct config *c = &en->s->model.c;
+    struct sequence *seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(c);
+    if (en->s->base) sequence_copy(seq, en->s->base, c);
+    else sequence_reset(seq, c);
+    return seq;
+}
+
+// Feeds tokens to one sequence in chunks; stops early when a signal comes.
+static void feed(struct context *ctx, struct sequence *seq, const int32_t *tokens, size_t n, struct progress *p) {
+    for (size_t at = 0; at < n && !interrupted; at += (size_t)ctx->max_tokens) {
+        int now = n - at < (size_t)ctx->max_tokens ? (int)(n - at) : ctx->max_tokens;
+        forward(ctx, &(struct segment){seq, tokens + at, now, false}, 1, ctx->m->c.n_layer);
+        progress_show(p, (double)(at + (size_t)now) / (double)n, -1, (int64_t)at + now);
+    }
+    progress_clear(p);
+}
+
+
+// ---- What commands do with a request ----
+
+// Header of a .npy file, version 1.0: float32, C order, padded to 64 bytes.
+static void add_npy_header(struct buffer *b, int64_t rows, int64_t cols) {
+    char text[119];         // with the 10 bytes before it, and a line end: 128
+    snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%" PRId64 ", %" PRId64 "), }", rows, cols);
+    buffer_add(b, "\x93NUMPY\x01\0\x76\0", 10);
+    buffer_printf(b, "%-117s\n", text);
+}
+
+// A token's bytes in a column of a table.
+static void add_escaped(struct buffer *b, struct str s) {
+    for (size_t i = 0, len; i < s.n; i += len) {
+        uint32_t cp;
+        len = (size_t)utf8_decode(s.p + i, s.n - i, &cp);
+        if (s.p[i] == '\\') buffer_printf(b, "\\\\");
+        else if (cp == '\t' || cp == '\n' || cp == '\r') buffer_printf(b, "\\%c", cp == '\t' ? 't' : cp == '\n' ? 'n' : 'r');
+        else if (cp < 32 || (cp >= 127 && cp < 160) || cp == UC_REPLACEMENT)
+            for (size_t k = 0; k < len; k++) buffer_printf(b, "\\x%02x", (uint8_t)s.p[i + k]);
+        else buffer_add(b, s.p + i, len);
+    }
+}
+
+static void remember(struct resume *r, int32_t token) {
+    if (r->n_recent == RECENT_MAX) memmove(r->recent, r->recent + 1, (size_t)--r->n_recent * sizeof *r->recent);
+    r->recent[r->n_recent++] = token;
+}
+
+// A token on its way out: as text, as an id, or kept for the answer.
+static void generate_write(const struct session *s, struct request *r, struct emitter *text, int32_t token) {
+    if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
+    else if (s->o->print_ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
+    else if (s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, s->tokenizer.token[token]);
+}
+
+static bool generate_begin(struct engine *en, struct request *r) {
+    const struct session *s = en->s;
+    struct buffer *to = s->o->jsonl ? &r->answer : &r->out;
+    int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
+    if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
+    r->resume = xcalloc(1, sizeof *r->resume);
+    if (s->base) *r->resume = *s->base_resume;
+    r->resume->n_pending = 0;  // it is the first of r->tokens
+    // Nothing to begin from: the token that begins a text, or the one that separates texts.
+    if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
+    if (!r->tokens.n && first < 0) return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
+    if (!r->tokens.n) ids_add(&r->tokens, first);
+    r->n_feed = r->tokens.n;
+    for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
+    r->text = (struct emitter){.to = to, .stops = r->settings.stops, .n_stops = r->settings.n_stops};
+    if (r->settings.echo) {
+        struct emitter echo = {.to = to};  // stop texts do not apply to the prompt
+        for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(s, r, &echo, r->tokens.p[i]);
+        if (echo.held.n) emit_bytes(&echo, echo.held.n);
+        free(echo.held.p);
+    }
+    buffer_add(&r->text.held, r->resume->bytes, (size_t)r->resume->n_bytes);
+    if (r->settings.n_predict == 0) {  // nothing is drawn: the last token waits for a run that goes on
+        r->resume->pending[0] = r->tokens.p[--r->n_feed];
+        r->resume->n_pending = 1;
+    }
+    return true;
+}
+
+// A token was drawn: the text grows, and may end.
+static void generate_token(struct engine *en, struct request *r, const struct token_logprob *next) {
+    const struct session *s = en->s;
+    int32_t token = next->id;
+    r->resume->pending[0] = token;
+    r->resume->n_pending = 1;
+    remember(r->resume, token);
+    r->n_generated++;
+    en->n_sampled++;
+    if (r->settings.logprobs >= 0) buffer_add(&r->logprobs, next, sizeof *next);
+    bool eos = s->has_tokenizer && token == s->tokenizer.eos;
+    if (!eos) generate_write(s, r, &r->text, token);
+    if (eos || r->text.stopped) r->finish_reason = "stop";
+    else if (r->settings.n_predict >= 0 && r->n_generated >= r->settings.n_predict) r->finish_reason = "length";
+}
+
+// What is still held back: part of a stop text that never came is text; an incomplete character waits in a saved state.
+static void generate_end(struct engine *en, struct request *r) {
+    struct emitter *text = &r->text;
+    const bool save = en->s->o->save_state != NULL;
+    size_t keep = save && !text->stopped ? incomplete_tail(text->held.p, text->held.n) : 0;
+    memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);  // NOLINT: no bytes when held.p is NULL
+    r->resume->n_bytes = (int)keep;
+    if (!text->stopped && text->held.n > keep) emit_bytes(text, text->held.n - keep);
+    if (en->s->o->print_ids && !en->s->o->jsonl) buffer_add(&r->out, "\n", 1);
+    if (!save) return;
+    en->kept = r->seq;
+    en->kept_resume = r->resume;
+    r->seq = NULL;
+    r->resume = NULL;
+}
+
+// The token behind one of the text's is known, and so is what the model thought of it.
+static void score_token(struct engine *en, struct request *r, size_t at, const struct token_logprob *next) {
+    const struct session *s = en->s;
+    r->nll -= next->logprob;
+    r->n_scored++;
+    if (r->settings.logprobs >= 0) buffer_add(&r->logprobs, next, sizeof *next);
+    if (!s->o->per_token || s->o->jsonl) return;
+    buffer_printf(&r->out, "%s\t%zu\t%" PRId32 "\t", r->id, at + 1 - r->n_carried, next->id);
+    if (s->has_tokenizer && next->id < s->tokenizer.n_tokens) add_escaped(&r->out, s->tokenizer.token[next->id]);
+    buffer_printf(&r->out, "\t%.6f\n", next->logprob);
+}
+
+// The classifier on the pooled output of the final norm: p = softmax(W x + b).
+static void classify_end(const struct session *s, const struct kernels *k, struct request *r) {
+    const struct model *m = &s->model;
+    const int n = m->c.n_labels, d = m->c.d_model;
+    float *p = xmalloc((size_t)n * sizeof *p), max = -INFINITY;
+    double sum = 0;
+    int best = 0;
+    for (int l = 0; l < n; l++) {
+        double logit = (double)m->cls_b[l];
+        for (int i = 0; i < d; i++) logit += (double)m->cls_w[(size_t)l * (size_t)d + (size_t)i] * (double)r->pooled[i];
+        p[l] = (float)logit;
+        if (p[l] > max) max = p[best = l];
+    }
+    k->exp_minus(p, n, max, p);
+    for (int l = 0; l < n; l++) sum += (double)p[l];
+    if (s->o->jsonl) {
+        buffer_printf(&r->answer, ", \"label\": ");
+        add_json_string(&r->answer, m->labels[best]);
+        buffer_printf(&r->answer, ", \"probabilities\": {");
+    }
+    for (int l = 0; l < n; l++) {
+        double share = (double)p[l] / sum;
+        if (s->o->jsonl) {
+            if (l) buffer_printf(&r->answer, ", ");
+            add_json_string(&r->answer, m->labels[l]);
+            buffer_printf(&r->answer, l + 1 < n ? ": %.6f" : ": %.6f}", share);
+        } else {
+            buffer_printf(&r->out, "%s\t", r->id);
+            add_escaped(&r->out, m->labels[l]);
+            buffer_printf(&r->out, "\t%.6f\n", share);
+        }
+    }
+    free(p);
+}
+
+static void score_end(const struct session *s, struct request *r) {
+    double mean = r->nll / (double)r->n_scored;
+    if (s->o->per_token || s->o->jsonl) return;
+    if (r->n_scored) buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored, r->nll, mean / log(2), exp(mean));
+    else buffer_printf(&r->out, "%s\t0\t0.000000\tnan\tnan\n", r->id);
+}
+
+// Hidden states of tokens [r->n_fed, + n), which are rows token0 and on of the batch: each one (none), the last, or the
+// mean in double. Tokens that the base left to be fed are not the text's own.
+static void embed_rows(struct engine *en, struct request *r, int token0, int n) {
+    const struct options *o = en->s->o;
+    const struct context *ctx = en->ctx;
+    const int d = en->s->model.c.d_model;
+    const bool normed = o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
+    const bool all = strcmp(o->pool, "none") == 0, mean = strcmp(o->pool, "mean") == 0;
+    for (int t = 0; t < n; t++) {
+        const float *row = normed ? ctx->normed.f + (size_t)(token0 + t) * (size_t)ctx->normed.ld
+                                  : ctx->x + (size_t)(token0 + t) * (size_t)ctx->ld_model;
+        check_finite(en->s, ctx->k->finite_max(row, d), (int64_t)r->n_fed + t + 1);
+        if (r->n_fed + (size_t)t < r->n_carried) continue;
+        if (all) buffer_add(o->jsonl ? &r->answer : &r->out, row, (size_t)d * sizeof *row);
+        for (int i = 0; i < d && mean; i++) r->sum[i] += (double)row[i];
+        memcpy(r->pooled, row, (size_t)d * sizeof *row);
+    }
+    if (r->n_fed + (size_t)n < r->tokens.n) return;
+    for (int i = 0; i < d && mean; i++) r->pooled[i] = (float)(r->sum[i] / (double)(r->tokens.n - r->n_carried));
+    if (!all && !o->jsonl && o->command == EMBED) buffer_add(&r->out, r->pooled, (size_t)d * sizeof *r->pooled);
+}
+
+// What stands before the first result in a table or array.
+static void add_header(struct engine *en, struct request *r) {
+    const struct options *o = en->s->o;
+    const int64_t n = (int64_t)(r->tokens.n - r->n_carried);
+    en->has_header = true;
+    if (o->command == SCORE)
+        buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
+    if (o->command == CLASSIFY) buffer_printf(&r->out, "id\tlabel\tprobability\n");
+    if (o->command == EMBED) add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
+    if (!o->logits) return;
+    struct buffer header = {0};
+    add_npy_header(&header, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
+    fwrite(header.p, 1, header.n, en->s->out.f);
+    free(header.p);
+}
+
+// The request's tokens are known: sets up what its command keeps. False: it has failed.
+static bool request_begin(struct engine *en, struct request *r) {
+    const struct session *s = en->s;
+    const enum command command = s->o->command;
+    const size_t d = (size_t)s->model.c.d_model, n_own = r->tokens.n - r->n_carried;
+    r->n_feed = r->tokens.n;
+    if (s->base) r->n_before = s->base->n_past;
+    if (command == GENERATE && !generate_begin(en, r)) return false;
+    bool rows = command == SCORE || (command == GENERATE && r->settings.echo);
+    if (rows && r->settings.logprobs >= 0 && !r->n_carried && r->tokens.n)  // nothing comes before the first token
+        buffer_add(&r->logprobs, &(struct token_logprob){.id = r->tokens.p[0], .logprob = (double)NAN}, sizeof(struct token_logprob));
+    r->all_rows = command == SCORE || (rows && r->settings.logprobs >= 0);
+    if (!s->o->jsonl && !en->has_header) add_header(en, r);
+    if (command == EMBED || command == CLASSIFY) {
+        if (!n_own) return fail(&r->error, "the text is empty: nothing stands for it");
+        r->sum = xcalloc(d, sizeof *r->sum);
+        r->pooled = xcalloc(d, sizeof *r->pooled);
+    }
+    return true;
+}
+
+// It leaves the engine's batch: its answer is made, and its sequence is free for another.
+static void request_end(struct engine *en, struct request *r) {
+    const struct session *s = en->s;
+    if (!r->error.text[0] && s->o->command == GENERATE) generate_end(en, r);
+    if (!r->error.text[0] && s->o->command == SCORE) score_end(s, r);
+    if (!r->error.text[0] && s->o->command == CLASSIFY) classify_end(s, en->ctx->k, r);
+    if (r->error.text[0] && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
+    if (r->error.text[0] && !s->o->jsonl) print_line(stderr, r->error.text);
+    en->n_requests++;
+    en->n_failed += r->error.text[0] != 0;
+    if (s->o->jsonl) add_json_answer(&r->out, s, r);
+    if (r->seq) en->idle[en->n_idle++] = r->seq;
+    r->done = true;
+    request_strip(r);
+    en->held += r->held = sizeof *r + r->out.n;
+}
+
+// ---- Requests come, run and go ----
+
+// A text of the command line; generate takes all of them together as one prompt.
+static struct request *next_input_request(struct engine *en) {
+    const struct session *s = en->s;
+    const struct options *o = s->o;
+    const bool together = o->command == GENERATE;
+    if (en->next_input > 0 && (together || en->next_input == o->n_inputs)) return NULL;
+    struct request *r = request_new(s);
+    struct buffer id = {0};
+    bool named = !together && o->inputs[en->next_input].source == FROM_FILE && strcmp(o->inputs[en->next_input].value, "-") != 0;
+    if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
+    else buffer_printf(&id, "%d", en->next_input + 1);
+    r->id = id.p;
+    do {
+        bool continues = s->base || (together && en->next_input > 0);
+        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->error);
+        en->next_input++;
+    } while (together && en->next_input < o->n_inputs);
+    return r;
+}
+
+static bool is_blank(struct str line) {
+    size_t i = 0;
+    while (i < line.n && (line.p[i] == ' ' || line.p[i] == '\t' || line.p[i] == '\r')) i++;
+    return i == line.n;
+}
+
+// A line of --jsonl; empty ones are passed over. A line that cannot be used is a request with an error.
+static struct request *next_line_request(struct engine *en, bool wait) {
+    struct session *s = en->s;
+    struct str line = {NULL, 0}, prompt = {NULL, 0};
+    enum line kind;
+    do {
+        kind = next_line(&en->lines, wait, &line);
+        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
+    } while (kind == LINE && is_blank(line));
+    struct request *r = request_new(s);
+    if (kind == LINE_TOO_LONG) set_error(&r->error, "the line has more than %d bytes", MAX_LINE);
+    else if (request_parse(r, line, s->model.c.n_vocab, &prompt) && prompt.p)
+        read_text(s, prompt, s->base != NULL, &r->tokens, &r->error);
+    if (!r->id) {  // the line's number tells answers without an id apart
+        struct buffer id = {0};
+        buffer_printf(&id, "%" PRId64, en->lines.n_lines);
+        r->id = id.p;
+    }
+    return r;
+}
+
+// Lets requests in while there is room. wait: for the next line, because nothing runs.
+static void engine_admit(struct engine *en) {
+    while (en->n_running < en->n_slots && en->held < HELD_BYTES) {
+        struct request *r = en->s->o->jsonl ? next_line_request(en, !en->first) : next_input_request(en);
+        if (!r) break;
+        *en->end = r;
+        en->end = &r->next;
+        if (!r->error.text[0] && request_begin(en, r)) {
+            r->seq = engine_sequence(en);
+            if (r->n_feed) en->running[en->n_running++] = r;
+        }
+        if (!r->n_feed || r->error.text[0]) request_end(en, r);
+    }
+}
+
+// The next tokens of the running requests: first one of each that draws tokens; prompts share the rest. Returns their number.
+static int engine_batch(struct engine *en) {
+    int n = 0, left = en->ctx->max_tokens;
+    for (int prompts = 0; prompts < 2; prompts++)
+        for (int i = 0; i < en->n_running && left; i++) {
+            struct request *r = en->running[i];
+            const size_t n_left = r->n_feed - r->n_fed;
+            if ((n_left > 0) != prompts) continue;
+            int now = n_left == 0 ? 1 : n_left < (size_t)left ? (int)n_left : left;
+            bool draws = en->s->o->command == GENERATE && r->settings.n_predict != 0 && (size_t)now >= n_left;
+            const int32_t *tokens = n_left ? r->tokens.p + r->n_fed : r->resume->pending;
+            en->segments[n] = (struct segment){r->seq, tokens, now, draws && !(r->all_rows && n_left)};
+            en->batch[n++] = r;
+            left -= now;
+        }
+    return n;
+}
+
+// A row's next token is drawn or looked up, and its log-probability is computed where somebody wants it.
+static void judge_row(struct engine *en, struct row *row, const float *logits, struct sampler *scratch) {
+    const struct request *r = row->r;
+    const int n_vocab = en->s->model.c.n_vocab;
+    const bool draws = row->at + 1 >= r->tokens.n && en->s->o->command == GENERATE;
+    struct token_logprob *next = &row->next;
+    *next = (struct token_logprob){.id = -1};
+    row->max = en->ctx->k->finite_max(logits, n_vocab);
+    if (!isfinite(row->max)) return;
+    if (row->at + 1 < r->tokens.n) next->id = r->tokens.p[row->at + 1];
+    else if (draws) next->id = sample(scratch, &r->settings.sampling, logits, &en->s->banned, r->resume, r->seq->n_past);
+    if (next->id < 0 || (draws && r->settings.logprobs < 0)) return;
+    next->logprob = log_probability(scratch, logits, row->max, next->id, r->settings.logprobs, next->top);
+    next->n_top = min_int(r->settings.logprobs > 0 ? r->settings.logprobs : 0, n_vocab);
+}
+
+// Rows 0 ... n-1 of the logits are given to their requests.
+static void engine_take_rows(struct engine *en, int n) {
+    const size_t ld = (size_t)en->ctx->ld_vocab, n_vocab = (size_t)en->s->model.c.n_vocab;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(en->ctx->n_threads) schedule(dynamic) if (n > 1)
+#endif
+    for (int i = 0; i < n; i++) {
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        flush_denormals();
+        judge_row(en, &en->rows[i], en->ctx->logits + (size_t)i * ld, &en->samplers[thread]);
+    }
+    for (int i = 0; i < n; i++) {
+        struct row *row = &en->rows[i];
+        struct request *r = row->r;
+        check_finite(en->s, row->max, r->n_before + (int64_t)row->at + 1);
+        if (en->s->o->logits && fwrite(en->ctx->logits + (size_t)i * ld, sizeof(float), n_vocab, en->s->out.f) != n_vocab)
+            die("%s: %s", en->s->o->logits, strerror(errno));
+        if (row->at + 1 < r->tokens.n) score_token(en, r, row->at, &row->next);
+        else if (en->s->o->command == GENERATE) generate_token(en, r, &row->next);
+    }
+}
+
+// Logits of all tokens of the batch's requests that want them, a few rows at a time.
+static void engine_score(struct engine *en, int n) {
+    int n_rows = 0;
+    for (int i = 0, token = 0; i < n; token += en->segments[i++].n_tokens) {
+        struct request *r = en->batch[i];
+        if (!r->all_rows || r->n_fed == r->n_feed) continue;
+        for (int t = 0; t < en->segments[i].n_tokens; t++) {
+            size_t at = r->n_fed + (size_t)t;
+            if (en->s->o->command == SCORE && at + 1 == r->tokens.n && !en->s->o->logits) continue;  // nothing follows
+            if (n_rows == en->ctx->max_rows) {
+                logits_of(en->ctx, en->row_tokens, n_rows);
+                engine_take_rows(en, n_rows);
+                n_rows = 0;
+            }
+            en->row_tokens[n_rows] = token + t;
+            en->rows[n_rows++] = (struct row){.r = r, .at = at};
+        }
+    }
+    if (!n_rows) return;
+    logits_of(en->ctx, en->row_tokens, n_rows);
+    engine_take_rows(en, n_rows);
+}
+
+// One forward, and what its results mean to each request.
+static void engine_step(struct engine *en) {
+    const enum command command = en->s->o->command;
+    double start = now_seconds(), *time = en->n_sampled ? &en->sample_seconds : &en->prompt_seconds;
+    int n = engine_batch(en), n_rows = 0;
+    forward(en->ctx, en->segments, n, en->n_layers);
+    for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
+        if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = en->batch[i]->tokens.n};
+    engine_take_rows(en, n_rows);
+    engine_score(en, n);
+    for (int i = 0, token = 0; i < n; token += en->segments[i++].n_tokens) {
+        struct request *r = en->batch[i];
+        if (command == EMBED || command == CLASSIFY) embed_rows(en, r, token, en->segments[i].n_tokens);
+        if (r->n_fed == r->n_feed) continue;
+        r->n_fed += (size_t)en->segments[i].n_tokens;
+        en->n_fed += en->segments[i].n_tokens;
+        if (r->n_fed < r->n_feed) continue;
+        if (command != GENERATE || r->settings.n_predict == 0) r->finish_reason = "length";
+    }
+    *time += now_seconds() - start;
+    int n_left = 0;
+    for (int i = 0; i < en->n_running; i++) {
+        struct request *r = en->running[i];
+        if (r->finish_reason) request_end(en, r);
+        else en->running[n_left++] = r;
+    }
+    en->n_running = n_left;
+}
+
+// Writes what requests have for the output: in the order of the input, or (--unordered) as they end.
+static void write_answers(struct engine *en) {
+    bool wrote = false;
+    if (en->reader_gone) return;
+    for (struct request **at = &en->first; *at;) {
+        struct request *r = *at;
+        if (r->out.n) {
+            progress_clear(&en->progress);
+            fwrite(r->out.p, 1, r->out.n, en->output);
+            r->out.n = 0;
+            wrote = true;
+        }
+        if (r->done) {
+            *at = r->next;
+            if (!*at) en->end = at;
+            en->held -= r->held;
+            request_free(r);
+        } else if (en->s->o->unordered) {
+            at = &r->next;
+        } else {
+            break;
+        }
+    }
+    if (wrote) fflush(en->output);
+    if (!ferror(en->output)) return;
+    en->reader_gone = errno == EPIPE || (errno == EINTR && interrupted);
+    if (!en->reader_gone) die("%s: %s", en->output == stdout ? "standard output" : en->s->out.path, strerror(errno));
+}
+
+static void engine_progress(struct engine *en) {
+    const struct options *o = en->s->o;
+    const struct request *r = en->first;
+    double fraction = en->lines_size ? (double)en->lines.n_bytes / (double)en->lines_size : -1;
+    if (o->command == GENERATE && !o->jsonl && en->n_sampled) return;  // the text itself shows how far it is
+    if (!o->jsonl && r && r->tokens.n) {
+        double n_inputs = o->command == GENERATE ? 1 : o->n_inputs;
+        fraction = ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / n_inputs;
+    }
+    progress_show(&en->progress, fraction, o->jsonl ? en->n_requests : -1, en->n_fed + en->n_sampled);
+}
+
+// Runs all requests. Ends early when a signal came or the output's reader has gone.
+static void engine_run(struct engine *en) {
+    for (;;) {
+        engine_admit(en);
+        write_answers(en);
+        if (interrupted || en->reader_gone) break;
+        if (en->n_running) {
+            engine_step(en);
+            write_answers(en);
+            engine_progress(en);
+        } else if (en->s->o->jsonl ? en->lines.ended && en->lines.start == en->lines.b.n : en->next_input > 0 && !en->first) {
+            break;
+        }
+    }
+    progress_clear(&en->progress);
+}
+
+// ====================================================================================================================
+// 12. Commands.
+// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 14. Standard output carries
+// data only; what is for people goes to standard error.
+// ====================================================================================================================
 
 // ---- Opening ----
 
-// tokenizer.bin beside the model, beside the program, or in share/mamba of the program's prefix.
-static bool open_default_tokenizer(struct session *s, struct error *e) {
-    char program[PATH_MAX], path[PATH_MAX + 64];
+// tokenizer.bin beside the model, beside the program, or in share/mamba of the program's prefix: the i-th of these paths.
+static bool default_tokenizer_path(const struct options *o, int i, char *path, size_t size) {
+    char program[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     program[n > 0 ? n : 0] = 0;
-    const char *from[] = {s->model.file.path, program, program}, *to[] = {"", "", "../share/mamba/"};
+    const char *from = i == 0 ? o->model : program, *slash = strrchr(from, '/');
+    if (i && !slash) return false;
+    snprintf(path, size, "%.*s%stokenizer.bin", slash ? (int)(slash - from) + 1 : 0, from, i == 2 ? "../share/mamba/" : "");
+    return true;
+}
+
+static bool open_default_tokenizer(struct session *s, struct error *e) {
+    char path[PATH_MAX + 64];
     for (int i = 0; i < 3; i++) {
-        const char *slash = strrchr(from[i], '/');
-        int dir_n = slash ? (int)(slash - from[i]) + 1 : 0;
-        if (i && !slash) continue;
-        snprintf(path, sizeof path, "%.*s%stokenizer.bin", dir_n, from[i], to[i]);
-        if (access(path, R_OK) != 0) continue;
+        if (!default_tokenizer_path(s->o, i, path, sizeof path) || access(path, R_OK) != 0) continue;
         struct gguf g;
         if (!gguf_open(&g, path, e)) return false;
         if (!tokenizer_load(&s->tokenizer, &g, e)) {
@@ -3821,73 +5043,6 @@ static void open_tokenizer(struct session *s) {
             s->tokenizer.n_tokens, s->model.c.n_vocab);
 }
 
-// max_tokens: the most tokens the command will feed at once, so that a short text does not pay for a long one's buffers.
-static void open_context(struct session *s, int64_t max_tokens, int max_rows) {
-    int n = max_tokens < s->o->ubatch ? (int)max_tokens : s->o->ubatch;
-    s->ctx = context_new(&s->model, choose_kernels(), s->o->n_threads ? s->o->n_threads : default_threads(),
-                         n > 0 ? n : 1, max_rows);
-    s->seq = sequence_new(&s->model.c);
-}
-
-static void open_session(struct session *s, const struct options *o) {
-    struct error e = {""};
-    *s = (struct session){.o = o};
-    if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
-    open_tokenizer(s);
-}
-
-static void close_session(struct session *s) {
-    sequence_free(s->seq);
-    context_free(s->ctx);
-    tokenizer_close(&s->tokenizer);
-    model_close(&s->model);
-}
-
-// A percentage on standard error, on a terminal only, once the work has taken a second.
-struct progress {
-    const char *what;
-    double start, shown;
-    bool on;
-};
-
-static struct progress progress_new(const char *what, bool quiet) {
-    return (struct progress){what, now_seconds(), 0, !quiet && isatty(STDERR_FILENO)};
-}
-
-static void progress_show(struct progress *p, int64_t done, int64_t total) {
-    double now = now_seconds(), elapsed = now - p->start;
-    if (!p->on || elapsed < 1 || (now - p->shown < 0.2 && done < total)) return;
-    p->shown = now;
-    if (done < total)
-        fprintf(stderr, "\r%s %3d %%  %.0f tokens/s ", p->what, (int)(100 * done / total), (double)done / elapsed);
-    else fprintf(stderr, "\r%*s\r", 48, "");
-}
-
-static void check_finite(const struct session *s, float max_logit, int64_t position) {
-    if (!isfinite(max_logit))
-        die("%s: the model's output after token %" PRId64 " is not a finite number: its weights are damaged", s->o->model,
-            position);
-}
-
-// Feeds tokens in chunks; the last chunk computes the logits of the last token when asked to.
-static void feed(struct session *s, const int32_t *tokens, size_t n, bool want_logits, struct progress *p) {
-    size_t chunk = (size_t)s->ctx->max_tokens;
-    for (size_t at = 0; at < n; at += chunk) {
-        int now = (int)(n - at < chunk ? n - at : chunk);
-        struct segment segment = {s->seq, tokens + at, now, want_logits && at + (size_t)now == n};
-        forward(s->ctx, &segment, 1, s->model.c.n_layer);
-        if (p) progress_show(p, (int64_t)at + now, (int64_t)n);
-        if (interrupted) return;
-    }
-}
-
-// ---- generate ----
-
-static void remember(struct resume *r, int32_t token) {
-    if (r->n_recent == RECENT_MAX) memmove(r->recent, r->recent + 1, (size_t)--r->n_recent * sizeof *r->recent);
-    r->recent[r->n_recent++] = token;
-}
-
 // Tokens that must never be drawn: rows that pad the vocabulary, unused tokens, and with --ignore-eos the end of text.
 static struct ids banned_tokens(const struct session *s) {
     struct ids banned = {0};
@@ -3897,332 +5052,264 @@ static struct ids banned_tokens(const struct session *s) {
     return banned;
 }
 
-// Text of the prompt for --echo, as the tokens spell it.
-static void echo_prompt(const struct session *s, const struct ids *prompt, struct emitter *out) {
-    struct emitter echo = {.f = out->f};  // stop texts do not apply to the prompt
-    for (size_t i = 0; i < prompt->n; i++) {
-        if (s->o->print_ids) fprintf(out->f, "%" PRId32 " ", prompt->p[i]);
-        else if (s->tokenizer.type[prompt->p[i]] != TOKEN_CONTROL) emit(&echo, s->tokenizer.token[prompt->p[i]]);
+static const struct gguf *mapped;  // the open model, for the handler
+
+// A page of the model that is no longer in its file: somebody cut it, or its disk failed.
+static void on_bus_error(int signal, siginfo_t *info, void *context) {
+    (void)context;
+    const uint8_t *at = info->si_addr;
+    if (mapped && at >= mapped->map && at < mapped->map + mapped->size) {
+        const char *parts[] = {"mamba: ", mapped->path, ": became shorter while it was in use, or could not be read\n"};
+        for (int i = 0; i < 3; i++)
+            if (write(STDERR_FILENO, parts[i], strlen(parts[i])) < 0) break;
+        if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+        _exit(1);
     }
-    if (echo.held.n) emit_bytes(&echo, echo.held.n);
-    free(echo.held.p);
-    fflush(out->f);
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigaction(signal, &action, NULL);  // and the instruction fails once more
 }
 
-// Samples and writes until a limit, the end of text, a stop text, a signal or a reader that is gone.
-static int64_t generate_loop(struct session *s, struct sampler *sampler, const struct ids *banned, struct resume *r,
-                             struct emitter *out) {
+#ifdef __linux__
+enum {                      // numbers of the kernel's interface, which are the same on every machine
+    LANDLOCK_CREATE_RULESET = 444, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF, IO_URING_SETUP = 425,
+    FILES_WRITE = 1 << 1, FILES_READ = 1 << 2, FILES_READ_DIR = 1 << 3, FILES_REMOVE = 1 << 5, FILES_MAKE = 1 << 8,
+};
+
+// Lets the process still do `access` to a file, or to what lies in a folder. One that does not exist needs no rule.
+static void sandbox_allow(int ruleset, const char *path, uint64_t access) {
+    struct {
+        uint64_t access;
+        int32_t parent;
+    } __attribute__((packed)) rule = {access, path ? open(path, O_PATH | O_CLOEXEC) : -1};
+    if (rule.parent < 0) return;
+    syscall(LANDLOCK_ADD_RULE, ruleset, 1, &rule, 0);
+    close(rule.parent);
+}
+
+// No more sockets of any kind: Landlock knows TCP only.
+static bool sandbox_sockets(void) {
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_socket, 3, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IO_URING_SETUP, 2, 0),
+        BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, 1, 0),  // x86-64's second numbering
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EACCES),
+    };
+    struct sock_fprog program = {sizeof code / sizeof *code, code};
+    return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+// From here on the process can open the files that its command line names, and nothing else: no file, no socket. Called
+// before anything of a model or request is looked at, when the output is open, and before any thread is started.
+static void sandbox_enter(const struct options *o, const struct outfile *out) {
+    long abi = syscall(LANDLOCK_CREATE_RULESET, NULL, (size_t)0, 1);  // the kernel's version of the interface
+    if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
+    uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows
+    int ruleset = (int)syscall(LANDLOCK_CREATE_RULESET, &handled, sizeof handled, 0);
+    const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix};
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
+    for (int i = 0; i < o->n_inputs; i++)
+        if (o->inputs[i].source == FROM_FILE) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
+    for (int i = 0; i < 3; i++) {
+        char path[PATH_MAX + 64];
+        if (default_tokenizer_path(o, i, path, sizeof path)) sandbox_allow(ruleset, path, FILES_READ);
+    }
+    if (out->temporary) {  // its folder, where it gets its name: not to open what is there
+        char folder[PATH_MAX];
+        const char *slash = strrchr(out->temporary, '/');
+        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - out->temporary) + 1 : 1, slash ? out->temporary : ".");
+        sandbox_allow(ruleset, folder, FILES_READ_DIR | FILES_REMOVE | FILES_MAKE);
+    }
+    if (ruleset < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0 ||
+        !sandbox_sockets())
+        die("--sandbox: %s", strerror(errno));
+    close(ruleset);
+}
+#else
+static void sandbox_enter(const struct options *o, const struct outfile *out) {
+    (void)o;
+    (void)out;
+    die("--sandbox needs Linux");
+}
+#endif
+
+// output: the file that the command writes besides standard output; NULL: none.
+static void open_session(struct session *s, const struct options *o, const char *output) {
+    struct error e = {""};
+    *s = (struct session){.o = o};
+    if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
+    if (o->sandbox) sandbox_enter(o, &s->out);
+    if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
+    mapped = &s->model.file;
+    struct sigaction action = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
+    sigaction(SIGBUS, &action, NULL);
+    open_tokenizer(s);
+    s->banned = banned_tokens(s);
+}
+
+static void close_session(struct session *s) {
+    mapped = NULL;
+    sequence_free(s->base);
+    free(s->base_resume);
+    free(s->banned.p);
+    tokenizer_close(&s->tokenizer);
+    model_close(&s->model);
+}
+
+// ---- Running requests ----
+
+// What every request continues: a saved state, then the prefix. The last token is left to be fed by each of them, so that
+// they know what the model expects next.
+static void read_base(struct session *s, struct context *ctx) {
     const struct options *o = s->o;
-    int64_t generated = 0;
-    while (!interrupted && (o->n_predict < 0 || generated < o->n_predict)) {
-        if (r->n_pending) {
-            r->n_pending = 0;
-            feed(s, r->pending, 1, true, NULL);
-        }
-        float *logits = s->ctx->logits;
-        check_finite(s, s->ctx->k->finite_max(logits, s->model.c.n_vocab), s->seq->n_past);
-        for (size_t i = 0; i < banned->n; i++) logits[banned->p[i]] = -INFINITY;
-        int32_t token = sample(sampler, logits, r->recent, r->n_recent, s->seq->n_past);
-        r->pending[0] = token;
+    struct error e = {""};
+    struct ids tokens = {0};
+    struct buffer file = {0};
+    struct progress progress = progress_new("prefix", o->quiet);
+    if (!o->load_state && !o->prefix) return;
+    struct sequence *base = sequence_new(&s->model.c);
+    struct resume *r = xcalloc(1, sizeof *r);
+    if (o->load_state && !state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
+    for (int i = 0; i < r->n_pending; i++) ids_add(&tokens, r->pending[i]);
+    size_t n_pending = tokens.n;
+    if (o->prefix) {
+        bool is_file = access(o->prefix, F_OK) == 0;
+        if (is_file && !read_all(o->prefix, &file, &e)) die("%s", e.text);
+        struct str text = is_file ? (struct str){file.p, file.n} : (struct str){o->prefix, strlen(o->prefix)};
+        if (!read_text(s, text, o->load_state != NULL, &tokens, &e)) die("%s", e.text);
+        if (!tokens.n) die("--prefix: the text is empty");
+    }
+    for (size_t i = n_pending; i < tokens.n; i++) remember(r, tokens.p[i]);
+    if (tokens.n) {
+        feed(ctx, base, tokens.p, tokens.n - 1, &progress);
+        r->pending[0] = tokens.p[tokens.n - 1];
         r->n_pending = 1;
-        remember(r, token);
-        generated++;
-        if (s->has_tokenizer && token == s->tokenizer.eos) break;
-        if (o->print_ids) {
-            fprintf(out->f, "%s%" PRId32, generated > 1 ? " " : "", token);
-            fflush(out->f);
-        } else if (s->tokenizer.type[token] != TOKEN_CONTROL) {
-            emit(out, s->tokenizer.token[token]);
-        }
-        if (out->stopped || ferror(out->f)) break;
     }
-    return generated;
+    free(tokens.p);
+    free(file.p);
+    s->base = base;
+    s->base_resume = r;
+    stop_if_interrupted();
 }
 
-// What is still held back: part of a stop text that never came is text; an incomplete character waits in a saved state.
-static void finish_text(const struct options *o, struct emitter *out, struct resume *r) {
-    size_t tail = out->stopped ? 0 : incomplete_tail(out->held.p, out->held.n);
-    r->n_bytes = 0;
-    if (!out->stopped && out->held.n) {
-        size_t keep = o->save_state ? tail : 0;
-        memcpy(r->bytes, out->held.p + out->held.n - keep, r->n_bytes = (int)keep);
-        if (out->held.n > keep) emit_bytes(out, out->held.n - keep);
+// A bound of the tokens that the inputs hold, so that a short text does not pay for a long one's buffers.
+static int64_t bound_tokens(const struct options *o) {
+    int64_t n = 2;          // the base's token, BOS
+    struct stat st;
+    if (o->jsonl || o->prefix) return o->ubatch;
+    for (int i = 0; i < o->n_inputs; i++) {
+        const char *value = o->inputs[i].value;
+        if (o->inputs[i].source != FROM_FILE) n += (int64_t)strlen(value);
+        else n += strcmp(value, "-") != 0 && stat(value, &st) == 0 && S_ISREG(st.st_mode) ? st.st_size : o->ubatch;
+        if (n > o->ubatch) return o->ubatch;
     }
-    if (o->print_ids) fputc('\n', out->f);
+    return n;
 }
 
-static void read_prompt(struct session *s, struct ids *prompt, bool continues) {
-    for (int i = 0; i < s->o->n_inputs; i++) read_input(s, &s->o->inputs[i], continues || i > 0, prompt);
-    // Nothing to begin from: the token that begins a text, or the one that separates texts.
-    int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
-    if (prompt->n == 0 && !continues) {
-        if (first < 0) die("the prompt is empty, and the vocabulary has no token that begins a text");
-        ids_add(prompt, first);
+// The lines of --jsonl: standard input, or the file of -f.
+static void open_lines(struct engine *en) {
+    const struct options *o = en->s->o;
+    struct stat st;
+    if (o->n_inputs && strcmp(o->inputs[0].value, "-") != 0) {
+        en->lines.fd = open(o->inputs[0].value, O_RDONLY | O_CLOEXEC);
+        if (en->lines.fd < 0) die("%s: %s", o->inputs[0].value, strerror(errno));
     }
+    if (fstat(en->lines.fd, &st) == 0 && S_ISREG(st.st_mode)) en->lines_size = st.st_size;
 }
+
+// An engine for the command's requests, which stand behind its base. default_slots: sequences at once where -np is not given.
+static struct engine *open_engine(struct session *s, FILE *output) {
+    enum { DEFAULT_SLOTS = 16 };
+    const struct options *o = s->o;
+    int n_slots = o->n_parallel ? o->n_parallel : DEFAULT_SLOTS;
+    if (!o->jsonl) n_slots = o->command == GENERATE ? 1 : min_int(n_slots, o->n_inputs);
+    struct engine *en = engine_new(s, n_slots, bound_tokens(o), output);
+    if (o->jsonl) open_lines(en);
+    catch_signals();
+    read_base(s, en->ctx);
+    en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
+    return en;
+}
+
+// The summary of --jsonl, and the exit status of every command that ran requests.
+static int close_engine(struct engine *en) {
+    const struct options *o = en->s->o;
+    double seconds = now_seconds() - en->progress.start;
+    if (o->jsonl && (!o->quiet || en->n_failed))
+        fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed; prompts %" PRId64 " tokens, generated %" PRId64
+                "; %.1f requests/s, %.1f tokens/s\n", interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, en->n_fed,
+                en->n_sampled, (double)en->n_requests / seconds, (double)(en->n_fed + en->n_sampled) / seconds);
+    int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
+    engine_free(en);
+    return status;
+}
+
+// ---- generate ----
 
 static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
-    struct resume *r = xcalloc(1, sizeof *r);
-    struct ids prompt = {0}, all = {0};
-    open_session(&s, o);
-    if (!o->print_ids) need_tokenizer(&s);
-    read_prompt(&s, &prompt, o->load_state != NULL);
-    open_context(&s, (int64_t)prompt.n + 1, 1);
-    catch_signals();
-    if (o->load_state && !state_load(o->load_state, &s.model, s.seq, r, &e)) die("%s", e.text);
-    if (o->save_state) {  // better now than after an hour
-        struct outfile probe;
-        if (!outfile_open(&probe, o->save_state, &e)) die("%s", e.text);
-        outfile_discard(&probe);
+    open_session(&s, o, o->save_state);
+    struct engine *en = open_engine(&s, stdout);
+    engine_run(en);
+    struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
+    bool cut = !o->jsonl && r && r->resume && r->n_fed == r->n_feed;
+    if (cut) {
+        request_end(en, r);
+        write_answers(en);
     }
-    for (int i = 0; i < r->n_pending; i++) ids_add(&all, r->pending[i]);  // sampled by the run before, not fed yet
-    for (size_t i = 0; i < prompt.n; i++) {
-        ids_add(&all, prompt.p[i]);
-        remember(r, prompt.p[i]);
+    if (!o->quiet && !o->print_ids && !o->jsonl && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');
+    if (!en->reader_gone) check_stdout();
+    if (!o->quiet && !o->jsonl && !en->n_failed)
+        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
+                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled,
+                en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0, o->settings.sampling.seed);
+    if (en->kept) {
+        state_write(&s.out, &s.model, en->kept, en->kept_resume);
+        if (!outfile_commit(&s.out, &e)) die("%s", e.text);
     }
-    if (all.n == 0) die("%s: the state holds no token to continue from", o->load_state);
-    r->n_pending = 0;
-
-    struct emitter out = {.f = stdout, .stops = o->stops, .n_stops = o->n_stops};
-    buffer_add(&out.held, r->bytes, (size_t)r->n_bytes);
-    if (o->echo) echo_prompt(&s, &prompt, &out);
-    struct progress progress = progress_new("prompt", o->quiet);
-    struct sampler sampler = sampler_new(o->sampling, s.ctx->k, s.model.c.n_vocab);
-    struct ids banned = banned_tokens(&s);
-    if (o->n_predict == 0) {  // nothing is sampled now: the last token waits for the run that goes on
-        r->n_pending = 1;
-        r->pending[0] = all.p[--all.n];
-    }
-    double start = now_seconds();
-    feed(&s, all.p, all.n, true, &progress);
-    double prompt_end = now_seconds();
-    bool whole_prompt = !interrupted;
-    int64_t generated = whole_prompt ? generate_loop(&s, &sampler, &banned, r, &out) : 0;
-    double end = now_seconds();
-    finish_text(o, &out, r);
-    fflush(stdout);
-    bool closed = ferror(stdout) && errno == EPIPE;
-    if (ferror(stdout) && !closed) die("standard output: %s", strerror(errno));
-    if (!o->quiet && !o->print_ids && !closed && isatty(STDOUT_FILENO)) putchar('\n');
-    fflush(stdout);
-    if (!o->quiet)
-        fprintf(stderr, "mamba: prompt %zu tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
-                "\n", all.n, (double)all.n / (prompt_end - start), generated,
-                generated ? (double)generated / (end - prompt_end) : 0.0, o->sampling.seed);
-    // A state in the middle of a prompt would not be what a later run expects.
-    if (o->save_state && whole_prompt && !state_save(o->save_state, &s.model, s.seq, r, &e)) die("%s", e.text);
-    sampler_free(&sampler);
-    free(out.held.p);
-    free(prompt.p);
-    free(banned.p);
-    free(all.p);
-    free(r);
+    int status = close_engine(en);
     close_session(&s);
-    return interrupted ? 128 + interrupted : 0;
+    return status;
 }
 
-// ---- score ----
+// ---- score, embed, classify ----
 
-// Header of a .npy file, version 1.0: float32, C order, padded to 64 bytes.
-static void npy_header(FILE *f, int64_t rows, int64_t cols) {
-    char text[128];
-    int n = snprintf(text, sizeof text, "{'descr': '<f4', 'fortran_order': False, 'shape': (%" PRId64 ", %" PRId64 "), }",
-                     rows, cols);
-    uint16_t length = 118;  // 10 bytes before it: 128 in all
-    fwrite("\x93NUMPY\x01", 1, 8, f);
-    fwrite(&length, 2, 1, f);
-    fprintf(f, "%s%*s\n", text, (int)length - n - 1, "");
-}
-
-// A token's bytes in a column of a table.
-static void print_escaped(FILE *f, struct str s) {
-    for (size_t i = 0, len; i < s.n; i += len) {
-        uint32_t cp;
-        len = (size_t)utf8_decode(s.p + i, s.n - i, &cp);
-        if (s.p[i] == '\\') fputs("\\\\", f);
-        else if (cp == '\t' || cp == '\n' || cp == '\r') fprintf(f, "\\%c", cp == '\t' ? 't' : cp == '\n' ? 'n' : 'r');
-        else if (cp < 32 || (cp >= 127 && cp < 160) || cp == UC_REPLACEMENT)
-            for (size_t b = 0; b < len; b++) fprintf(f, "\\x%02x", (uint8_t)s.p[i + b]);
-        else fwrite(s.p + i, 1, len, f);
-    }
-}
-
-// log p(token) = logit - max - log sum exp(logit - max). Sixteen sums in double, so that their order is fixed.
-static double log_probability(const struct kernels *k, const float *logits, int n, int32_t token, float max, float *scratch) {
-    double lanes[16] = {0}, sum = 0;
-    k->exp_minus(logits, n, max, scratch);
-    for (int i = 0; i < n; i++) lanes[i % 16] += scratch[i];
-    for (int i = 0; i < 16; i++) sum += lanes[i];
-    return (double)(logits[token] - max) - log(sum);
-}
-
-enum { LOGIT_ROWS = 64 };   // logits held at once while scoring: bounds memory at long chunks and large vocabularies
-
-struct scored {
-    double nll;
-    int64_t n_predicted;
-};
-
-// The rows of logits behind tokens [at, at + n) of a text: written to npy when asked, and each compared with the token
-// that follows.
-static void score_rows(struct session *s, const struct ids *text, size_t at, int n, const char *id, FILE *npy, float *scratch,
-                       struct scored *result) {
-    struct context *ctx = s->ctx;
-    int n_vocab = s->model.c.n_vocab;
-    for (int i = 0; i < n; i++) {
-        const float *logits = ctx->logits + (size_t)i * (size_t)ctx->ld_vocab;
-        size_t t = at + (size_t)i;
-        if (npy && fwrite(logits, 4, (size_t)n_vocab, npy) != (size_t)n_vocab) die("%s: %s", s->o->logits, strerror(errno));
-        float max = ctx->k->finite_max(logits, n_vocab);
-        check_finite(s, max, (int64_t)t + 1);
-        if (t + 1 == text->n) return;
-        int32_t next = text->p[t + 1];
-        double logprob = log_probability(ctx->k, logits, n_vocab, next, max, scratch);
-        result->nll -= logprob;
-        result->n_predicted++;
-        if (!s->o->per_token) continue;
-        printf("%s\t%zu\t%" PRId32 "\t", id, t + 1, next);
-        if (s->has_tokenizer && next < s->tokenizer.n_tokens) print_escaped(stdout, s->tokenizer.token[next]);
-        printf("\t%.6f\n", logprob);
-    }
-}
-
-static struct scored score_text(struct session *s, const struct ids *text, const char *id, FILE *npy, float *scratch) {
-    struct scored result = {0, 0};
-    struct progress progress = progress_new("score", s->o->quiet);
-    sequence_reset(s->seq, &s->model.c);
-    size_t chunk = (size_t)s->ctx->max_tokens;
-    for (size_t at = 0; at < text->n; at += chunk) {
-        int n = (int)(text->n - at < chunk ? text->n - at : chunk);
-        struct segment segment = {s->seq, text->p + at, n, false};
-        forward(s->ctx, &segment, 1, s->model.c.n_layer);
-        for (int row = 0; row < n; row += LOGIT_ROWS) {
-            int rows = min_int(LOGIT_ROWS, n - row);
-            logits_of(s->ctx, row, rows);
-            score_rows(s, text, at + (size_t)row, rows, id, npy, scratch, &result);
-        }
-        if (s->o->per_token) check_stdout();
-        stop_if_interrupted();
-        progress_show(&progress, (int64_t)at + n, (int64_t)text->n);
-    }
-    return result;
-}
-
-// What stands in the id column: a file's name, or the number of the input.
-static const char *input_id(const struct input *in, int i, char number[16]) {
-    if (in->source == FROM_FILE && strcmp(in->value, "-") != 0) return in->value;
-    snprintf(number, 16, "%d", i + 1);
-    return number;
-}
-
-// Reads every input before the model runs, so that a missing file is known at once.
-static struct ids *read_inputs(struct session *s, int64_t *longest) {
-    struct ids *texts = xcalloc((size_t)s->o->n_inputs, sizeof *texts);
-    *longest = 0;
-    for (int i = 0; i < s->o->n_inputs; i++) {
-        read_input(s, &s->o->inputs[i], false, &texts[i]);
-        if ((int64_t)texts[i].n > *longest) *longest = (int64_t)texts[i].n;
-    }
-    return texts;
-}
-
-static void free_inputs(struct ids *texts, int n) {
-    for (int i = 0; i < n; i++) free(texts[i].p);
-    free(texts);
+// Runs the command's requests; what goes to a file gets its name only when nothing failed.
+static int run_requests(struct session *s, FILE *output) {
+    struct error e = {""};
+    struct engine *en = open_engine(s, output);
+    engine_run(en);
+    bool whole = !en->n_failed && !interrupted && !en->reader_gone;
+    if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
+    int status = close_engine(en);
+    close_session(s);
+    return status;
 }
 
 static int command_score(const struct options *o) {
     struct session s;
-    struct error e = {""};
-    int64_t longest;
-    open_session(&s, o);
-    struct ids *texts = read_inputs(&s, &longest);
-    open_context(&s, longest, longest > 0 && longest < LOGIT_ROWS ? (int)longest : LOGIT_ROWS);
-    catch_signals();
-    float *scratch = xmalloc((size_t)s.model.c.n_vocab * sizeof *scratch);
-    struct outfile npy = {0};
-    if (o->logits) {
-        if (o->n_inputs != 1) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
-        if (!outfile_open(&npy, o->logits, &e)) die("%s", e.text);
-        npy_header(npy.f, (int64_t)texts[0].n, s.model.c.n_vocab);
-    }
-    printf(o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
-    for (int i = 0; i < o->n_inputs; i++) {
-        char number[16];
-        const char *id = input_id(&o->inputs[i], i, number);
-        struct scored r = score_text(&s, &texts[i], id, npy.f, scratch);
-        double mean = r.nll / (double)r.n_predicted;  // NaN when nothing was predicted
-        if (!o->per_token)
-            printf("%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", id, r.n_predicted, r.nll, r.n_predicted ? mean / log(2) : (double)NAN,
-                   r.n_predicted ? exp(mean) : (double)NAN);
-        check_stdout();
-    }
-    if (npy.f && !outfile_commit(&npy, &e)) die("%s", e.text);
-    free(scratch);
-    free_inputs(texts, o->n_inputs);
-    close_session(&s);
-    return 0;
-}
-
-// ---- embed ----
-
-// One text's vectors after n_layers layers: every row (none), the last, or the mean in double.
-static void embed_text(struct session *s, const struct ids *text, int n_layers, FILE *f) {
-    int d = s->model.c.d_model;
-    bool all = strcmp(s->o->pool, "none") == 0, mean = strcmp(s->o->pool, "mean") == 0;
-    bool normed = s->o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
-    double *sum = xcalloc((size_t)d, sizeof *sum);
-    float *pooled = xcalloc((size_t)d, sizeof *pooled);
-    struct progress progress = progress_new("embed", s->o->quiet);
-    size_t chunk = (size_t)s->ctx->max_tokens;
-    sequence_reset(s->seq, &s->model.c);
-    for (size_t at = 0; at < text->n; at += chunk) {
-        int n = (int)(text->n - at < chunk ? text->n - at : chunk);
-        struct segment segment = {s->seq, text->p + at, n, false};
-        forward(s->ctx, &segment, 1, n_layers);
-        for (int t = 0; t < n; t++) {
-            const float *row = normed ? s->ctx->normed.f + (size_t)t * (size_t)s->ctx->normed.ld
-                                      : s->ctx->x + (size_t)t * (size_t)s->ctx->ld_model;
-            check_finite(s, s->ctx->k->finite_max(row, d), (int64_t)at + t + 1);
-            if (all) fwrite(row, 4, (size_t)d, f);
-            for (int i = 0; i < d && mean; i++) sum[i] += (double)row[i];
-            if (at + (size_t)t + 1 == text->n) memcpy(pooled, row, (size_t)d * sizeof *row);
-        }
-        stop_if_interrupted();
-        progress_show(&progress, (int64_t)at + n, (int64_t)text->n);
-    }
-    for (int i = 0; i < d && mean; i++) pooled[i] = (float)(sum[i] / (double)text->n);
-    if (!all) fwrite(pooled, 4, (size_t)d, f);
-    free(sum);
-    free(pooled);
+    if (o->logits && o->n_inputs != 1) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
+    open_session(&s, o, o->logits);
+    return run_requests(&s, stdout);
 }
 
 static int command_embed(const struct options *o) {
     struct session s;
-    struct error e = {""};
-    int64_t longest;
-    open_session(&s, o);
-    int n_layers = o->layer < 0 ? s.model.c.n_layer : o->layer;
-    if (n_layers > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
-    struct ids *texts = read_inputs(&s, &longest);
-    for (int i = 0; i < o->n_inputs; i++)
-        if (texts[i].n == 0) die("input %d is empty: it has no embedding", i + 1);
-    bool all = strcmp(o->pool, "none") == 0;
-    if (all && o->n_inputs != 1) die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
-    open_context(&s, longest, 1);
-    catch_signals();
-    struct outfile out;
-    if (!outfile_open(&out, o->output, &e)) die("%s", e.text);
-    if (out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");
-    npy_header(out.f, all ? (int64_t)texts[0].n : o->n_inputs, s.model.c.d_model);
-    for (int i = 0; i < o->n_inputs; i++) embed_text(&s, &texts[i], n_layers, out.f);
-    if (out.f == stdout) check_stdout();
-    if (!outfile_commit(&out, &e)) die("%s", e.text);
-    free_inputs(texts, o->n_inputs);
-    close_session(&s);
-    return 0;
+    if (!o->jsonl && strcmp(o->pool, "none") == 0 && o->n_inputs != 1)
+        die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
+    open_session(&s, o, o->output);
+    if (o->layer > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
+    if (!o->jsonl && s.out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");
+    return run_requests(&s, s.out.f);
+}
+
+static int command_classify(const struct options *o) {
+    struct session s;
+    open_session(&s, o, NULL);
+    if (!s.model.c.n_labels) die("%s: the model has no classifier (tensor 'cls.output.weight')", o->model);
+    return run_requests(&s, stdout);
 }
 
 // ---- tokenize ----
@@ -4238,32 +5325,37 @@ static void print_decoded(const struct tokenizer *t, const struct ids *ids) {
     free(clean.p);
 }
 
+// The ids of an input of --decode: its text holds numbers.
+static bool read_ids(const struct session *s, const struct input *in, struct ids *ids, struct error *e) {
+    struct buffer b = {0};
+    if (in->source != FROM_FILE) return parse_ids(in->value, s->tokenizer.n_tokens, ids, e);
+    bool ok = read_all(in->value, &b, e);
+    buffer_add(&b, "", 1);
+    ok = ok && parse_ids(b.p, s->tokenizer.n_tokens, ids, e);
+    free(b.p);
+    return ok;
+}
+
 static int command_tokenize(const struct options *o) {
     struct error e = {""};
     struct session s = {.o = o, .has_tokenizer = true};
+    if (o->sandbox) sandbox_enter(o, &s.out);
     if (!gguf_open(&s.model.file, o->tokenizer ? o->tokenizer : o->model, &e)) die("%s", e.text);
     const struct gguf *g = &s.model.file;
     if (gguf_has_tokenizer(g)) {
         if (!tokenizer_load(&s.tokenizer, g, &e)) die("%s: %s", g->path, e.text);
     } else {  // a model that relies on tokenizer.bin
         gguf_close(&s.model.file);
-        open_session(&s, o);
-        need_tokenizer(&s);
+        if (!model_open(&s.model, o->model, &e)) die("%s", e.text);
+        s.has_tokenizer = false;
+        open_tokenizer(&s);
+        if (!need_tokenizer(&s, &e)) die("%s", e.text);
     }
     s.model.c.n_vocab = s.tokenizer.n_tokens;
     for (int i = 0; i < o->n_inputs; i++) {
         struct ids ids = {0};
         const struct input *in = &o->inputs[i];
-        if (in->source == FROM_IDS || !o->decode) {
-            read_input(&s, in, false, &ids);
-        } else {
-            struct buffer b = {0};
-            if (in->source == FROM_FILE) b = read_all(in->value);
-            else buffer_add(&b, in->value, strlen(in->value));
-            buffer_add(&b, "", 1);
-            parse_ids(b.p, s.tokenizer.n_tokens, &ids);
-            free(b.p);
-        }
+        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, &e))) die("%s", e.text);
         if (o->decode) print_decoded(&s.tokenizer, &ids);
         else {
             for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
@@ -4278,12 +5370,12 @@ static int command_tokenize(const struct options *o) {
 
 // ---- inspect ----
 
-static void print_value(const struct gguf_kv *kv, const uint8_t **at) {
+static void add_value(struct buffer *out, const struct gguf_kv *kv, const uint8_t **at) {
     if (kv->type == GGUF_STRING) {
         struct str s = gguf_next_str(at);
-        putchar('"');
-        print_escaped(stdout, (struct str){s.p, s.n < 200 ? s.n : 200});
-        printf(s.n < 200 ? "\"" : "...\" (%zu bytes)", s.n);
+        buffer_printf(out, "\"");
+        add_escaped(out, (struct str){s.p, s.n < 200 ? s.n : 200});
+        buffer_printf(out, s.n < 200 ? "\"" : "...\" (%zu bytes)", s.n);
         return;
     }
     union {
@@ -4297,51 +5389,55 @@ static void print_value(const struct gguf_kv *kv, const uint8_t **at) {
     *at += bytes;
     int unused = 64 - 8 * bytes;
     switch (kv->type) {
-    case GGUF_F32: printf("%.9g", (double)v.f); break;
-    case GGUF_F64: printf("%.17g", v.d); break;
-    case GGUF_BOOL: printf(v.u ? "true" : "false"); break;
+    case GGUF_F32: buffer_printf(out, "%.9g", (double)v.f); break;
+    case GGUF_F64: buffer_printf(out, "%.17g", v.d); break;
+    case GGUF_BOOL: buffer_printf(out, v.u ? "true" : "false"); break;
     case GGUF_I8: case GGUF_I16: case GGUF_I32: case GGUF_I64:
-        printf("%" PRId64, (int64_t)(v.u << unused) >> unused);
+        buffer_printf(out, "%" PRId64, (int64_t)(v.u << unused) >> unused);
         break;
-    default: printf("%" PRIu64, v.u);
+    default: buffer_printf(out, "%" PRIu64, v.u);
     }
 }
 
 static int command_inspect(const struct options *o) {
     struct gguf g;
     struct error e = {""};
+    struct buffer out = {0};
+    if (o->sandbox) sandbox_enter(o, &(struct outfile){0});
     if (!gguf_open(&g, o->model, &e)) die("%s", e.text);
-    printf("file\t%s\nbytes\t%zu\nversion\t%" PRIu32 "\n", o->model, g.size, g.version);
+    buffer_printf(&out, "file\t%s\nbytes\t%zu\nversion\t%" PRIu32 "\n", o->model, g.size, g.version);
     for (uint64_t i = 0; i < g.n_kv; i++) {
         const struct gguf_kv *kv = &g.kv[i];
         const uint8_t *at = kv->value;
-        printf("metadata\t");
-        print_escaped(stdout, kv->key);
-        printf("\t%s", gguf_types[kv->type].name);
-        if (kv->is_array) printf("[%" PRIu64 "]", kv->count);
-        putchar('\t');
+        buffer_printf(&out, "metadata\t");
+        add_escaped(&out, kv->key);
+        buffer_printf(&out, "\t%s", gguf_types[kv->type].name);
+        if (kv->is_array) buffer_printf(&out, "[%" PRIu64 "]", kv->count);
+        buffer_printf(&out, "\t");
         for (uint64_t j = 0; j < kv->count && j < 6; j++) {
-            if (j) printf(", ");
-            print_value(kv, &at);
+            if (j) buffer_printf(&out, ", ");
+            add_value(&out, kv, &at);
         }
-        printf(kv->count > 6 ? ", ...\n" : "\n");
+        buffer_printf(&out, kv->count > 6 ? ", ...\n" : "\n");
     }
     uint64_t parameters = 0;
     for (uint64_t i = 0; i < g.n_tensors; i++) {
         const struct tensor *t = &g.tensors[i];
-        printf("tensor\t");
-        print_escaped(stdout, t->name);
-        printf("\t%s\t[", formats[t->format].name);
+        buffer_printf(&out, "tensor\t");
+        add_escaped(&out, t->name);
+        buffer_printf(&out, "\t%s\t[", formats[t->format].name);
         uint64_t n = 1;
         for (int d = t->n_dims - 1; d >= 0; d--) {  // the slowest dimension first, as everywhere in this program
-            printf("%" PRId64 "%s", t->ne[d], d ? ", " : "]\t");
+            buffer_printf(&out, "%" PRId64 "%s", t->ne[d], d ? ", " : "]\t");
             n *= (uint64_t)t->ne[d];
         }
-        printf("%" PRIu64 " bytes\n", t->n_bytes);
+        buffer_printf(&out, "%" PRIu64 " bytes\n", t->n_bytes);
         parameters += n;
     }
-    printf("parameters\t%" PRIu64 "\n", parameters);
+    buffer_printf(&out, "parameters\t%" PRIu64 "\n", parameters);
     bool vocabulary_only = g.n_tensors == 0;
+    fwrite(out.p, 1, out.n, stdout);
+    free(out.p);
     gguf_close(&g);
     struct model m;
     if (!vocabulary_only) {  // last, so that what a file holds is seen even when it is no model that runs here
@@ -4354,8 +5450,8 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 11. Bench.
-// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 12.
+// 13. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 14.
 // ====================================================================================================================
 
 enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
@@ -4566,24 +5662,16 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     return n;
 }
 
-static void print_json_text(const char *s) {
-    putchar('"');
-    for (; *s; s++) {
-        if (*s == '"' || *s == '\\') putchar('\\');
-        if ((unsigned char)*s < 32) printf("\\u%04x", *s);
-        else putchar(*s);
-    }
-    putchar('"');
-}
-
-static void print_json_row(const struct field *f, int n, const char *separator) {
-    putchar('{');
+static void print_json_row(const struct field *f, int n) {
+    struct buffer b = {0};
     for (int i = 0; i < n; i++) {
-        printf("%s\"%s\": ", i ? separator : "", f[i].name);
-        if (f[i].is_text) print_json_text(f[i].value);
-        else fputs(f[i].value, stdout);
+        buffer_printf(&b, "%s\"%s\": ", i ? ", " : "{", f[i].name);
+        if (f[i].is_text) add_json_string(&b, (struct str){f[i].value, strlen(f[i].value)});
+        else buffer_printf(&b, "%s", f[i].value);
     }
+    fwrite(b.p, 1, b.n, stdout);
     putchar('}');
+    free(b.p);
 }
 
 static void print_csv_row(const struct field *f, int n) {
@@ -4625,11 +5713,11 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
         for (int i = 0; i < n && first; i++) printf("%s%s", f[i].name, i + 1 < n ? "," : "\n");
         print_csv_row(f, n);
     } else if (strcmp(format, "jsonl") == 0) {
-        print_json_row(f, n, ", ");
+        print_json_row(f, n);
         putchar('\n');
     } else {
         printf(first ? "[\n  " : "  ");
-        print_json_row(f, n, ", ");
+        print_json_row(f, n);
         printf(last ? "\n]\n" : ",\n");
     }
     check_stdout();
@@ -4708,30 +5796,31 @@ static int command_bench(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 12. Command line.
+// 14. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls sections 10 and 11.
+// from the same table. Calls sections 12 and 13.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
-#define ON_MODEL (ON(GENERATE) | ON(SCORE) | ON(EMBED))
+#define ON_MODEL (ON(GENERATE) | ON(SCORE) | ON(EMBED) | ON(CLASSIFY))
 #define ON_INPUT (ON_MODEL | ON(TOKENIZE))
 
 static const struct {
-    const char *name;
     int (*run)(const struct options *);  // returns the exit status
     const char *summary, *example;
 } commands[N_COMMANDS] = {
-    [GENERATE] = {"generate", command_generate, "continue a prompt, token by token, on standard output (the default)",
+    [GENERATE] = {command_generate, "continue a prompt, token by token, on standard output (the default)",
                   "mamba models/tales.bin -p \"Once upon a time\" -n 200 -s 7"},
-    [SCORE] = {"score", command_score, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
+    [SCORE] = {command_score, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
                "mamba score model.bin -f chapter1.txt -f chapter2.txt"},
-    [EMBED] = {"embed", command_embed, "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
-    [TOKENIZE] = {"tokenize", command_tokenize, "token ids of a text, one line a text; --decode turns them back",
+    [EMBED] = {command_embed, "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
+    [CLASSIFY] = {command_classify, "probabilities of a classifier's labels, as a table: id label probability",
+                  "mamba classify model.bin -f letter1.txt -f letter2.txt"},
+    [TOKENIZE] = {command_tokenize, "token ids of a text, one line a text; --decode turns them back",
                   "mamba tokenize tokenizer.bin -p \"Hello world\""},
-    [BENCH] = {"bench", command_bench, "tokens per second, as llama-bench reports them",
+    [BENCH] = {command_bench, "tokens per second, as llama-bench reports them",
                "mamba bench model.bin -p 512 -n 128 -np 1,8,32 -o json"},
-    [INSPECT] = {"inspect", command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
+    [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
 enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, HELP, VERSION };
@@ -4749,29 +5838,38 @@ static const struct option {
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
     {"-n", "--n-predict", "N", "tokens to generate (128); -1: to the end of the text", INTEGER, ON(GENERATE),
-     FIELD(n_predict), -1, 1e9},
+     FIELD(settings.n_predict), -1, 1e9},
     {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8); 0: always the likeliest token", NUMBER, ON(GENERATE),
-     FIELD(sampling.temperature), 0, 1e6},
-    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40); 0: all", INTEGER, ON(GENERATE), FIELD(sampling.top_k), 0, 1e9},
+     FIELD(settings.sampling.temperature), 0, 1e6},
+    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
     {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95); 1: all", NUMBER, ON(GENERATE),
-     FIELD(sampling.top_p), 0, 1},
+     FIELD(settings.sampling.top_p), 0, 1},
     {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05)", NUMBER, ON(GENERATE),
-     FIELD(sampling.min_p), 0, 1},
+     FIELD(settings.sampling.min_p), 0, 1},
     {NULL, "--repeat-penalty", "X", "make tokens that came lately less likely (1.0: off)", NUMBER, ON(GENERATE),
-     FIELD(sampling.repeat_penalty), 0.01, 100},
+     FIELD(settings.sampling.repeat_penalty), 0.01, 100},
     {NULL, "--repeat-last-n", "N", "how far back the penalty looks (64)", INTEGER, ON(GENERATE),
-     FIELD(sampling.repeat_last_n), 0, RECENT_MAX},
-    {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(sampling.greedy), 0, 0},
+     FIELD(settings.sampling.repeat_last_n), 0, RECENT_MAX},
+    {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(settings.sampling.greedy), 0, 0},
     {NULL, "--stop", "TEXT", "end before this text; may be repeated", STOP_TEXT, ON(GENERATE), 0, 0, 0},
     {NULL, "--ignore-eos", NULL, "never end by the end-of-text token", FLAG, ON(GENERATE), FIELD(ignore_eos), 0, 0},
-    {NULL, "--echo", NULL, "print the prompt too", FLAG, ON(GENERATE), FIELD(echo), 0, 0},
+    {NULL, "--echo", NULL, "print the prompt too", FLAG, ON(GENERATE), FIELD(settings.echo), 0, 0},
     {NULL, "--print-ids", NULL, "print token ids instead of text", FLAG, ON(GENERATE), FIELD(print_ids), 0, 0},
     {NULL, "--save-state", "FILE", "write the state at the end", TEXT, ON(GENERATE), FIELD(save_state), 0, 0},
-    {NULL, "--load-state", "FILE", "continue from a saved state", TEXT, ON(GENERATE), FIELD(load_state), 0, 0},
+    {NULL, "--load-state", "FILE", "continue from a saved state", TEXT, ON_MODEL, FIELD(load_state), 0, 0},
+    {NULL, "--prefix", "FILE|TEXT", "what comes before every text, read once: a file of this name, else the text", TEXT, ON_MODEL,
+     FIELD(prefix), 0, 0},
+    {NULL, "--jsonl", NULL, "requests come as JSON, one a line, and so do the answers", FLAG, ON_MODEL, FIELD(jsonl), 0, 0},
+    {NULL, "--unordered", NULL, "--jsonl: each answer as soon as it is there, not in the order of the requests", FLAG, ON_MODEL,
+     FIELD(unordered), 0, 0},
+    {NULL, "--logprobs", "K", "--jsonl: log-probabilities of the tokens, and of the K likeliest beside each", INTEGER,
+     ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
+    {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL, FIELD(n_parallel), 1,
+     MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
     {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
-    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
+    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED) | ON(CLASSIFY), FIELD(pool), 0, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
     {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
@@ -4789,6 +5887,8 @@ static const struct option {
     {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
      FIELD(paper), 0, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
+    {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
+     ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
     {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ON_MODEL | ON(BENCH), FIELD(quiet), 0, 0},
     {"-h", "--help", NULL, "this help", HELP, ~0u, 0, 0, 0},
     {NULL, "--version", NULL, "print the version", VERSION, ~0u, 0, 0, 0},
@@ -4799,14 +5899,14 @@ enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 static void print_general_help(FILE *f) {
     fputs("Usage: mamba [COMMAND] MODEL [OPTIONS]\n\n"
           "Runs selective state space models (Mamba) from a GGUF file.\n\nCommands:\n", f);
-    for (int c = 0; c < N_COMMANDS; c++) fprintf(f, "  %-10s %s\n", commands[c].name, commands[c].summary);
+    for (int c = 0; c < N_COMMANDS; c++) fprintf(f, "  %-10s %s\n", command_names[c], commands[c].summary);
     fputs("\nmamba help COMMAND shows the options of a command.\n"
           "Text comes from -p TEXT, -f FILE, or standard input when it is not a terminal.\n\nExample:\n  ", f);
     fprintf(f, "%s\n", commands[GENERATE].example);
 }
 
 static void print_command_help(FILE *f, enum command c) {
-    fprintf(f, "Usage: mamba %s MODEL [OPTIONS]\n\n%s: %s\n\nOptions:\n", commands[c].name, commands[c].name,
+    fprintf(f, "Usage: mamba %s MODEL [OPTIONS]\n\n%s: %s\n\nOptions:\n", command_names[c], command_names[c],
             commands[c].summary);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
@@ -4821,7 +5921,7 @@ static void print_command_help(FILE *f, enum command c) {
 
 static int find_command(const char *name) {
     for (int c = 0; c < N_COMMANDS; c++)
-        if (strcmp(commands[c].name, name) == 0) return c;
+        if (strcmp(command_names[c], name) == 0) return c;
     return -1;
 }
 
@@ -4833,14 +5933,6 @@ static double parse_number(const struct option *o, const char *value) {
     if (end == value || *end || errno || !(v >= o->min && v <= o->max) || !whole)
         usage_error("%s %s: expected %s from %g to %g", o->name, value, o->kind == INTEGER ? "an integer" : "a number", o->min,
                     o->max);
-    return v;
-}
-
-static uint64_t parse_seed(const char *value) {
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(value, &end, 10);
-    if (end == value || *end || errno || *value == '-') usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
     return v;
 }
 
@@ -4857,7 +5949,8 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
     case TEXT: *(const char **)field = value; break;
     case SEED:
-        o->sampling.seed = parse_seed(value);
+        if (!parse_u64((struct str){value, strlen(value)}, &o->settings.sampling.seed))
+            usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
         o->seed_given = true;
         break;
     case INPUT_TEXT: add_input(o, FROM_TEXT, value); break;
@@ -4865,8 +5958,8 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case INPUT_IDS: add_input(o, FROM_IDS, value); break;
     case STOP_TEXT:
         if (!*value) usage_error("--stop: the text is empty");
-        o->stops = xrealloc(o->stops, ((size_t)o->n_stops + 1) * sizeof *o->stops);
-        o->stops[o->n_stops++] = value;
+        o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
+        o->settings.stops[o->settings.n_stops++] = (struct str){value, strlen(value)};
         break;
     case HELP:
     case VERSION: break;
@@ -4893,9 +5986,9 @@ static const struct option *find_option(const char *arg, enum command command, c
 // A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
-    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->load_state) return;
-    if (!isatty(STDIN_FILENO)) add_input(o, FROM_FILE, "-");
-    else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", commands[o->command].name);
+    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || (o->load_state && o->command == GENERATE && !o->jsonl)) return;
+    if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
+    else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
 static void check_options(struct options *o) {
@@ -4905,6 +5998,13 @@ static void check_options(struct options *o) {
     int from_stdin = 0;
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
+    bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
+    if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
+    const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits" : o->command == EMBED && o->output ? "--output" : NULL;
+    if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
+    if (!o->jsonl && o->unordered) usage_error("--unordered needs --jsonl");
+    if (!o->jsonl && o->settings.logprobs >= 0) usage_error("--logprobs needs --jsonl");
+    if (o->jsonl && o->per_token && o->settings.logprobs < 0) o->settings.logprobs = 0;
 }
 
 // Fills o from the arguments. Returns false when help or the version was asked for and printed.
@@ -4945,7 +6045,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         return false;
     }
     for (int g = 0; g < n_given; g++)
-        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", given[g]->name, commands[o->command].name);
+        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", given[g]->name, command_names[o->command]);
     if (next < n_positional && !o->model) o->model = positional[next++];
     if (next < n_positional) usage_error("%s: one argument too many; a prompt is given with -p", positional[next]);
     default_input(o);
@@ -4955,9 +6055,11 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 
 static struct options default_options(void) {
     return (struct options){
-        .n_predict = 128, .ubatch = 512, .pool = "last", .layer = -1, .bench_prompts = "512", .bench_gens = "128",
+        .ubatch = 512, .pool = "last", .layer = -1, .bench_prompts = "512", .bench_gens = "128",
         .bench_parallels = "1", .bench_format = "md", .repeats = 3,
-        .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .repeat_last_n = 64}};
+        .settings = {.n_predict = 128, .logprobs = -1,
+                     .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f,
+                                  .repeat_last_n = 64}}};
 }
 
 #ifndef MAMBA_NO_MAIN
@@ -4974,13 +6076,13 @@ int main(int argc, char **argv) {
     if (!o.seed_given) {
         struct timespec t;
         clock_gettime(CLOCK_REALTIME, &t);
-        o.sampling.seed = mix64((uint64_t)t.tv_sec * UINT64_C(1000000007) + (uint64_t)t.tv_nsec) >> 32;
+        o.settings.sampling.seed = mix64((uint64_t)t.tv_sec * UINT64_C(1000000007) + (uint64_t)t.tv_nsec) >> 32;
     }
     atexit(discard_unfinished);
     signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
     int status = commands[o.command].run(&o);
     free(o.inputs);
-    free(o.stops);
+    free(o.settings.stops);
     return status;
 }
 #endif

@@ -412,7 +412,10 @@ static void test_state(void) {
     char path[] = "/tmp/mamba-unit-XXXXXX";
     int fd = mkstemp(path);
     struct error e = {""};
-    CHECK(fd >= 0 && state_save(path, &m, s, r, &e), "saving: %s", e.text);
+    struct outfile out;
+    bool saved = fd >= 0 && outfile_open(&out, path, &e);
+    if (saved) state_write(&out, &m, s, r);
+    CHECK(saved && outfile_commit(&out, &e), "saving: %s", e.text);
     CHECK(state_load(path, &m, back, got, &e), "loading: %s", e.text);
     CHECK(sequence_hash(&c, s) == sequence_hash(&c, back) && back->n_past == s->n_past, "the state came back otherwise");
     CHECK(memcmp(r, got, sizeof *r) == 0, "what a run resumes from came back otherwise");
@@ -502,17 +505,16 @@ static void test_hostile_header(const char *path) {
 
 static void test_sampler(void) {
     enum { V = 50, DRAWS = 40000 };
-    float logits[V], copy[V];
+    float logits[V];
     double p[V], sum = 0;
+    const struct ids none = {0};
+    struct resume *past = xcalloc(1, sizeof *past);
     for (int i = 0; i < V; i++) logits[i] = 1.5f * normal();
     for (int i = 0; i < V; i++) sum += p[i] = exp((double)logits[i] / 0.7);
     struct sampling all = {.temperature = 0.7f, .top_p = 1, .repeat_penalty = 1, .repeat_last_n = 64, .seed = 5};
-    struct sampler s = sampler_new(all, isa[0], V);
+    struct sampler s = sampler_new(isa[0], V);
     int count[V] = {0};
-    for (int t = 0; t < DRAWS; t++) {
-        memcpy(copy, logits, sizeof copy);
-        count[sample(&s, copy, NULL, 0, t)]++;
-    }
+    for (int t = 0; t < DRAWS; t++) count[sample(&s, &all, logits, &none, past, t)]++;
     double chi2 = 0;
     for (int i = 0; i < V; i++) chi2 += pow(count[i] - DRAWS * p[i] / sum, 2) / (DRAWS * p[i] / sum);
     CHECK(chi2 < 49 + 6 * sqrt(2 * 49), "chi square is %g with 49 degrees of freedom", chi2);
@@ -541,51 +543,55 @@ static void test_sampler(void) {
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         bool seen[V] = {false};
         int distinct = 0, outside = 0;
-        s.s = cases[c].s;
-        for (int t = 0; t < 4000; t++) {
-            memcpy(copy, logits, sizeof copy);
-            seen[sample(&s, copy, NULL, 0, t)] = true;
-        }
+        for (int t = 0; t < 4000; t++) seen[sample(&s, &cases[c].s, logits, &none, past, t)] = true;
         for (int i = 0; i < V; i++) distinct += seen[i];
         for (int i = cases[c].allowed; i < V; i++) outside += seen[order[i]];
         CHECK(outside == 0, "case %zu drew %d tokens that it should not", c, outside);
         CHECK(distinct >= cases[c].allowed - 1, "case %zu drew %d of %d tokens", c, distinct, cases[c].allowed);
     }
 
-    s.s = (struct sampling){.greedy = true, .repeat_penalty = 1};
-    memcpy(copy, logits, sizeof copy);
-    copy[9] = copy[4] = 100;
-    CHECK(sample(&s, copy, NULL, 0, 0) == 4, "of equal logits the lower id is taken");
-    copy[4] = -INFINITY;
-    CHECK(sample(&s, copy, NULL, 0, 0) == 9, "a banned token is not taken");
-    int32_t recent[3] = {9, 9, 2};
-    copy[2] = -3;
-    s.s.repeat_penalty = 2;
-    s.s.repeat_last_n = 3;
-    sample(&s, copy, recent, 3, 0);
-    CHECK(copy[9] == 50 && copy[2] == -6, "the repeat penalty gave %g and %g", (double)copy[9], (double)copy[2]);
-    copy[9] = 100;
-    s.s.repeat_last_n = 1;
-    sample(&s, copy, recent, 3, 0);
-    CHECK(copy[9] == 100, "the repeat penalty looked back too far");
+    struct sampling greedy = {.greedy = true, .repeat_penalty = 1, .repeat_last_n = 3};
+    int32_t four = 4, every[V];
+    const struct ids ban_four = {.p = &four, .n = 1}, ban_all = {.p = every, .n = V};
+    for (int i = 0; i < V; i++) every[i] = i;
+    logits[9] = logits[4] = 100;
+    logits[7] = 60;
+    CHECK(sample(&s, &greedy, logits, &none, past, 0) == 4, "of equal logits the lower id is taken");
+    CHECK(sample(&s, &greedy, logits, &ban_four, past, 0) == 9, "a banned token is not taken");
+    CHECK(sample(&s, &greedy, logits, &ban_all, past, 0) == -1, "no token is left");
+    greedy.repeat_penalty = 1.5f;  // 9 came twice and is penalised once: 67 is still more than 60, and 44 would not be
+    past->n_recent = 4;
+    memcpy(past->recent, (int32_t[]){4, 9, 9, 2}, 4 * sizeof(int32_t));
+    CHECK(sample(&s, &greedy, logits, &ban_four, past, 0) == 9, "a token was penalised twice");
+    greedy.repeat_penalty = 2;
+    CHECK(sample(&s, &greedy, logits, &ban_four, past, 0) == 7, "the repeat penalty did not count");
+    CHECK(sample(&s, &greedy, logits, &none, past, 0) == 4, "the repeat penalty looked back too far");
+
+    struct choice top[3];
+    double max = 100, total = 0, logprob = log_probability(&s, logits, 100, 7, 3, top);
+    for (int i = 0; i < V; i++) total += exp((double)logits[i] - max);
+    CHECK(fabs(logprob - (60 - max - log(total))) < 1e-5, "log p is %g", logprob);
+    CHECK(top[0].id == 4 && top[1].id == 9 && top[2].id == 7 && fabs((double)top[2].p - logprob) < 1e-5, "the likeliest are %d, %d, %d",
+          top[0].id, top[1].id, top[2].id);
     CHECK(random_at(1, 5) == random_at(1, 5) && random_at(1, 5) != random_at(1, 6) && random_at(1, 5) != random_at(2, 5),
           "random numbers are a function of seed and position");
     sampler_free(&s);
+    free(past);
 }
 
 // ---- text on its way out ----
 
 // Emits the pieces with these stop texts; the output goes to `out`.
 static bool emitted(const char *const *pieces, int n, const char *const *stops, int n_stops, char *out) {
-    char *text = NULL;
-    size_t size = 0;
-    FILE *f = open_memstream(&text, &size);
-    struct emitter e = {.f = f, .stops = stops, .n_stops = n_stops};
+    struct buffer text = {0};
+    struct str stop[4];
+    for (int i = 0; i < n_stops; i++) stop[i] = (struct str){stops[i], strlen(stops[i])};
+    struct emitter e = {.to = &text, .stops = stop, .n_stops = n_stops};
     for (int i = 0; i < n && !e.stopped; i++) emit(&e, (struct str){pieces[i], strlen(pieces[i])});
     if (!e.stopped && e.held.n) emit_bytes(&e, e.held.n);
-    fclose(f);
-    strcpy(out, text);
-    free(text);
+    buffer_add(&text, "", 1);
+    strcpy(out, text.p);
+    free(text.p);
     free(e.held.p);
     return e.stopped;
 }

@@ -50,6 +50,7 @@
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
@@ -63,6 +64,10 @@
 #endif
 
 #define MAMBA_VERSION "0.1"
+
+#if defined(__x86_64__) && !defined(MAMBA_PLAIN_C)  // MAMBA_PLAIN_C: the portable kernels alone, which compile faster
+#define MAMBA_X86_KERNELS
+#endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "GGUF files and state files are little-endian, and so must the machine be"
@@ -2112,7 +2117,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------
 #ifndef MAMBA_ISA_PASS
 
-#if defined(__x86_64__)
+#ifdef MAMBA_X86_KERNELS
 #define MAMBA_ISA_PASS avx512
 #define ISA_AVX512
 #if defined(MAMBA_EMULATE_AVX512)  // tests/emulate_avx512.h has replaced the intrinsics
@@ -2153,7 +2158,7 @@ static const struct kernels ISA_NAME(kernels) = {
 // The kernels that this processor runs, the widest first; returns how many.
 static int usable_kernels(const struct kernels *usable[3]) {
     int n = 0;
-#if defined(__x86_64__)
+#ifdef MAMBA_X86_KERNELS
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C too
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -2202,7 +2207,7 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
             if (!start) start = now_seconds();
             else if (now_seconds() - start > 1e-3) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
         }
-#if defined(__x86_64__)
+#ifdef MAMBA_X86_KERNELS
         else _mm_pause();
 #endif
     }
@@ -2699,6 +2704,23 @@ static bool state_load(const char *path, const struct model *m, struct sequence 
     free(file);
     return ok ? true : fail(e, "%s: %s", path, inner.text);
 }
+
+#ifdef MAMBA_FUZZ
+// A state file from a stranger, for a small model. Only one with the right checksum gets far, so it is put right.
+static void fuzz_state(const uint8_t *data, size_t n) {
+    struct model m = {.c = {.n_layer = 2, .d_inner = 5, .d_state = 3, .d_conv = 4, .n_vocab = 9}, .fingerprint = 7};
+    struct sequence *s = sequence_new(&m.c);
+    struct resume *r = xcalloc(1, sizeof *r);
+    struct error e = {""};
+    uint8_t *file = xmalloc(n);
+    if (n) memcpy(file, data, n);
+    if (n >= 8) memcpy(file + n - 8, &(uint64_t){hash_bytes(STATE_VERSION, file, n - 8)}, 8);
+    if (!state_parse(file, n, &m, s, r, &e) && !e.text[0]) abort();  // refused without a word
+    free(file);
+    free(r);
+    sequence_free(s);
+}
+#endif
 
 // ====================================================================================================================
 // 8. Unicode and tokenizer.
@@ -3565,6 +3587,66 @@ static void emit(struct emitter *e, struct str text) {
     if (n) emit_bytes(e, n);
 }
 
+#ifdef MAMBA_FUZZ
+// A model file from a stranger: its header is read, its tensors are bound, its vocabulary is loaded, and if it is a small
+// model it runs, for weights of any kind.
+static void fuzz_gguf(const uint8_t *data, size_t n) {
+    struct model m = {.file = {.map = data, .size = n}};
+    struct tokenizer t = {0};
+    struct error e = {""};
+    bool ok = gguf_parse(&m.file, &e);
+    struct error in_vocabulary = {""};
+    if (ok && gguf_has_tokenizer(&m.file)) {
+        struct ids ids = {0};
+        bool loaded = tokenizer_load(&t, &m.file, &in_vocabulary);
+        if (loaded) tokenize(&t, (const char *)data, n < 64 ? n : 64, true, &ids);
+        else if (!in_vocabulary.text[0]) abort();  // refused without a word
+        if (loaded) tokenizer_close(&t);
+        free(ids.p);
+    }
+    ok = ok && model_bind(&m, &e);
+    if (ok && m.c.n_layer < 4 && m.c.d_model <= 64 && m.c.d_inner <= 256 && m.c.n_vocab <= 256) {
+        struct context *ctx = context_new(&m, choose_kernels(), 1, 8, 1);
+        struct sequence *s = sequence_new(&m.c);
+        forward(ctx, &(struct segment){s, (int32_t[8]){0}, 8, true}, 1, m.c.n_layer);
+        sequence_free(s);
+        context_free(ctx);
+    }
+    if (!ok && !e.text[0]) abort();  // refused without a word
+    m.file.map = NULL;               // not mapped
+    model_close(&m);
+}
+
+// A text in one of the vocabularies that `tokenizers` holds, which the first byte chooses: its ids are in the vocabulary,
+// and give the text back as it was after normalisation.
+static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers, const uint8_t *data, size_t n) {
+    if (n == 0) return;
+    const struct tokenizer *t = &tokenizers[data[0] % n_tokenizers];
+    const bool parse_special = data[0] & 128;
+    struct ids ids = {0};
+    struct buffer expected = {0}, found = {0};
+    const char *text = (const char *)data + 1;
+    tokenize(t, text, n - 1, parse_special, &ids);
+    for (size_t i = 0; i < ids.n; i++) {
+        if (ids.p[i] < 0 || ids.p[i] >= t->n_tokens) abort();
+        buffer_add(&found, t->token[ids.p[i]].p, t->token[ids.p[i]].n);
+    }
+    if (t->characters) buffer_add(&expected, text, n - 1);
+    else repair_utf8(text, n - 1, &expected);
+    size_t normal_n = 0;
+    char *normal = t->nfc && !parse_special ? nfc(expected.p, expected.n, &normal_n) : NULL;
+    bool every_byte = true;  // a vocabulary that lacks bytes loses them
+    for (int b = 0; b < 256; b++) every_byte &= t->byte_token[b] >= 0;
+    struct str wanted = {normal ? normal : expected.p, normal ? normal_n : expected.n};
+    bool normalised_in_parts = t->nfc && parse_special;
+    if (every_byte && !normalised_in_parts && (found.n != wanted.n || (wanted.n && memcmp(found.p, wanted.p, wanted.n) != 0))) abort();
+    free(normal);
+    free(expected.p);
+    free(found.p);
+    free(ids.p);
+}
+#endif
+
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
@@ -4065,7 +4147,7 @@ enum line { LINE, LINE_TOO_LONG, NO_LINE_YET, NO_MORE_LINES };
 static bool read_more(struct line_reader *l, bool wait) {
     struct pollfd ready = {.fd = l->fd, .events = POLLIN};
     if (l->ended || (!wait && poll(&ready, 1, 0) <= 0)) return false;
-    memmove(l->b.p, l->b.p + l->start, l->b.n -= l->start);  // NOLINT: no bytes when b.p is NULL
+    if (l->start) memmove(l->b.p, l->b.p + l->start, l->b.n -= l->start);
     l->start = 0;
     char chunk[65536];
     ssize_t n = read(l->fd, chunk, sizeof chunk);
@@ -4093,7 +4175,7 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
             *line = (struct str){from, end ? (size_t)(end - from) : n};
             l->start += line->n + (end != NULL);
             l->n_lines++;
-            bool too_long = l->skipping;
+            bool too_long = l->skipping || line->n > MAX_LINE;
             l->skipping = false;
             return too_long ? LINE_TOO_LONG : LINE;
         }
@@ -4134,7 +4216,7 @@ struct request {            // one text; owner of all it points to but seq
     float *pooled;          // [d_model]
     struct buffer answer;   // --jsonl: the text of generate, the rows of embed --pool none, the classes
     struct buffer out;      // bytes for the output, not written yet
-    const char *finish_reason;  // once it has ended
+    const char *finish_reason;  // generate: once it has ended
     struct error error;
     size_t held;            // bytes that it holds once it is done
     bool done;
@@ -4314,6 +4396,29 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
     *prompt = q.has_ids ? (struct str){NULL, 0} : q.prompt;
     return !r->error.text[0];
 }
+
+#ifdef MAMBA_FUZZ
+// A line of --jsonl. What is read as a prompt is written as the same string.
+static void fuzz_jsonl(const uint8_t *data, size_t n) {
+    const struct settings settings = {.n_predict = 1};
+    const struct options o = {.settings = settings};
+    struct request *r = request_new(&(struct session){.o = &o});
+    struct str prompt, again;
+    struct buffer repaired = {0}, written = {0};
+    if (!request_parse(r, (struct str){(const char *)data, n}, 300, &prompt)) {
+        if (!r->error.text[0]) abort();  // refused without a word
+        prompt.n = 0;
+    }
+    if (prompt.n) repair_utf8(prompt.p, prompt.n, &repaired);
+    add_json_string(&written, (struct str){repaired.p, repaired.n});
+    struct json j = {written.p, written.p, written.p + written.n, &r->error};
+    r->error.text[0] = 0;
+    if (!json_string(&j, &again) || again.n != repaired.n || (again.n && memcmp(again.p, repaired.p, again.n) != 0)) abort();
+    free(repaired.p);
+    free(written.p);
+    request_free(r);
+}
+#endif
 
 // ---- Answers ----
 
@@ -4735,6 +4840,7 @@ static bool request_begin(struct engine *en, struct request *r) {
 // It leaves the engine's batch: its answer is made, and its sequence is free for another.
 static void request_end(struct engine *en, struct request *r) {
     const struct session *s = en->s;
+    if (!r->finish_reason) r->finish_reason = "length";
     if (!r->error.text[0] && s->o->command == GENERATE) generate_end(en, r);
     if (!r->error.text[0] && s->o->command == SCORE) score_end(s, r);
     if (!r->error.text[0] && s->o->command == CLASSIFY) classify_end(s, en->ctx->k, r);
@@ -4911,14 +5017,13 @@ static void engine_step(struct engine *en) {
         if (r->n_fed == r->n_feed) continue;
         r->n_fed += (size_t)en->segments[i].n_tokens;
         en->n_fed += en->segments[i].n_tokens;
-        if (r->n_fed < r->n_feed) continue;
-        if (command != GENERATE || r->settings.n_predict == 0) r->finish_reason = "length";
     }
     *time += now_seconds() - start;
     int n_left = 0;
     for (int i = 0; i < en->n_running; i++) {
         struct request *r = en->running[i];
-        if (r->finish_reason) request_end(en, r);
+        bool draws = command == GENERATE && r->settings.n_predict != 0;
+        if (draws ? r->finish_reason != NULL : r->n_fed == r->n_feed) request_end(en, r);
         else en->running[n_left++] = r;
     }
     en->n_running = n_left;
@@ -5089,10 +5194,14 @@ static void sandbox_allow(int ruleset, const char *path, uint64_t access) {
 // No more sockets of any kind: Landlock knows TCP only.
 static bool sandbox_sockets(void) {
     struct sock_filter code[] = {
+#if defined(__x86_64__)     // whose 32-bit system calls have other numbers
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 5),
+#endif
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_socket, 3, 0),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IO_URING_SETUP, 2, 0),
-        BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, 1, 0),  // x86-64's second numbering
+        BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, 1, 0),  // and so have x32's
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EACCES),
     };

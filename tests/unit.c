@@ -25,6 +25,9 @@ static int counted_posix_memalign(void **p, size_t alignment, size_t n) {
 #define posix_memalign counted_posix_memalign
 #define MAMBA_NO_MAIN
 #include "../mamba.c"
+#ifdef __linux__
+#include <sys/socket.h>
+#endif
 
 static int n_passed, n_failed;
 
@@ -501,6 +504,60 @@ static void test_hostile_header(const char *path) {
     gguf_close(&g);
 }
 
+// ---- the sandbox ----
+
+#ifdef __linux__
+// What a process can still do inside: one bit for each thing that should have failed, or succeeded.
+static int sandboxed(const char *model, const char *output) {
+    struct options o = {.model = model};
+    struct outfile out;
+    struct error e = {""};
+    int wrong = 0;
+    if (!outfile_open(&out, output, &e)) return 1;
+    sandbox_enter(&o, &out);
+    int fd = open(model, O_RDONLY);
+    wrong |= (fd < 0) << 1;  // it was named
+    wrong |= (open("/etc/passwd", O_RDONLY) >= 0) << 2;
+    wrong |= (open(model, O_WRONLY) >= 0) << 3;
+    wrong |= (open("/tmp/mamba-sandbox-new", O_CREAT | O_RDWR, 0600) >= 0) << 4;
+    wrong |= (socket(AF_INET, SOCK_STREAM, 0) >= 0) << 5;
+    wrong |= (socket(AF_INET, SOCK_DGRAM, 0) >= 0) << 6;
+    wrong |= (socket(AF_UNIX, SOCK_STREAM, 0) >= 0) << 7;
+    char *arguments[] = {"/bin/true", NULL};
+    wrong |= (execv("/bin/true", arguments) != -1) << 8;
+    fputs("whole", out.f);
+    wrong |= !outfile_commit(&out, &e) << 9;  // the output gets its name
+    return wrong;
+}
+
+static void test_sandbox(const char *model) {
+    char output[] = "/tmp/mamba-sandbox-XXXXXX";
+    int fd = mkstemp(output), status = 0, answer = -1, ends[2];
+    if (syscall(LANDLOCK_CREATE_RULESET, NULL, (size_t)0, 1) < 1 || fd < 0 || pipe(ends) != 0) {
+        printf("the sandbox is not tested: this kernel has no Landlock\n");
+        return;
+    }
+    close(fd);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        int wrong = sandboxed(model, output);
+        _exit(write(ends[1], &wrong, sizeof wrong) != (ssize_t)sizeof wrong);
+    }
+    close(ends[1]);
+    if (read(ends[0], &answer, sizeof answer) != (ssize_t)sizeof answer) answer = -1;
+    waitpid(child, &status, 0);
+    close(ends[0]);
+    char text[8] = "";
+    FILE *f = fopen(output, "rb");
+    size_t n = f ? fread(text, 1, 7, f) : 0;
+    if (f) fclose(f);
+    unlink(output);
+    CHECK(answer == 0 && WIFEXITED(status), "inside the sandbox, wrong were %#x", (unsigned)answer);
+    CHECK(n == 5 && strcmp(text, "whole") == 0, "the sandboxed output is \"%s\"", text);
+}
+#endif
+
 // ---- sampler ----
 
 static void test_sampler(void) {
@@ -642,6 +699,9 @@ int main(int argc, char **argv) {
             if ((formats[f].block == 256) == (shapes[s].d_model == 256)) test_one_result(shapes[s], (enum format)f);
     test_state();
     test_hostile_header(fixture);
+#ifdef __linux__
+    test_sandbox(fixture);
+#endif
     test_sampler();
     test_emitter();
     printf("%d passed, %d failed\n", n_passed, n_failed);

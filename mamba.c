@@ -854,7 +854,7 @@ struct binder {  // binding in progress; the first error stays
 };
 
 // The tensor of this name with shape [rows][cols], or [cols] when rows is 0; rows -1 accepts any number of rows.
-static const struct tensor *bind(struct binder *b, const char *name, int64_t rows, int64_t cols) {
+static const struct tensor *bind_tensor(struct binder *b, const char *name, int64_t rows, int64_t cols) {
     if (b->error->text[0]) return NULL;
     const struct tensor *t = gguf_tensor(b->g, name);
     if (!t) {
@@ -875,7 +875,7 @@ static const struct tensor *bind(struct binder *b, const char *name, int64_t row
 }
 
 static struct matrix bind_matrix(struct binder *b, const char *name, int rows, int cols) {
-    const struct tensor *t = bind(b, name, rows, cols);
+    const struct tensor *t = bind_tensor(b, name, rows, cols);
     if (!t) return (struct matrix){0};
     return (struct matrix){
         .data = t->data, .format = t->format, .rows = (int)(t->ne[1] * t->ne[2] * t->ne[3]), .cols = cols,
@@ -894,7 +894,7 @@ static float *arena_take(struct binder *b, size_t n) {
 // Copies an F32 tensor of shape [rows][cols] to `to`, element (r, c) to to[r * row_step + c * col_step], times scale.
 static void copy_floats(struct binder *b, const char *name, int rows, int cols, float *to, size_t row_step,
                         size_t col_step) {
-    const struct tensor *t = bind(b, name, rows, cols);
+    const struct tensor *t = bind_tensor(b, name, rows, cols);
     if (!t) return;
     if (t->format != F32) {
         set_error(b->error, "tensor '%s' has type %s; expected F32", name, formats[t->format].name);

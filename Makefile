@@ -2,6 +2,7 @@
 # make demo       builds it and tells a story
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
+# make fuzz       mutated files and requests in every parser, SECONDS=60 each     (clang with libFuzzer)
 # make bench      tokens per second here and in llama.cpp, side by side; plots in tests/bench/results
 # make install    into PREFIX (/usr/local)
 
@@ -46,6 +47,10 @@ $(VENV)/full: tests/requirements-check.txt $(VENV)/quick
 	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	cp $< $@
 
+SECONDS ?= 60
+fuzz:
+	$(PYTHON) tests/fuzz/run.py $(SECONDS)
+
 bench: mamba $(VENV)/full
 	$(VENV)/bin/python tests/bench/compare_llama.py
 	$(VENV)/bin/python tests/bench/plots.py
@@ -58,4 +63,4 @@ install: mamba
 clean:
 	rm -f mamba tests/unit
 
-.PHONY: all demo test check bench install clean
+.PHONY: all demo test check fuzz bench install clean

@@ -1,0 +1,172 @@
+"""Faults while running: signals, killed saves, full disks, a model that is cut, no memory, slow readers. Part of `make check`."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from conftest import FIXTURES, PROGRAM, ROOT, run_mamba
+
+TALES = ROOT / "models" / "tales.bin"
+IDS_MODEL = FIXTURES / "mamba_tied.f32.bin"
+ENDLESS = ["-n", "-1", "--ignore-eos", "-s", "1"]
+
+
+def start(*arguments, **options):
+    return subprocess.Popen([PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **options)
+
+
+def requests(n, max_tokens=5):
+    return "".join(json.dumps({"id": i, "prompt": "Once upon a time", "max_tokens": max_tokens, "seed": i}) + "\n" for i in range(n)).encode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_answers_so_far(number):
+    """Whole lines only, and each is what a run without a signal writes."""
+    run = start(TALES, "--jsonl", "-np", 4, stdin=subprocess.PIPE)
+    run.stdin.write(requests(200, 50))
+    first = run.stdout.readline()
+    run.send_signal(number)
+    rest, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and b"interrupted" in errors
+    whole = run_mamba(TALES, "--jsonl", input=requests(200, 50)).stdout
+    assert (first + rest).endswith(b"\n") and whole.startswith(first + rest) and len(first + rest) < len(whole)
+
+
+@pytest.mark.parametrize("arguments", [[TALES, "-p", "Once", *ENDLESS], ["score", TALES, "-f", ROOT / "mamba.c"], ["embed", TALES, "-f", ROOT / "mamba.c"]])
+def test_sigterm_ends_every_command(arguments):
+    run = start(*arguments)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("arguments", [[TALES, "-p", "Once", *ENDLESS], ["score", TALES, "--per-token", "-f", ROOT / "mamba.c"],
+                                       ["embed", TALES, "--pool", "none", "-f", ROOT / "mamba.c"], [TALES, "--jsonl"]])
+def test_a_reader_that_leaves(arguments):
+    """The program ends by itself, quietly."""
+    run = start(*arguments, "-q", stdin=subprocess.PIPE)
+    if "--jsonl" in arguments:
+        run.stdin.write(requests(500))
+    run.stdout.read(10)
+    run.stdout.close()
+    assert run.wait(60) == 0 and run.stderr.read() == b""
+
+
+def test_a_slow_reader_gets_every_byte():
+    """The program waits for it, in bounded memory."""
+    run = start(IDS_MODEL, "--jsonl", "--print-ids", "-q", stdin=subprocess.PIPE)
+    data = "".join(json.dumps({"ids": [i % 100], "max_tokens": 60, "seed": i}) + "\n" for i in range(1500)).encode()
+    os.set_blocking(run.stdin.fileno(), False)
+    sent = got = 0
+    output = []
+    while True:
+        if sent < len(data):
+            try:
+                sent += os.write(run.stdin.fileno(), data[sent:sent + 65536])
+            except BlockingIOError:
+                pass
+            if sent == len(data):
+                run.stdin.close()
+        if got < 20000:
+            time.sleep(0.01)  # 100 reads a second of 200 bytes, then the rest at once
+        piece = run.stdout.read(200 if got < 20000 else 1 << 20)
+        if not piece:
+            break
+        output.append(piece)
+        got += len(piece)
+    assert run.wait(60) == 0
+    assert b"".join(output) == run_mamba(IDS_MODEL, "--jsonl", "--print-ids", "-np", 1, input=data).stdout
+
+
+def test_a_signal_ends_a_write_that_waits():
+    """The reader does not read, the pipe is full, and the first signal is enough."""
+    run = start(IDS_MODEL, "--ids", "1", "--print-ids", *ENDLESS)
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == 128 + signal.SIGINT
+
+
+def test_killed_while_saving(tmp_path):
+    """The state is the old one or the new one, whenever the kill comes."""
+    state, wanted = tmp_path / "s.state", {}
+    for seed in (1, 2):
+        run_mamba(TALES, "-p", "Once upon a time", "-n", 3, "-s", seed, "--save-state", state)
+        wanted[state.read_bytes()] = seed
+    assert len(wanted) == 2
+    chance, found = random.Random(1), []
+    start_time = time.monotonic()
+    run_mamba(TALES, "-p", "Once upon a time", "-n", 3, "-s", 1, "--save-state", state)
+    usual = time.monotonic() - start_time
+    for i in range(150):
+        run = start(TALES, "-p", "Once upon a time", "-n", "3", "-s", str(1 + i % 2), "--save-state", state)
+        time.sleep(chance.uniform(0.5, 1.1) * usual)
+        run.kill()
+        run.communicate()
+        assert state.read_bytes() in wanted
+        found.append(wanted[state.read_bytes()] == 1 + i % 2)
+    assert True in found and False in found, "every kill came too early, or too late"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_full(small_disk):
+    """One line, exit 1, the old file is kept and nothing is left beside it."""
+    old = small_disk / "old"
+    for arguments in ([TALES, "-p", "x", "-n", 1, "-q", "--save-state", old], ["score", IDS_MODEL, "-q", "--ids", "1 2 3 " * 100, "--logits", old],
+                      ["embed", IDS_MODEL, "-q", "--ids", "1 2 3 " * 200, "--pool", "none", "-o", old]):
+        old.write_bytes(b"old")
+        done = run_mamba(*arguments, check=False)
+        assert done.returncode == 1 and b"No space left on device" in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
+        assert old.read_bytes() == b"old" and os.listdir(small_disk) == ["old"]
+    with open(small_disk / "out", "wb") as out:
+        done = subprocess.run([PROGRAM, IDS_MODEL, "--jsonl", "--print-ids", "-q"], input=b'{"ids": [1], "max_tokens": 200}\n' * 1000, stdout=out,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr == b"mamba: standard output: No space left on device\n", done.stderr
+
+
+@pytest.mark.parametrize("size", [0, 4096, 1 << 20])
+def test_model_cut_while_mapped(tmp_path, size):
+    """A page that has gone is one clear line, not a crash; the text so far is kept."""
+    model = tmp_path / "model.bin"
+    shutil.copy(TALES, model)
+    state = tmp_path / "s.state"
+    state.write_bytes(b"old")
+    run = start(model, "-p", "Once", *ENDLESS, "--save-state", state)
+    first = run.stdout.read(20)
+    os.truncate(model, size)
+    text, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and errors == f"mamba: {model}: became shorter while it was in use, or could not be read\n".encode(), errors
+    assert run_mamba(TALES, "-p", "Once", *ENDLESS[2:], "-n", 4000).stdout.startswith((first + text)[:200])
+    assert state.read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["model.bin", "s.state"]
+
+
+def test_no_memory():
+    """Under every limit a run works or says in one line that memory is short."""
+    worked = refused = 0
+    for megabytes in [*range(4, 60, 3), *range(60, 400, 20)]:
+        command = f"ulimit -v {megabytes * 1024}; exec '{PROGRAM}' '{TALES}' --jsonl -np 4 -q -t 2"
+        done = subprocess.run(["bash", "-c", command], input=requests(8), capture_output=True, timeout=60)
+        loader = b"error while loading shared libraries" in done.stderr or b"cannot allocate" in done.stderr
+        if done.returncode == 0:
+            worked += 1
+            assert len(done.stdout.splitlines()) == 8 and done.stderr == b""
+        else:
+            refused += not loader
+            lines = [line for line in done.stderr.splitlines() if line]  # OpenMP puts an empty line before its own
+            assert loader or (done.returncode == 1 and len(lines) == 1), (megabytes, done.returncode, done.stderr)
+    assert worked > 3 and refused > 3, (worked, refused)

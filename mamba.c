@@ -212,7 +212,11 @@ struct context {               // what a forward needs besides the model; owner 
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
     int n_left_out, n_until_retry;  // threads that decoding does without, because other processes have their cores: team_size()
+    int retry_after;           // forwards; longer after each try that failed
+    bool on_probation;         // a thread that was left out is back, not for long
     int trouble;               // how often a thread lost its core lately
+    int n_team;                // threads of the last forward
+    double token_seconds;      // of the last forward, for each of its tokens
     atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
     struct phase *phases;      // [PHASES_PER_LAYER * n_layer + PHASES_BESIDE] of a forward
     const struct segment *segments;  // the batch in progress
@@ -2197,15 +2201,17 @@ struct team {               // one thread's view of a forward in progress
     bool has_item;          // it is working on an item of that phase
 };
 
+static const double LOST_SECONDS = 1e-3;  // a thread that is waited for longer has lost its core
+
 // Waits until a phase's items are done: spins for a few microseconds, and then offers its core to whoever wants it, since
-// the thread that is waited for may be the one that does not run. After a millisecond it is said to have lost its core.
+// the thread that is waited for may be the one that does not run.
 static void await_phase(struct context *ctx, struct phase *p, int n_items) {
     double start = 0;
     for (int spins = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_items; spins++) {
         if (spins >= 4000) {
             sched_yield();
             if (!start) start = now_seconds();
-            else if (now_seconds() - start > 1e-3) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
+            else if (now_seconds() - start > LOST_SECONDS) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
         }
 #ifdef MAMBA_X86_KERNELS
         else _mm_pause();
@@ -2512,21 +2518,26 @@ static void forward_team(struct team *t) {
     head_phase(t);
 }
 
-// How many threads the next forward uses. One that loses its core in the middle of an item keeps the others waiting for
-// milliseconds, the length of several tokens: while that happens, decoding does with a thread less, and tries again later.
+// How many threads the next forward uses. One that loses its core in the middle of an item, or has none when the others
+// are done, keeps them waiting for milliseconds, the length of several tokens: while that happens, short forwards do with a
+// thread less, and try again later.
 static int team_size(struct context *ctx) {
-    enum { RETRY = 50, LOSS = 8 };  // forwards; two losses within eight forwards are no accident
-    if (ctx->n_tokens > ROW_TOKENS) return ctx->n_threads;  // long items: waiting means nothing
+    enum { RETRY = 50, MAX_RETRY = 800, LOSS = 8 };  // forwards; two losses within eight forwards are no accident
+    const double long_enough = 0.03;  // seconds, against which waiting means nothing
+    if (ctx->n_tokens > ROW_TOKENS && ctx->n_tokens * ctx->token_seconds > long_enough) return ctx->n_threads;
     if (atomic_exchange(&ctx->lost_a_core, false)) ctx->trouble += LOSS;
     else if (ctx->trouble) ctx->trouble--;
     if (ctx->trouble > LOSS && ctx->n_left_out < ctx->n_threads - 1) {
         ctx->n_left_out++;
-        ctx->n_until_retry = RETRY;
+        ctx->n_until_retry = ctx->retry_after = ctx->on_probation ? min_int(2 * ctx->retry_after, MAX_RETRY) : RETRY;
         ctx->trouble = 0;
     } else if (ctx->n_left_out && --ctx->n_until_retry <= 0) {
         ctx->n_left_out--;
         ctx->n_until_retry = RETRY;
         ctx->trouble = LOSS;  // on probation: the next loss is enough
+        ctx->on_probation = true;
+    } else if (ctx->trouble == 0) {
+        ctx->on_probation = false;
     }
     return ctx->n_threads - ctx->n_left_out;
 }
@@ -2534,7 +2545,9 @@ static int team_size(struct context *ctx) {
 // Runs body on a team of threads, in one parallel region.
 static void run_team(struct context *ctx, void (*body)(struct team *)) {
     const int n_threads = team_size(ctx);
-    (void)n_threads;  // without OpenMP
+    const double start = now_seconds();
+    double ended = start;   // for the first thread
+    ctx->n_team = n_threads;
     for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) {
         atomic_init(&ctx->phases[i].n_taken, 0);
         atomic_init(&ctx->phases[i].n_done, 0);
@@ -2546,7 +2559,12 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
         struct team t = {.ctx = ctx};
         flush_denormals();
         body(&t);
+#ifdef _OPENMP
+        if (omp_get_thread_num() == 0) ended = now_seconds();
+#endif
     }
+    if (n_threads > 1 && now_seconds() - ended > LOST_SECONDS) atomic_store(&ctx->lost_a_core, true);  // it waited for the others
+    ctx->token_seconds = (ended - start) / ctx->n_tokens;
 }
 
 // Feeds every segment's tokens to its sequence. Afterwards row i of ctx->logits belongs to the i-th segment that wants
@@ -4957,7 +4975,7 @@ static void judge_row(struct engine *en, struct row *row, const float *logits, s
 static void engine_take_rows(struct engine *en, int n) {
     const size_t ld = (size_t)en->ctx->ld_vocab, n_vocab = (size_t)en->s->model.c.n_vocab;
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(en->ctx->n_threads) schedule(dynamic) if (n > 1)
+#pragma omp parallel for num_threads(en->ctx->n_team) schedule(dynamic) if (n > 1 && en->ctx->n_team > 1)
 #endif
     for (int i = 0; i < n; i++) {
         int thread = 0;
@@ -5061,7 +5079,8 @@ static void write_answers(struct engine *en) {
 static void engine_progress(struct engine *en) {
     const struct options *o = en->s->o;
     const struct request *r = en->first;
-    double fraction = en->lines_size ? (double)en->lines.n_bytes / (double)en->lines_size : -1;
+    const struct line_reader *l = &en->lines;
+    double fraction = en->lines_size ? (double)(l->n_bytes - (int64_t)(l->b.n - l->start)) / (double)en->lines_size : -1;
     if (o->command == GENERATE && !o->jsonl && en->n_sampled) return;  // the text itself shows how far it is
     if (!o->jsonl && r && r->tokens.n) {
         double n_inputs = o->command == GENERATE ? 1 : o->n_inputs;

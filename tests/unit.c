@@ -264,7 +264,10 @@ static void test_team_size(void) {
     atomic_store(&ctx.lost_a_core, true);
     CHECK(team_size(&ctx) == 1, "a loss on probation left the team as it was");
     ctx.n_tokens = 100;
-    CHECK(team_size(&ctx) == 2, "a prompt was read by a part of the team");
+    ctx.token_seconds = 1e-5;
+    CHECK(team_size(&ctx) == 1, "a short forward of many tokens waited for a lost thread");
+    ctx.token_seconds = 1e-3;
+    CHECK(team_size(&ctx) == 2, "a long prompt was read by a part of the team");
     ctx = (struct context){.n_threads = 1, .n_tokens = 1, .trouble = 100};
     CHECK(team_size(&ctx) == 1 && ctx.n_left_out == 0, "nobody is left");
 }

@@ -3244,6 +3244,7 @@ static void collect_added(struct tokenizer *t) {
     }
     sorting = t;
     if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, longest_first);
+    sorting = NULL;
 }
 
 static bool load_special_id(const struct tokenizer *t, const struct gguf *g, const char *key, int32_t *id, struct error *e) {
@@ -4223,7 +4224,7 @@ struct request {            // one text; owner of all it points to but seq
     bool all_rows;          // log-probabilities of the prompt's own tokens are wanted
     struct sequence *seq;   // lent while it runs
     struct resume *resume;  // generate only
-    struct emitter text;    // generate: writes to answer, or to out when that is text
+    struct emitter text;    // generate: writes to body, or to out when that is text
     struct ids generated;   // generate --jsonl --print-ids: the answer
     int64_t n_out_ids;      // generate --print-ids: ids written
     int64_t n_generated, n_before;  // tokens drawn; tokens of the base that were fed
@@ -4232,7 +4233,8 @@ struct request {            // one text; owner of all it points to but seq
     struct buffer logprobs; // of struct token_logprob
     double *sum;            // [d_model] embed --pool mean
     float *pooled;          // [d_model]
-    struct buffer answer;   // --jsonl: the text of generate, the rows of embed --pool none, the classes
+    struct buffer body;     // --jsonl: the text of generate, the rows of embed --pool none
+    struct buffer answer;   // --jsonl: the command's members of the answer
     struct buffer out;      // bytes for the output, not written yet
     const char *finish_reason;  // generate: once it has ended
     struct error error;
@@ -4255,7 +4257,7 @@ static struct request *request_new(const struct session *s) {
 // Everything but what is still to be written: many requests may have ended before the oldest one does.
 static void request_strip(struct request *r) {
     void *owned[] = {r->id, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
-                     r->logprobs.p, r->sum, r->pooled, r->answer.p};
+                     r->logprobs.p, r->sum, r->pooled, r->body.p, r->answer.p};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     *r = (struct request){.next = r->next, .out = r->out, .done = r->done};
 }
@@ -4503,8 +4505,8 @@ static void add_json_vector(struct buffer *b, const float *v, int n) {
     buffer_printf(b, "]");
 }
 
+// The whole line: r->answer is what the command has to say.
 static void add_json_answer(struct buffer *b, const struct session *s, const struct request *r) {
-    const int d = s->model.c.d_model;
     buffer_printf(b, "{\"id\": %s", r->id);
     if (r->error.text[0]) {
         buffer_printf(b, ", \"error\": ");
@@ -4512,30 +4514,7 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
         buffer_printf(b, "}\n");
         return;
     }
-    if (s->o->command == GENERATE) {
-        buffer_printf(b, s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
-        if (s->o->print_ids) add_json_ids(b, &r->generated);
-        else add_json_string(b, (struct str){r->answer.p, r->answer.n});
-        buffer_printf(b, ", \"finish_reason\": \"%s\"", r->finish_reason);
-    } else if (s->o->command == SCORE) {
-        double mean = r->nll / (double)r->n_scored;  // NaN when nothing was predicted
-        buffer_printf(b, ", \"tokens\": %" PRId64 ", \"nll\": %.6f, \"bits_per_token\": ", r->n_scored, r->nll);
-        add_json_number(b, 6, mean / log(2));
-        buffer_printf(b, ", \"perplexity\": ");
-        add_json_number(b, 6, exp(mean));
-    } else if (s->o->command == EMBED) {
-        const float *rows = (const float *)r->answer.p;
-        size_t n = r->answer.n / ((size_t)d * sizeof *rows);
-        buffer_printf(b, ", \"embedding\": ");
-        if (!rows) add_json_vector(b, r->pooled, d);
-        for (size_t i = 0; i < n; i++) {
-            buffer_printf(b, i ? ", " : "[");
-            add_json_vector(b, rows + i * (size_t)d, d);
-        }
-        if (rows) buffer_printf(b, "]");
-    } else {
-        buffer_add(b, r->answer.p, r->answer.n);
-    }
+    buffer_add(b, r->answer.p, r->answer.n);
     if (r->settings.logprobs >= 0) add_json_logprobs(b, s, r);
     int64_t n_prompt = r->n_before + (int64_t)r->tokens.n;
     buffer_printf(b, ", \"usage\": {\"prompt_tokens\": %" PRId64 ", \"completion_tokens\": %" PRId64 ", \"total_tokens\": %" PRId64
@@ -4550,7 +4529,6 @@ enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more
 struct row {                // of logits
     struct request *r;
     size_t at;              // it stands behind token `at` of the request; of tokens.n and more, one is drawn
-    int token;              // in the batch
     float max;              // of the logits
     struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
 };
@@ -4573,6 +4551,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     FILE *output;
     bool reader_gone;       // the output's reader closed it
     bool has_header;        // the table's or array's is written
+    bool no_more;           // all requests have come
     int next_input;         // of the command line
     struct line_reader lines;  // of --jsonl
     int64_t lines_size;     // of a plain file; 0: unknown
@@ -4586,12 +4565,11 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     struct engine *en = xcalloc(1, sizeof *en);
     const struct options *o = s->o;
     const struct kernels *k = choose_kernels();
+    const int n_threads = o->n_threads ? o->n_threads : default_threads();
     int n_tokens = max_tokens < o->ubatch ? (int)max_tokens : o->ubatch;
-    int n_threads = o->n_threads ? o->n_threads : default_threads(), n_rows = n_slots > LOGIT_ROWS ? n_slots : LOGIT_ROWS;
     if (n_tokens < n_slots) n_tokens = n_slots;
-    if (o->command == EMBED || o->command == CLASSIFY) n_rows = 1;
-    else if (n_slots == 1 && o->command == GENERATE && !o->jsonl) n_rows = 1;
-    else if (n_rows > n_tokens) n_rows = n_tokens;
+    int n_rows = n_slots;   // a row for each sequence that draws; prompts whose tokens are scored use more
+    if (o->command == SCORE || (o->command == GENERATE && o->jsonl)) n_rows = min_int(n_tokens, n_slots > LOGIT_ROWS ? n_slots : LOGIT_ROWS);
     en->s = s;
     en->ctx = context_new(&s->model, k, n_threads, n_tokens, n_rows);
     en->end = &en->first;
@@ -4635,7 +4613,7 @@ static struct sequence *engine_sequence(struct engine *en) {
     return seq;
 }
 
-// Feeds tokens to one sequence in chunks; stops early when a signal comes.
+// Feeds the base's tokens in chunks; stops early when a signal comes.
 static void feed(struct context *ctx, struct sequence *seq, const int32_t *tokens, size_t n, struct progress *p) {
     for (size_t at = 0; at < n && !interrupted; at += (size_t)ctx->max_tokens) {
         int now = n - at < (size_t)ctx->max_tokens ? (int)(n - at) : ctx->max_tokens;
@@ -4644,7 +4622,6 @@ static void feed(struct context *ctx, struct sequence *seq, const int32_t *token
     }
     progress_clear(p);
 }
-
 
 // ---- What commands do with a request ----
 
@@ -4683,7 +4660,7 @@ static void generate_write(const struct session *s, struct request *r, struct em
 
 static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
-    struct buffer *to = s->o->jsonl ? &r->answer : &r->out;
+    struct buffer *to = s->o->jsonl ? &r->body : &r->out;
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
     if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
@@ -4734,7 +4711,14 @@ static void generate_end(struct engine *en, struct request *r) {
     memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);  // NOLINT: no bytes when held.p is NULL
     r->resume->n_bytes = (int)keep;
     if (!text->stopped && text->held.n > keep) emit_bytes(text, text->held.n - keep);
-    if (en->s->o->print_ids && !en->s->o->jsonl) buffer_add(&r->out, "\n", 1);
+    if (en->s->o->jsonl) {
+        buffer_printf(&r->answer, en->s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
+        if (en->s->o->print_ids) add_json_ids(&r->answer, &r->generated);
+        else add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
+        buffer_printf(&r->answer, ", \"finish_reason\": \"%s\"", r->finish_reason);
+    } else if (en->s->o->print_ids) {
+        buffer_add(&r->out, "\n", 1);
+    }
     if (!save) return;
     en->kept = r->seq;
     en->kept_resume = r->resume;
@@ -4752,6 +4736,59 @@ static void score_token(struct engine *en, struct request *r, size_t at, const s
     buffer_printf(&r->out, "%s\t%zu\t%" PRId32 "\t", r->id, at + 1 - r->n_carried, next->id);
     if (s->has_tokenizer && next->id < s->tokenizer.n_tokens) add_escaped(&r->out, s->tokenizer.token[next->id]);
     buffer_printf(&r->out, "\t%.6f\n", next->logprob);
+}
+
+static void score_end(const struct session *s, struct request *r) {
+    const double mean = r->nll / (double)r->n_scored;  // NaN when nothing was predicted
+    if (s->o->jsonl) {
+        buffer_printf(&r->answer, ", \"tokens\": %" PRId64 ", \"nll\": %.6f, \"bits_per_token\": ", r->n_scored, r->nll);
+        add_json_number(&r->answer, 6, mean / log(2));
+        buffer_printf(&r->answer, ", \"perplexity\": ");
+        add_json_number(&r->answer, 6, exp(mean));
+    } else if (!s->o->per_token && r->n_scored) {
+        buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored, r->nll, mean / log(2), exp(mean));
+    } else if (!s->o->per_token) {
+        buffer_printf(&r->out, "%s\t0\t0.000000\tnan\tnan\n", r->id);
+    }
+}
+
+// Hidden states of tokens [r->n_fed, + n), which are rows token0 and on of the batch: each one (none), the last, or the
+// mean in double. Tokens that the base left to be fed are not the text's own.
+static void embed_rows(struct engine *en, struct request *r, int token0, int n) {
+    const struct options *o = en->s->o;
+    const struct context *ctx = en->ctx;
+    const int d = en->s->model.c.d_model;
+    const bool normed = o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
+    const bool all = strcmp(o->pool, "none") == 0, mean = strcmp(o->pool, "mean") == 0;
+    for (int t = 0; t < n; t++) {
+        const float *row = normed ? ctx->normed.f + (size_t)(token0 + t) * (size_t)ctx->normed.ld
+                                  : ctx->x + (size_t)(token0 + t) * (size_t)ctx->ld_model;
+        check_finite(en->s, ctx->k->finite_max(row, d), (int64_t)r->n_fed + t + 1);
+        if (r->n_fed + (size_t)t < r->n_carried) continue;
+        if (all) buffer_add(o->jsonl ? &r->body : &r->out, row, (size_t)d * sizeof *row);
+        for (int i = 0; i < d && mean; i++) r->sum[i] += (double)row[i];
+        memcpy(r->pooled, row, (size_t)d * sizeof *row);
+    }
+    if (r->n_fed + (size_t)n < r->tokens.n) return;
+    for (int i = 0; i < d && mean; i++) r->pooled[i] = (float)(r->sum[i] / (double)(r->tokens.n - r->n_carried));
+}
+
+static void embed_end(const struct session *s, struct request *r) {
+    const int d = s->model.c.d_model;
+    const bool all = strcmp(s->o->pool, "none") == 0;
+    const float *rows = (const float *)r->body.p;
+    const size_t n = r->body.n / ((size_t)d * sizeof *rows);
+    if (!s->o->jsonl) {
+        if (!all) buffer_add(&r->out, r->pooled, (size_t)d * sizeof *r->pooled);
+        return;
+    }
+    buffer_printf(&r->answer, ", \"embedding\": ");
+    if (!all) add_json_vector(&r->answer, r->pooled, d);
+    for (size_t i = 0; i < n; i++) {
+        buffer_printf(&r->answer, i ? ", " : "[");
+        add_json_vector(&r->answer, rows + i * (size_t)d, d);
+    }
+    if (all) buffer_printf(&r->answer, "]");
 }
 
 // The classifier on the pooled output of the final norm: p = softmax(W x + b).
@@ -4787,35 +4824,6 @@ static void classify_end(const struct session *s, const struct kernels *k, struc
         }
     }
     free(p);
-}
-
-static void score_end(const struct session *s, struct request *r) {
-    double mean = r->nll / (double)r->n_scored;
-    if (s->o->per_token || s->o->jsonl) return;
-    if (r->n_scored) buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored, r->nll, mean / log(2), exp(mean));
-    else buffer_printf(&r->out, "%s\t0\t0.000000\tnan\tnan\n", r->id);
-}
-
-// Hidden states of tokens [r->n_fed, + n), which are rows token0 and on of the batch: each one (none), the last, or the
-// mean in double. Tokens that the base left to be fed are not the text's own.
-static void embed_rows(struct engine *en, struct request *r, int token0, int n) {
-    const struct options *o = en->s->o;
-    const struct context *ctx = en->ctx;
-    const int d = en->s->model.c.d_model;
-    const bool normed = o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
-    const bool all = strcmp(o->pool, "none") == 0, mean = strcmp(o->pool, "mean") == 0;
-    for (int t = 0; t < n; t++) {
-        const float *row = normed ? ctx->normed.f + (size_t)(token0 + t) * (size_t)ctx->normed.ld
-                                  : ctx->x + (size_t)(token0 + t) * (size_t)ctx->ld_model;
-        check_finite(en->s, ctx->k->finite_max(row, d), (int64_t)r->n_fed + t + 1);
-        if (r->n_fed + (size_t)t < r->n_carried) continue;
-        if (all) buffer_add(o->jsonl ? &r->answer : &r->out, row, (size_t)d * sizeof *row);
-        for (int i = 0; i < d && mean; i++) r->sum[i] += (double)row[i];
-        memcpy(r->pooled, row, (size_t)d * sizeof *row);
-    }
-    if (r->n_fed + (size_t)n < r->tokens.n) return;
-    for (int i = 0; i < d && mean; i++) r->pooled[i] = (float)(r->sum[i] / (double)(r->tokens.n - r->n_carried));
-    if (!all && !o->jsonl && o->command == EMBED) buffer_add(&r->out, r->pooled, (size_t)d * sizeof *r->pooled);
 }
 
 // What stands before the first result in a table or array.
@@ -4858,14 +4866,16 @@ static bool request_begin(struct engine *en, struct request *r) {
 // It leaves the engine's batch: its answer is made, and its sequence is free for another.
 static void request_end(struct engine *en, struct request *r) {
     const struct session *s = en->s;
+    const bool failed = r->error.text[0] != 0;
     if (!r->finish_reason) r->finish_reason = "length";
-    if (!r->error.text[0] && s->o->command == GENERATE) generate_end(en, r);
-    if (!r->error.text[0] && s->o->command == SCORE) score_end(s, r);
-    if (!r->error.text[0] && s->o->command == CLASSIFY) classify_end(s, en->ctx->k, r);
-    if (r->error.text[0] && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
-    if (r->error.text[0] && !s->o->jsonl) print_line(stderr, r->error.text);
+    if (failed && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
+    if (failed && !s->o->jsonl) print_line(stderr, r->error.text);
+    if (!failed && s->o->command == GENERATE) generate_end(en, r);
+    if (!failed && s->o->command == SCORE) score_end(s, r);
+    if (!failed && s->o->command == EMBED) embed_end(s, r);
+    if (!failed && s->o->command == CLASSIFY) classify_end(s, en->ctx->k, r);
     en->n_requests++;
-    en->n_failed += r->error.text[0] != 0;
+    en->n_failed += failed;
     if (s->o->jsonl) add_json_answer(&r->out, s, r);
     if (r->seq) en->idle[en->n_idle++] = r->seq;
     r->done = true;
@@ -4880,7 +4890,8 @@ static struct request *next_input_request(struct engine *en) {
     const struct session *s = en->s;
     const struct options *o = s->o;
     const bool together = o->command == GENERATE;
-    if (en->next_input > 0 && (together || en->next_input == o->n_inputs)) return NULL;
+    en->no_more = en->next_input > 0 && (together || en->next_input == o->n_inputs);
+    if (en->no_more) return NULL;
     struct request *r = request_new(s);
     struct buffer id = {0};
     bool named = !together && o->inputs[en->next_input].source == FROM_FILE && strcmp(o->inputs[en->next_input].value, "-") != 0;
@@ -4908,7 +4919,8 @@ static struct request *next_line_request(struct engine *en, bool wait) {
     enum line kind;
     do {
         kind = next_line(&en->lines, wait, &line);
-        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
+        en->no_more = kind == NO_MORE_LINES;
+        if (kind == NO_LINE_YET || en->no_more) return NULL;
     } while (kind == LINE && is_blank(line));
     struct request *r = request_new(s);
     if (kind == LINE_TOO_LONG) set_error(&r->error, "the line has more than %d bytes", MAX_LINE);
@@ -5099,7 +5111,7 @@ static void engine_run(struct engine *en) {
             engine_step(en);
             write_answers(en);
             engine_progress(en);
-        } else if (en->s->o->jsonl ? en->lines.ended && en->lines.start == en->lines.b.n : en->next_input > 0 && !en->first) {
+        } else if (en->no_more && !en->first) {
             break;
         }
     }
@@ -5172,6 +5184,7 @@ static struct ids banned_tokens(const struct session *s) {
     struct ids banned = {0};
     const struct tokenizer *t = &s->tokenizer;
     for (int32_t id = 0; id < s->model.c.n_vocab && s->has_tokenizer; id++)
+        // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): a vocabulary that did not fit was closed, and another one loaded
         if (id >= t->n_tokens || t->type[id] == TOKEN_UNUSED || (s->o->ignore_eos && id == t->eos)) ids_add(&banned, id);
     return banned;
 }

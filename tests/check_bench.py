@@ -1,0 +1,21 @@
+"""The benchmarks' scripts run, in their short modes; what they measure is for `make bench`. Part of `make check`."""
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+BENCH = ROOT / "tests" / "bench"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["requests.py", "--short"], ["| models/tales.bin, 20 requests", "MB at 1,000 requests"]),
+    (["compare_llama.py", "--layers", "1", "--types", "q8_0", "--rounds", "1", "--prompt", "16", "--gen", "2"], ["| q8_0 ("]),
+])
+def test_script(arguments, words):
+    done = subprocess.run([sys.executable, BENCH / arguments[0], *arguments[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "compare_llama.py: " in done.stderr and done.returncode != 0:
+        pytest.skip(done.stderr)  # llama.cpp could not be built here
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in words), done.stdout

@@ -59,14 +59,24 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define MAMBA_VERSION "0.1"
 
-#if defined(__x86_64__) && !defined(MAMBA_PLAIN_C)  // MAMBA_PLAIN_C: the portable kernels alone, which compile faster
+// MAMBA_PLAIN_C: the portable kernels alone, which compile faster. Old clang knows the dot product only where the whole
+// program may use it.
+#if defined(__x86_64__) && !defined(MAMBA_PLAIN_C)
 #define MAMBA_X86_KERNELS
+#elif defined(__aarch64__) && !defined(MAMBA_PLAIN_C) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
+#define MAMBA_NEON_KERNELS
 #endif
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -1318,6 +1328,118 @@ LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
+#elif defined(ISA_NEON)
+
+typedef struct {
+    float32x4_t q[4];
+} vf;
+#define TILE_ROWS 2
+#define TILE_TOKENS 2
+#define UNROLL UNROLL_FULLY
+#define EACH UNROLL_FULLY for (int i = 0; i < 4; i++)
+LANE vf v_set(float x) { return (vf){{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
+LANE vf v_load(const float *p) { return (vf){{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+LANE vf v_load_n(const float *p, int n) {
+    float full[16] = {0};
+    memcpy(full, p, (size_t)n * sizeof *p);
+    return v_load(full);
+}
+LANE vf v_load_f16(const uint16_t *p) {
+    vf r;
+    EACH r.q[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+    return r;
+}
+LANE vf v_load_bf16(const uint16_t *p) {
+    vf r;
+    EACH r.q[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return r;
+}
+LANE void v_store(float *p, vf a) { EACH vst1q_f32(p + 4 * i, a.q[i]); }
+LANE void v_store_n(float *p, vf a, int n) {
+    float full[16];
+    v_store(full, a);
+    memcpy(p, full, (size_t)n * sizeof *p);
+}
+LANE void v_store_i8(int8_t *p, vf a) {
+    int16x8_t lo = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.q[0])), vqmovn_s32(vcvtnq_s32_f32(a.q[1])));
+    int16x8_t hi = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.q[2])), vqmovn_s32(vcvtnq_s32_f32(a.q[3])));
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(lo), vqmovn_s16(hi)));
+}
+LANE vf v_add(vf a, vf b) {
+    EACH a.q[i] = vaddq_f32(a.q[i], b.q[i]);
+    return a;
+}
+LANE vf v_sub(vf a, vf b) {
+    EACH a.q[i] = vsubq_f32(a.q[i], b.q[i]);
+    return a;
+}
+LANE vf v_mul(vf a, vf b) {
+    EACH a.q[i] = vmulq_f32(a.q[i], b.q[i]);
+    return a;
+}
+LANE vf v_div(vf a, vf b) {
+    EACH a.q[i] = vdivq_f32(a.q[i], b.q[i]);
+    return a;
+}
+LANE vf v_fma(vf a, vf b, vf c) {
+    EACH c.q[i] = vfmaq_f32(c.q[i], a.q[i], b.q[i]);
+    return c;
+}
+LANE vf v_min(vf a, vf b) {  // vminq would give NaN where one is
+    EACH a.q[i] = vbslq_f32(vcltq_f32(a.q[i], b.q[i]), a.q[i], b.q[i]);
+    return a;
+}
+LANE vf v_max(vf a, vf b) {
+    EACH a.q[i] = vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), a.q[i], b.q[i]);
+    return a;
+}
+LANE float v_sum(vf v) {
+    float32x4_t a = vaddq_f32(vaddq_f32(v.q[0], v.q[2]), vaddq_f32(v.q[1], v.q[3]));
+    float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+    return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
+}
+LANE vf v_add_exponent(vf p, vf n) {
+    EACH p.q[i] = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.q[i]), vshlq_n_s32(vreinterpretq_s32_f32(n.q[i]), 23)));
+    return p;
+}
+LANE vf v_split_exponent(vf x, vf *e) {
+    EACH {
+        int32x4_t bits = vreinterpretq_s32_f32(x.q[i]), n = vshrq_n_s32(vsubq_s32(bits, vdupq_n_s32(0x3f2aaaab)), 23);
+        e->q[i] = vcvtq_f32_s32(n);
+        x.q[i] = vreinterpretq_f32_s32(vsubq_s32(bits, vshlq_n_s32(n, 23)));
+    }
+    return x;
+}
+typedef struct {
+    int32x4_t q[4];
+} vi;
+#define Q_TOKENS 4
+#define MATH LANE
+#define SIGNED_PANELS true
+LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
+LANE vi v_add_int(vi a, vi b) {
+    EACH a.q[i] = vaddq_s32(a.q[i], b.q[i]);
+    return a;
+}
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // unsigned q have 6 bits at most
+    (void)is_signed;
+    int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(load_u32((const uint8_t *)x)));
+    EACH sum.q[i] = vdotq_s32(sum.q[i], vld1q_s8(w + 16 * i), four);
+    return sum;
+}
+LANE vf v_from_int(vi a) {
+    vf r;
+    EACH r.q[i] = vcvtq_f32_s32(a.q[i]);
+    return r;
+}
+LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t words[4] = {a, b, c, d};
+    vf r;
+    EACH r.q[i] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(words[i]))))));
+    return r;
+}
+#undef EACH
+
 #else  // plain C: the definition
 
 typedef struct {
@@ -1576,6 +1698,33 @@ LANE vb add_pairs(vb a, vb b) {  // as hadd, which is slower: [a0 + a1, a2 + a3,
     __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
     return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
 }
+#elif defined(ISA_NEON)
+typedef struct {
+    uint8x16_t lo, hi;
+} vb;
+LANE float h_load(const uint8_t *p) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(load_u16(p)))), 0); }
+LANE vb b_load(const void *p) { return (vb){vld1q_u8(p), vld1q_u8((const uint8_t *)p + 16)}; }
+LANE void b_store(void *p, vb a) {
+    vst1q_u8(p, a.lo);
+    vst1q_u8((uint8_t *)p + 16, a.hi);
+}
+LANE vb b_field(vb a, int shift, int mask) {
+    int8x16_t right = vdupq_n_s8((int8_t)-shift);
+    uint8x16_t bits = vdupq_n_u8((uint8_t)mask);
+    return (vb){vandq_u8(vshlq_u8(a.lo, right), bits), vandq_u8(vshlq_u8(a.hi, right), bits)};
+}
+LANE vb b_nibbles(const uint8_t *p) { return (vb){vandq_u8(vld1q_u8(p), vdupq_n_u8(15)), vshrq_n_u8(vld1q_u8(p), 4)}; }
+LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte i / 8
+    uint8x16_t mask = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)), one = vdupq_n_u8(1);
+    uint8x16_t lo = vcombine_u8(vdup_n_u8((uint8_t)bits), vdup_n_u8((uint8_t)(bits >> 8)));
+    uint8x16_t hi = vcombine_u8(vdup_n_u8((uint8_t)(bits >> 16)), vdup_n_u8((uint8_t)(bits >> 24)));
+    return (vb){vandq_u8(vtstq_u8(lo, mask), one), vandq_u8(vtstq_u8(hi, mask), one)};
+}
+LANE vb b_flip(vb a) { return (vb){veorq_u8(a.lo, vdupq_n_u8(128)), veorq_u8(a.hi, vdupq_n_u8(128))}; }
+LANE vb b_join(vb low, vb high, int shift) {
+    int8x16_t left = vdupq_n_s8((int8_t)shift);
+    return (vb){vorrq_u8(low.lo, vshlq_u8(high.lo, left)), vorrq_u8(low.hi, vshlq_u8(high.hi, left))};
+}
 #else
 typedef struct {
     uint8_t byte[32];
@@ -1792,6 +1941,21 @@ LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const in
     *second = (vi){lo_second, hi_second};
 #endif
 }
+#elif defined(ISA_NEON)
+LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *x, vi *first, vi *second) {
+    const int8x16_t x_lo = vld1q_s8(x), x_hi = vld1q_s8(x + 16);
+    const int32x4_t zero = vdupq_n_s32(0);
+    NO_UNROLL for (int r = 0; r < 16; r += 4) {
+        int32x4_t lo[4], hi[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            vb w = unpack(format, chunk_block(format, c, r + j, i), i % (formats[format].block / 32));
+            lo[j] = vdotq_s32(zero, vreinterpretq_s8_u8(w.lo), x_lo);
+            hi[j] = vdotq_s32(zero, vreinterpretq_s8_u8(w.hi), x_hi);
+        }
+        first->q[r / 4] = vpaddq_s32(vpaddq_s32(lo[0], lo[1]), vpaddq_s32(lo[2], lo[3]));
+        second->q[r / 4] = vpaddq_s32(vpaddq_s32(hi[0], hi[1]), vpaddq_s32(hi[2], hi[3]));
+    }
+}
 #else
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *x, vi *first, vi *second) {
     for (int r = 0; r < 16; r++) {
@@ -1924,7 +2088,7 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
             c.n = min_int(m->cols - k, 256);
-#if defined(ISA_AVX512) || defined(ISA_AVX2)  // code of its own for each format
+#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)  // code of its own for each format
             switch (m->format) {
             case Q8_0: chunk_dot(Q8_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
             case Q4_0: chunk_dot(Q4_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
@@ -2155,6 +2319,23 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef MAMBA_ISA_PASS
 #endif  // x86-64
 
+#ifdef MAMBA_NEON_KERNELS
+#define MAMBA_ISA_PASS neon
+#define ISA_NEON
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#include "mamba.c"
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#include "mamba.c"
+#pragma GCC pop_options
+#endif
+#undef ISA_NEON
+#undef MAMBA_ISA_PASS
+#endif
+
 #define MAMBA_ISA_PASS generic
 #include "mamba.c"
 #undef MAMBA_ISA_PASS
@@ -2172,6 +2353,13 @@ static int usable_kernels(const struct kernels *usable[3]) {
 #endif
     if (avx512) usable[n++] = &kernels_avx512;
     if (avx2) usable[n++] = &kernels_avx2;
+#endif
+#ifdef MAMBA_NEON_KERNELS
+    bool dot_product = true;
+#ifdef __linux__
+    dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#endif
+    if (dot_product) usable[n++] = &kernels_neon;
 #endif
     usable[n++] = &kernels_generic;
     return n;
@@ -2213,8 +2401,10 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
             if (!start) start = now_seconds();
             else if (now_seconds() - start > LOST_SECONDS) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
         }
-#ifdef MAMBA_X86_KERNELS
+#if defined(__x86_64__)
         else _mm_pause();
+#elif defined(__aarch64__)
+        else __asm__ volatile("yield");
 #endif
     }
 }

@@ -65,6 +65,40 @@ def test_avx512_emulated(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Builds for 64-bit ARM by a cross compiler, and the command that runs them here: (folder, command)."""
+    if not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"):
+        pytest.skip("gcc-aarch64-linux-gnu or qemu-user is not installed")
+    folder = tmp_path_factory.mktemp("arm")
+    for source, program in (("mamba.c", "mamba"), ("tests/unit.c", "unit")):
+        run("aarch64-linux-gnu-gcc", "-O2", *DIALECT, "-Wall", "-Wextra", "-Wno-unused-function", "-Werror", source, "-o", folder / program, "-lm")
+    return folder, ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+
+
+def test_neon_kernels(emulated):
+    """Bit by bit against plain C, compiled for the same machine."""
+    folder, command = emulated
+    assert re.search(r"^neon: \d+ passed, 0 failed\n$", run(*command, folder / "unit", "tests/fixtures", "kernels"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [
+    *(["score", f"tests/fixtures/{name}.bin", "--ids", "3 1 4 15 9 26 5 35 8 97 9 32 3 84 6"] for name in
+      ("mamba_tied.f32", "mamba_tied.f16", "mamba_tied.bf16", "mamba_awkward.f32", "mamba_awkward.q8_0", "mamba_falcon.f32")),
+    ["models/tales.bin", "-p", "Once upon a time", "-n", "40", "-s", "5"],
+])
+def test_neon_gives_the_same_bytes(emulated, arguments, tmp_path):
+    """An ARM and an x86 processor agree on every bit of every logit, and so on every text."""
+    folder, command = emulated
+    outputs = []
+    for i, start in enumerate(([ROOT / "mamba"], [*command, folder / "mamba"])):
+        logits = ["--logits", tmp_path / f"{i}.npy"] if arguments[0] == "score" else []
+        done = subprocess.run([*map(str, start), *arguments, *logits, "-q", "-t", "2"], cwd=ROOT, check=True, stdout=subprocess.PIPE,
+                              env={**os.environ, "MAMBA_ISA": "neon" if i else ""})
+        outputs.append(done.stdout + (logits[1].read_bytes() if logits else b""))
+    assert outputs[0] == outputs[1] and len(outputs[0]) > 50
+
+
+@pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """Builds with AddressSanitizer and UndefinedBehaviorSanitizer that stop at the first finding: (program, unit tests)."""
     folder = tmp_path_factory.mktemp("sanitized")

@@ -4201,7 +4201,7 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool decode;
     const char *bench_prompts, *bench_gens, *bench_parallels, *bench_threads, *bench_format;
     int repeats;
-    bool paper;
+    bool paper, bench_scan;
 };
 
 struct session {            // what every command that runs a model has open
@@ -5803,7 +5803,7 @@ struct bench_result {
 struct bench {
     const struct options *o;
     struct model model;
-    char cpu[96];
+    char cpu[96], title[48];  // of the processor; of what is measured
     uint64_t n_params, model_size, step_bytes;  // step_bytes: weights that one decoding step reads
     double read_gb_per_s;
 };
@@ -5928,6 +5928,43 @@ static double deviation_of(const double *v, int n) {  // of a sample; 0 for a si
     return n > 1 ? sqrt(squares / (n - 1)) : 0;
 }
 
+enum { SCAN_CHANNELS = 1024, SCAN_STATE = 16, SCAN_ITEM = 64 };  // D and N of section E.5; channels a thread takes at once
+
+static float *random_floats(size_t n, float scale, float offset) {
+    float *x = xcalloc(n, sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = offset + scale * (float)((double)(mix64(i) >> 40) * 0x1p-23 - 1.0);
+    return x;
+}
+
+// --op scan: the selective scan alone, with discretisation, skip and gate, over one sequence of n_prompt tokens.
+static void scan_measure(const struct options *o, const struct bench_test *t, struct bench_result *r) {
+    const struct kernels *k = choose_kernels();
+    const size_t n = (size_t)t->n_prompt * SCAN_CHANNELS;
+    float *u = random_floats(n, 1, 0), *z = random_floats(n, 1, 0), *dt = random_floats(n, 1, -2);
+    float *bc = random_floats((size_t)t->n_prompt * 2 * SCAN_STATE, 1, 0), *a2 = random_floats(SCAN_CHANNELS * SCAN_STATE, 8, -8.5f);
+    float *d = random_floats(SCAN_CHANNELS, 1, 0), *dt_b = random_floats(SCAN_CHANNELS, 1, 0);
+    float *dt_y = xcalloc(n, sizeof *dt_y), *state = xcalloc(SCAN_CHANNELS * SCAN_STATE, sizeof *state);
+    for (int i = -1; i < o->repeats; i++) {  // the first one warms up
+        memcpy(dt_y, dt, n * sizeof *dt);
+        memset(state, 0, SCAN_CHANNELS * SCAN_STATE * sizeof *state);
+        double start = now_seconds();
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(t->n_threads) schedule(dynamic)
+#endif
+        for (int c = 0; c < SCAN_CHANNELS; c += SCAN_ITEM) {
+            flush_denormals();
+            k->scan(&(struct scan_args){
+                .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c, .bc = bc,
+                .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS, .ld_z = SCAN_CHANNELS,
+                .ld_bc = 2 * SCAN_STATE});
+        }
+        if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
+    }
+    r->logits_hash = hash_bytes(1, dt_y + n - SCAN_CHANNELS, SCAN_CHANNELS * sizeof *dt_y);
+    float *owned[] = {u, z, dt, bc, a2, d, dt_b, dt_y, state};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+}
+
 struct field {              // of a row of results
     const char *name;
     bool is_text;
@@ -5950,12 +5987,12 @@ __attribute__((format(printf, 4, 5))) static void add_field(struct field *f, int
 // both, as in the paper, of the generated ones over the whole time, and in gen_ts without the prompts' time.
 static int bench_fields(const struct bench *b, const struct bench_test *t, const struct bench_result *r, struct field *f) {
     const int n_runs = b->o->repeats, per_sequence = t->n_gen ? t->n_gen : t->n_prompt;
-    const struct matrix *in = &b->model.layers[0].in;
+    const bool is_scan = b->o->bench_scan;
     const double tokens = (double)per_sequence * t->n_parallel;
     double ts[MAX_REPEATS], gen_ts[MAX_REPEATS], ns[MAX_REPEATS], gb[MAX_REPEATS];
     for (int i = 0; i < n_runs; i++) {
         double gen_seconds = r->seconds[i] - r->prompt_seconds[i];
-        double state = (double)state_floats(&b->model.c) * sizeof(float) * t->n_parallel;
+        double state = is_scan ? 0 : (double)state_floats(&b->model.c) * sizeof(float) * t->n_parallel;
         ns[i] = r->seconds[i] * 1e9;
         ts[i] = tokens / r->seconds[i];
         gen_ts[i] = t->n_gen ? tokens / gen_seconds : 0;
@@ -5971,8 +6008,8 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     add_field(f, &n, "build", "%s", MAMBA_VERSION);
     add_field(f, &n, "cpu_info", "%s", b->cpu);
     add_field(f, &n, "isa", "%s", choose_kernels()->name);
-    add_field(f, &n, "model_filename", "%s", b->o->model);
-    add_field(f, &n, "model_type", "%s %dx%d %s", "mamba", b->model.c.n_layer, b->model.c.d_model, formats[in->format].name);
+    add_field(f, &n, "model_filename", "%s", is_scan ? "" : b->o->model);
+    add_field(f, &n, "model_type", "%s", b->title);
     add_field(f, &n, "model_size", "%" PRIu64, b->model_size);
     add_field(f, &n, "model_n_params", "%" PRIu64, b->n_params);
     add_field(f, &n, "n_ubatch", "%d", b->o->ubatch);
@@ -6026,9 +6063,8 @@ static void print_md_row(const struct bench *b, const struct bench_test *t, cons
     if (t->n_prompt && t->n_gen) snprintf(test, sizeof test, "pp%d+tg%d", t->n_prompt, t->n_gen);
     else snprintf(test, sizeof test, "%s%d", t->n_gen ? "tg" : "pp", t->n_gen ? t->n_gen : t->n_prompt);
     snprintf(speed, sizeof speed, "%.2f ± %.2f", avg, deviation);
-    printf("| mamba %dx%d %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->model.c.n_layer, b->model.c.d_model,
-           formats[b->model.layers[0].in.format].name, (double)b->model_size / 1048576, (double)b->n_params / 1e6, t->n_threads,
-           t->n_parallel, test, speed, bandwidth, b->read_gb_per_s);
+    printf("| %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->title, (double)b->model_size / 1048576,
+           (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, bandwidth, b->read_gb_per_s);
 }
 
 static void bench_print(const struct bench *b, const struct bench_test *t, const struct bench_result *r, bool first, bool last) {
@@ -6054,26 +6090,30 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
     check_stdout();
 }
 
-// All combinations, prompts and generation apart; or the paper's.
+// All combinations: prompts and generation apart, or (--paper) one after the other in one test.
 static int bench_tests(const struct options *o, struct bench_test **tests) {
     char default_list[16];
     snprintf(default_list, sizeof default_list, "%d", default_threads());
-    struct bench_list threads = parse_list("-t", o->bench_threads ? o->bench_threads : default_list, 1, 4096);
-    struct bench_list parallels = parse_list("-np", o->paper ? "1,2,4,8,16,32,64,128" : o->bench_parallels, 1, 65536);
-    struct bench_list prompts = parse_list("-p", o->bench_prompts, 0, 1 << 24), gens = parse_list("-n", o->bench_gens, 0, 1 << 24);
+#define GIVEN(list, otherwise) (o->list ? o->list : otherwise)
+    struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
+    struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper ? "1,2,4,8,16,32,64,128" : "1"), 1, MAX_SLOTS);
+    struct bench_list prompts = parse_list("-p", GIVEN(bench_prompts, o->paper ? "2048" : "512"), 0, 1 << 24);
+    struct bench_list gens = parse_list("-n", GIVEN(bench_gens, "128"), 0, 1 << 24);
+#undef GIVEN
+    if (o->bench_scan) {
+        gens.n = 0;
+        parallels = (struct bench_list){1, {1}};
+    }
     int n = 0;
-    *tests = xcalloc((size_t)threads.n * (size_t)parallels.n * (size_t)(prompts.n + gens.n), sizeof **tests);
+    *tests = xcalloc((size_t)threads.n * (size_t)parallels.n * (size_t)(prompts.n + 1) * (size_t)(gens.n + 1), sizeof **tests);
     for (int t = 0; t < threads.n; t++)
-        for (int np = 0; np < parallels.n; np++) {
-            if (o->paper) {
-                (*tests)[n++] = (struct bench_test){2048, 128, parallels.v[np], threads.v[t]};
-                continue;
-            }
-            for (int i = 0; i < prompts.n + gens.n; i++) {
-                int p = i < prompts.n ? prompts.v[i] : 0, g = i < prompts.n ? 0 : gens.v[i - prompts.n];
-                if (p || g) (*tests)[n++] = (struct bench_test){p, g, parallels.v[np], threads.v[t]};
-            }
-        }
+        for (int np = 0; np < parallels.n; np++)
+            for (int p = 0; p <= prompts.n; p++)      // the last of each list: none
+                for (int g = 0; g <= gens.n; g++) {
+                    struct bench_test test = {p < prompts.n ? prompts.v[p] : 0, g < gens.n ? gens.v[g] : 0, parallels.v[np], threads.v[t]};
+                    bool both = p < prompts.n && g < gens.n, apart = (p < prompts.n) != (g < gens.n);
+                    if ((o->paper ? both : apart) && (test.n_prompt || test.n_gen)) (*tests)[n++] = test;
+                }
     return n;
 }
 
@@ -6094,9 +6134,23 @@ static double read_bandwidth_apart(int n_threads) {
     return rate;
 }
 
+static void bench_open(struct bench *b) {
+    struct error e = {""};
+    if (!model_open(&b->model, b->o->model, &e)) die("%s", e.text);
+    const struct config *c = &b->model.c;
+    snprintf(b->title, sizeof b->title, "mamba %dx%d %s", c->n_layer, c->d_model, formats[b->model.layers[0].in.format].name);
+    for (uint64_t i = 0; i < b->model.file.n_tensors; i++) {
+        const struct tensor *t = &b->model.file.tensors[i];
+        b->model_size += t->n_bytes;
+        b->n_params += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]);
+        // Of an embedding that is not also the head, a step reads one row.
+        bool one_row = t->data == b->model.embd.data && b->model.head.data != b->model.embd.data;
+        b->step_bytes += one_row ? b->model.embd.row_bytes : t->n_bytes;
+    }
+}
+
 static int command_bench(const struct options *o) {
     struct bench b = {.o = o};
-    struct error e = {""};
     struct bench_test *tests;
     const char *known[] = {"md", "csv", "json", "jsonl"};
     bool format_known = false;
@@ -6104,20 +6158,14 @@ static int command_bench(const struct options *o) {
     if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
     int n_tests = bench_tests(o, &tests);
     b.read_gb_per_s = read_bandwidth_apart(n_tests ? tests[0].n_threads : 1) / 1e9;
-    if (!model_open(&b.model, o->model, &e)) die("%s", e.text);
     read_cpu_name(b.cpu, sizeof b.cpu);
-    for (uint64_t i = 0; i < b.model.file.n_tensors; i++) {
-        const struct tensor *t = &b.model.file.tensors[i];
-        b.model_size += t->n_bytes;
-        b.n_params += (uint64_t)(t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3]);
-        // Of an embedding that is not also the head, a step reads one row.
-        bool one_row = t->data == b.model.embd.data && b.model.head.data != b.model.embd.data;
-        b.step_bytes += one_row ? b.model.embd.row_bytes : t->n_bytes;
-    }
+    if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
+    else bench_open(&b);
     catch_signals();
     for (int i = 0; i < n_tests; i++) {
         struct bench_result *r = xcalloc(1, sizeof *r);
-        bench_measure(&b, &tests[i], r);
+        if (o->bench_scan) scan_measure(o, &tests[i], r);
+        else bench_measure(&b, &tests[i], r);
         bench_print(&b, &tests[i], r, i == 0, i + 1 == n_tests);
         free(r);
     }
@@ -6154,7 +6202,7 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, HELP, VERSION };
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, OPERATION, HELP, VERSION };
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
@@ -6217,6 +6265,8 @@ static const struct option {
     {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", TEXT, ON(BENCH), FIELD(bench_format), 0, 0},
     {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
      FIELD(paper), 0, 0},
+    {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", OPERATION, ON(BENCH),
+     FIELD(bench_scan), 0, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
@@ -6292,6 +6342,10 @@ static void apply_option(struct options *o, const struct option *opt, const char
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
         o->settings.stops[o->settings.n_stops++] = (struct str){value, strlen(value)};
         break;
+    case OPERATION:
+        if (strcmp(value, "scan") != 0) usage_error("--op %s: expected scan", value);
+        *(bool *)field = true;
+        break;
     case HELP:
     case VERSION: break;
     }
@@ -6323,7 +6377,7 @@ static void default_input(struct options *o) {
 }
 
 static void check_options(struct options *o) {
-    if (!o->model) usage_error("no model file; the first argument names it");
+    if (!o->model && !o->bench_scan) usage_error("no model file; the first argument names it");
     if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
         usage_error("--pool %s: expected last, mean or none", o->pool);
     int from_stdin = 0;
@@ -6386,8 +6440,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 
 static struct options default_options(void) {
     return (struct options){
-        .ubatch = 512, .pool = "last", .layer = -1, .bench_prompts = "512", .bench_gens = "128",
-        .bench_parallels = "1", .bench_format = "md", .repeats = 3,
+        .ubatch = 512, .pool = "last", .layer = -1, .bench_format = "md", .repeats = 3,
         .settings = {.n_predict = 128, .logprobs = -1,
                      .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f,
                                   .repeat_last_n = 64}}};

@@ -66,6 +66,8 @@ def test_general_help(mamba):
     (["bench", MODEL, "-np", "0"], ["-np 0"]),
     (["bench", MODEL, "-o", "xml"], ["-o xml", "jsonl"]),
     (["bench", MODEL, "--greedy"], ["--greedy does not apply to bench"]),
+    (["bench", "--op", "dance"], ["--op dance"]),
+    (["bench"], ["no model file"]),
 ])
 def test_wrong_command_line(mamba, arguments, words):
     one_line(mamba(*arguments, check=False), 2, *words)
@@ -203,6 +205,15 @@ def test_bench(mamba):
     (row,) = json.loads(mamba("bench", MODEL, "-r", 1, "-o", "json", "-p", 9, "-n", 0, "-ub", 2).stdout)
     assert abs(9 / row["avg_ts"] * 1e9 / row["avg_ns"] - 1) < 1e-3  # one run: one time, one speed
     assert row["logits_hash"] == rows[1]["logits_hash"] != rows[0]["logits_hash"]
+
+
+def test_bench_scan(mamba):
+    """Needs no model; the result does not depend on threads or instruction set."""
+    run = lambda threads, isa="": json.loads(mamba("bench", "--op", "scan", "-p", "33,7", "-r", 1, "-o", "json", "-t", threads, env={"MAMBA_ISA": isa}).stdout)
+    first = run(1)
+    assert [r["n_prompt"] for r in first] == [33, 7] and all(r["avg_ts"] > 0 for r in first) and first[0]["logits_hash"] != first[1]["logits_hash"]
+    for other in (run(2), run(2, "generic")):
+        assert [r["logits_hash"] for r in other] == [r["logits_hash"] for r in first]
 
 
 def test_bench_formats(mamba):

@@ -14,6 +14,7 @@ temporary file that takes the output's name only when it is complete.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import mmap
@@ -81,6 +82,11 @@ class Config:
     tied: bool | None           # what config.json says; None: nothing
     dt_b_c_eps: float | None    # FalconMamba normalises dt, B and C with this epsilon
     context_length: int
+    labels: list                # names of a classifier's classes; empty when the config names none
+
+    @property
+    def n_labels(self):
+        return len(self.labels)
 
     @property
     def xz(self):               # rows of in_proj: x and the gate z
@@ -98,6 +104,14 @@ def refuse(config, path, **expected):
             raise ConvertError(f"{path}: {key} is {json.dumps(config[key])}, only {json.dumps(value)} is supported")
 
 
+def class_labels(c, path):
+    """transformers' id2label in the order of its ids."""
+    names = c.get("id2label") or {}
+    if sorted(names) != sorted(map(str, range(len(names)))):
+        raise ConvertError(f"{path}: id2label has the keys {sorted(names)[:5]}..., expected 0 to {len(names) - 1}")
+    return [str(names[str(i)]) for i in range(len(names))]
+
+
 def config_hf(c, path):
     """transformers' MambaConfig and FalconMambaConfig."""
     refuse(c, path, rms_norm=True, use_bias=False, hidden_act="silu")
@@ -111,7 +125,7 @@ def config_hf(c, path):
         dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
         rms_eps=c.get("layer_norm_epsilon", 1e-5), conv_bias=c.get("use_conv_bias", True),
         tied=c.get("tie_word_embeddings"), dt_b_c_eps=c.get("mixer_rms_eps", 1e-6) if falcon else None,
-        context_length=c.get("max_position_embeddings", 2**20))
+        context_length=c.get("max_position_embeddings", 2**20), labels=class_labels(c, path))
 
 
 def config_state_spaces(c, path):
@@ -127,7 +141,7 @@ def config_state_spaces(c, path):
         d_inner=int(ssm.get("expand", 2) * d_model), d_state=ssm.get("d_state", 16), d_conv=ssm.get("d_conv", 4),
         dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
         rms_eps=1e-5, conv_bias=ssm.get("conv_bias", True), tied=c.get("tie_embeddings"), dt_b_c_eps=None,
-        context_length=2**20)   # a recurrence has no limit of its own; llama.cpp's converter writes this number too
+        labels=class_labels(c, path), context_length=2**20)     # a recurrence has no limit of its own; llama.cpp's converter writes this number too
 
 
 def load_config(folder):
@@ -229,13 +243,18 @@ def weight_files(folder):
     raise ConvertError(f"{folder}: no weights found, expected model.safetensors, pytorch_model.bin or their .index.json")
 
 
+# A classifier on the final norm's output, as models named ...ForSequenceClassification have it under one of these names.
+CLASSIFIERS = ("score.", "classifier.")
+
+
 def open_checkpoint(folder):
     """{tensor name as transformers spells it: (file, name in that file)}"""
     tensors = {}
     for path in weight_files(folder):
         file = (SafetensorsFile if path.suffix == ".safetensors" else TorchFile)(path)
         for name in file.shapes:
-            full = name if name.startswith(("backbone.", "lm_head.")) else f"backbone.{name}"   # saved without a head
+            whole = name.startswith(("backbone.", "lm_head.", *CLASSIFIERS))
+            full = name if whole else f"backbone.{name}"                                        # saved without a head
             full = full.replace("backbone.embedding.", "backbone.embeddings.")                  # state-spaces' spelling
             if full in tensors:
                 raise ConvertError(f"{path}: tensor {name} is there twice")
@@ -325,16 +344,31 @@ def storage_type(shape, wanted):
     return GGMLType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
+def classifier_table(checkpoint):
+    """The entries of a classifier, where the checkpoint has one; its bias is optional."""
+    for head in CLASSIFIERS:
+        if f"{head}weight" in checkpoint:
+            yield "cls.output.weight", f"{head}weight", ("n_labels", "d_model"), False
+            if f"{head}bias" in checkpoint:
+                yield "cls.output.bias", f"{head}bias", ("n_labels",), False
+
+
 def plan_tensors(checkpoint, config, wanted, folder):
     """The output's tensors in file order, after every name and shape of the checkpoint has been checked."""
     plan, left = [], dict(checkpoint)
-    for name, source, dims, takes_type in tensor_table(config.n_layer):
+    classifier = list(classifier_table(checkpoint))
+    if not classifier:
+        config.labels = []                              # transformers writes two names into every config
+    elif not config.labels:                             # and leaves them out where they are these two
+        file, name = checkpoint[classifier[0][1]]
+        config.labels = [f"LABEL_{i}" for i in range(file.shapes[name][0])]
+    for name, source, dims, takes_type in itertools.chain(tensor_table(config.n_layer), classifier):
         shape = tuple(d if isinstance(d, int) else getattr(config, d) for d in dims)
         tensor = Tensor(name, source, shape, storage_type(shape, wanted) if takes_type else GGMLType.F32)
         plan.append(tensor)
         if name.endswith("conv1d.bias") and not config.conv_bias:
             continue
-        if source == "lm_head.weight" and source not in left and config.tied is not False:
+        if source == "lm_head.weight" and source not in left and (config.tied is not False or classifier):
             plan.pop()                                  # tied: llama.cpp and mamba use the embedding
             continue
         if source not in left:
@@ -634,9 +668,16 @@ def own_tokenizer(folder):
 NEOX_TOKENS = 50277         # in tokenizer.bin
 
 
-def model_tokenizer(folder, vocab_size):
-    """The checkpoint's own tokenizer; else the repository's tokenizer.bin when the vocabulary fits it; else None."""
-    tokenizer = own_tokenizer(folder)
+def dna_tokenizer():
+    """Single nucleotides, numbered as HyenaDNA's and Caduceus' character tokenizers number them."""
+    special = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]"]
+    types = [TokenType.CONTROL] * 6 + [TokenType.UNKNOWN] + [TokenType.NORMAL] * 5
+    return Tokenizer([*special, *"ACGTN"], types, [], "gpt-2", "dna", {"eos": 1, "unknown": 6, "padding": 4}, False, "nucleotides")
+
+
+def model_tokenizer(folder, vocab_size, vocab=None):
+    """The one of --vocab; the checkpoint's own; the repository's tokenizer.bin when the vocabulary fits it; else None."""
+    tokenizer = dna_tokenizer() if vocab == "dna" else own_tokenizer(folder)
     if tokenizer is None:
         shared = Path(__file__).resolve().with_name("tokenizer.bin")
         # Embeddings are padded to a multiple of 8 to 64; a vocabulary of another size is another vocabulary.
@@ -679,6 +720,8 @@ def add_config(writer, config, file_type):
     writer.add_ssm_time_step_rank(config.dt_rank)
     writer.add_layer_norm_rms_eps(config.rms_eps)
     writer.add_ssm_dt_b_c_rms(config.dt_b_c_eps is not None)
+    if config.labels:
+        writer.add_array("mamba.classifier.output_labels", config.labels)
     if config.dt_b_c_eps is not None:
         writer.add_float32("mamba.ssm.dt_b_c_rms_epsilon", config.dt_b_c_eps)
     if file_type not in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16):
@@ -796,7 +839,7 @@ def convert_model(folder, name, args):
     config = load_config(folder)
     wanted, file_type = TYPES[args.type]
     plan = plan_tensors(open_checkpoint(folder), config, wanted, folder)
-    tokenizer = None if args.no_tokenizer else model_tokenizer(folder, config.vocab_size)
+    tokenizer = None if args.no_tokenizer else model_tokenizer(folder, config.vocab_size, args.vocab)
     write_gguf(args.out, name, config, file_type, tokenizer, plan)
     say(f"{args.out}: {config.n_layer} layers, d_model {config.d_model}, vocabulary {config.vocab_size}, "
          f"{args.type.upper()}, {args.out.stat().st_size / 1e6:.1f} MB, "
@@ -823,8 +866,12 @@ one, tokenizer.bin beside this script when the vocabulary has its size; else non
     parser.add_argument("--no-tokenizer", action="store_true", help="store no tokenizer: the model runs on token ids")
     parser.add_argument("--tokenizer-only", action="store_true",
                         help="write only the vocabulary of SRC, a folder, an id or a GGUF file")
+    parser.add_argument("--vocab", choices=["dna"], help="the vocabulary of single nucleotides (A 7, C 8, G 9, T 10, N 11, as in "
+                        "HyenaDNA), for a checkpoint that has none")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face repository")
     args = parser.parse_args(argv)
+    if args.vocab and (args.no_tokenizer or args.tokenizer_only):
+        parser.error("--vocab excludes --no-tokenizer and --tokenizer-only")
     if args.no_tokenizer and args.tokenizer_only:
         parser.error("--no-tokenizer and --tokenizer-only exclude each other")
     return args

@@ -15,11 +15,11 @@
 //    0  structs                                  8  Unicode and tokenizer
 //    1  errors, memory, threads, half floats     9  sampler
 //    2  GGUF                                    10  JSON
-//    3  configuration, tensor binding           11  requests: many sequences at once
-//    4  kernels, once per instruction set       12  commands
-//    5  layers                                  13  bench
-//    6  forward over a ragged batch             14  command line
-//    7  sequence state: save and load
+//    3  configuration, tensor binding           11  FASTA
+//    4  kernels, once per instruction set       12  requests: many sequences at once
+//    5  layers                                  13  commands
+//    6  forward over a ragged batch             14  bench
+//    7  sequence state: save and load           15  command line
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
 
@@ -3291,6 +3291,7 @@ struct tokenizer {          // owner of everything but the file it was read from
     bool added_first[256];  // some added token begins with this byte
     int32_t bos, eos, unknown;  // -1 when there is none
     bool add_bos, nfc, falcon, characters;
+    bool nucleotides, keep_case;  // texts are DNA; lower case is no upper case (--case-sensitive)
 };
 
 struct ids {                // growing list of token ids; owner of p
@@ -3477,8 +3478,9 @@ static bool tokenizer_load(struct tokenizer *t, const struct gguf *g, struct err
     if (neox) normalizer = (struct str){"nfc", 3};
     gguf_str(g, "mamba.tokenizer.normalizer", &normalizer);
     t->nfc = str_is(normalizer, "nfc");
-    if (!t->nfc && !str_is(normalizer, "none"))
-        return fail(e, "mamba.tokenizer.normalizer is \"%.*s\"; expected nfc or none", str_show(normalizer), normalizer.p);
+    t->nucleotides = str_is(normalizer, "dna");
+    if (!t->nfc && !t->nucleotides && !str_is(normalizer, "none"))
+        return fail(e, "mamba.tokenizer.normalizer is \"%.*s\"; expected nfc, dna or none", str_show(normalizer), normalizer.p);
     int64_t flag = 0;
     t->add_bos = gguf_int(g, "tokenizer.ggml.add_bos_token", &flag) && flag;
     bool ok = load_tokens(t, g, e) && load_merges(t, g, e) &&
@@ -3660,6 +3662,24 @@ static void encode_falcon(struct encoder *e, const char *s, size_t n) {
     }
 }
 
+// A letter of DNA as models spell it: upper case, and N for what is known in part (the IUPAC codes); 0 for white space, -1
+// for anything else. Lower case, which marks repeats, is upper case unless it is kept.
+static int nucleotide(uint8_t c, bool keep_case) {
+    if (c && strchr("ACGTN", c)) return c;
+    if (c && strchr("acgtn", c)) return keep_case ? c : c - 'a' + 'A';
+    if (c && strchr("RYSWKMBDHVUryswkmbdhvu", c)) return 'N';
+    return isspace(c) ? 0 : -1;
+}
+
+// What is no letter of DNA stays, and becomes the unknown token.
+static void normalize_nucleotides(const struct tokenizer *t, const char *s, size_t n, struct buffer *out) {
+    for (size_t i = 0; i < n; i++) {
+        int c = nucleotide((uint8_t)s[i], t->keep_case);
+        char letter = c < 0 ? s[i] : (char)c;
+        if (c) buffer_add(out, &letter, 1);
+    }
+}
+
 // A vocabulary without merges: whole characters, else their bytes, else the unknown token.
 static void encode_characters(struct encoder *e, const char *s, size_t n) {
     for (size_t i = 0, len; i < n; i += len) {
@@ -3732,8 +3752,9 @@ static void repair_utf8(const char *s, size_t n, struct buffer *out) {
 static void tokenize(const struct tokenizer *t, const char *s, size_t n, bool parse_special, struct ids *out) {
     struct encoder e = {.t = t, .out = out};
     struct buffer repaired = {0};
-    if (!t->characters) {
-        repair_utf8(s, n, &repaired);
+    if (t->nucleotides) normalize_nucleotides(t, s, n, &repaired);
+    else if (!t->characters) repair_utf8(s, n, &repaired);
+    if (t->nucleotides || !t->characters) {
         s = repaired.p;
         n = repaired.n;
     }
@@ -3859,7 +3880,7 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by section 11.
+// Calls sections 1 and 4; called by section 12.
 // ====================================================================================================================
 
 struct sampling {
@@ -3948,7 +3969,7 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
     for (int32_t id = 0; id < s->n_vocab; id++)
         if (c[id].logit > -INFINITY) c[n++] = c[id];
     if (n == 0) return -1;
-    bool greedy = how->greedy || how->temperature <= 0;
+    bool greedy = how->greedy || how->temperature < 1e-5f;  // so cold that nothing else has a chance, and 1/T could overflow
     int k = greedy ? 1 : how->top_k > 0 ? min_int(how->top_k, n) : n;
     select_best(c, n, k);
     if (greedy) return c[0].id;
@@ -4001,7 +4022,7 @@ static void sampler_free(struct sampler *s) {
 
 // ====================================================================================================================
 // 10. JSON.
-// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 11
+// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 12
 // and by bench.
 // ====================================================================================================================
 
@@ -4154,7 +4175,131 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 }
 
 // ====================================================================================================================
-// 11. Requests.
+// 11. FASTA.
+// Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
+// kind, white space inside. Calls sections 1 and 8; called by section 12.
+// ====================================================================================================================
+
+struct fasta {              // a file being read; owner of f and name
+    FILE *f;
+    const char *path;
+    uint8_t chunk[1 << 16];
+    size_t at, n;           // chunk[at] to chunk[n - 1] are not consumed yet
+    bool line_begins;       // with chunk[at]
+    bool started;           // a record has begun
+    bool keep_case;
+    char *name;             // of the record: the first word of its line
+    int64_t n_records, n_bases;  // records begun; bases of this one handed out
+};
+
+// The next byte, which is not consumed, or EOF.
+static int fasta_peek(struct fasta *fa) {
+    if (fa->at == fa->n) {
+        fa->at = 0;
+        fa->n = fread(fa->chunk, 1, sizeof fa->chunk, fa->f);
+    }
+    return fa->n ? fa->chunk[fa->at] : EOF;
+}
+
+static int fasta_byte(struct fasta *fa) {
+    int c = fasta_peek(fa);
+    if (c == EOF) return EOF;
+    fa->at++;
+    fa->line_begins = c == '\n';
+    return c;
+}
+
+static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struct error *e) {
+    bool is_stdin = strcmp(path, "-") == 0;
+    *fa = (struct fasta){.f = is_stdin ? stdin : fopen(path, "rb"), .path = is_stdin ? "standard input" : path, .keep_case = keep_case,
+                         .line_begins = true};
+    if (!fa->f) return fail(e, "%s: %s", path, strerror(errno));
+    if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
+        return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
+    return true;
+}
+
+static void fasta_close(struct fasta *fa) {
+    if (fa->f && fa->f != stdin) fclose(fa->f);
+    free(fa->name);
+    fa->f = NULL;
+    fa->name = NULL;
+}
+
+// Goes on to the next record, over what is left of this one. False at the end of the file, or with an error.
+static bool fasta_next(struct fasta *fa, struct error *e) {
+    int c;
+    while ((c = fasta_peek(fa)) != EOF && !(fa->line_begins && c == '>')) {
+        if (!fa->started && fa->line_begins && c == ';') {  // a comment, as the oldest files have them
+            while ((c = fasta_byte(fa)) != EOF && c != '\n') {}
+        } else if (!fa->started && !isspace(c)) {
+            return fail(e, "%s begins with '%c'; expected '>' and the name of a record", fa->path, c);
+        } else {
+            fasta_byte(fa);
+        }
+    }
+    if (ferror(fa->f)) return fail(e, "%s: %s", fa->path, strerror(errno));
+    if (c == EOF) return false;
+    struct buffer name = {0};
+    bool in_name = true;
+    fasta_byte(fa);
+    while ((c = fasta_byte(fa)) != EOF && c != '\n') {
+        in_name &= !isspace(c);
+        if (in_name) buffer_add(&name, &(char){(char)c}, 1);
+    }
+    buffer_add(&name, "", 1);
+    free(fa->name);
+    fa->name = name.p;
+    fa->started = true;
+    fa->n_records++;
+    fa->n_bases = 0;
+    return true;
+}
+
+// Up to n bases of the record; fewer at its end or with an error.
+static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *e) {
+    size_t got = 0;
+    while (got < n) {
+        int c = fasta_peek(fa);
+        if (c == EOF || (fa->line_begins && c == '>')) break;
+        fasta_byte(fa);
+        int base = nucleotide((uint8_t)c, fa->keep_case);
+        if (base < 0) {
+            set_error(e, isprint(c) ? "%s: record %s: '%c' at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code"
+                                    : "%s: record %s: byte %d at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code",
+                      fa->path, fa->name, c, fa->n_bases + (int64_t)got + 1);
+            break;
+        }
+        if (base) to[got++] = (uint8_t)base;
+    }
+    if (ferror(fa->f)) set_error(e, "%s: %s", fa->path, strerror(errno));
+    fa->n_bases += (int64_t)got;
+    return got;
+}
+
+#ifdef MAMBA_FUZZ
+// A FASTA file from a stranger, through a pipe of memory: names and bases are what they should be, and nothing is lost.
+static void fuzz_fasta(const uint8_t *data, size_t n) {
+    static struct fasta fa;
+    struct error e = {""};
+    uint8_t bases[7];
+    fa = (struct fasta){.f = fmemopen((void *)data, n, "rb"), .path = "fuzz", .line_begins = true, .keep_case = n % 2};
+    if (!fa.f) return;
+    while (fasta_next(&fa, &e)) {
+        if (strpbrk(fa.name, " \t\n")) abort();
+        for (size_t got = sizeof bases; got == sizeof bases;) {
+            got = fasta_read(&fa, bases, sizeof bases, &e);
+            for (size_t i = 0; i < got; i++)
+                if (!strchr("ACGTNacgtn", bases[i])) abort();
+        }
+        e.text[0] = 0;
+    }
+    fasta_close(&fa);
+}
+#endif
+
+// ====================================================================================================================
+// 12. Requests.
 // A request is a text that a command works on. Up to -np of them run at once, each in a sequence of its own: a step of
 // the engine gives every one its next tokens in one forward, those that end leave, and others enter before the next step.
 // Texts of the command line and lines of --jsonl go the same way. Calls everything above; called by the commands.
@@ -4193,6 +4338,9 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
+    const char *fasta, *track;
+    int window, stride;     // bases; 0: whole records; every window begins where the last one ended
+    bool rc_average, case_sensitive;
     bool per_token;
     const char *logits;
     const char *pool;
@@ -4211,6 +4359,7 @@ struct session {            // what every command that runs a model has open
     struct tokenizer tokenizer;
     bool has_tokenizer;
     struct ids banned;      // tokens that are never drawn
+    int32_t unscored;       // N of a vocabulary of nucleotides, which nothing is to be said about; -1: there is none
     struct sequence *base;  // what every request continues: --prefix, --load-state; NULL: nothing
     struct resume *base_resume;
 };
@@ -4399,8 +4548,6 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
 struct token_logprob {
     int32_t id;
     double logprob;         // NaN: nothing came before it
-    int n_top;
-    struct choice top[MAX_TOP];  // the likeliest tokens, the best first; p holds the log-probability
 };
 
 struct request {            // one text; owner of all it points to but seq
@@ -4410,7 +4557,10 @@ struct request {            // one text; owner of all it points to but seq
     struct settings settings;
     struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
     size_t n_carried;       // of tokens: those of the base, 0 or 1
-    size_t n_feed, n_fed;   // of tokens: how many are to be fed, and are; after them comes resume->pending, drawn from the logits
+    size_t n_dropped;       // tokens before tokens.p[0] that were forgotten: those of a long record
+    size_t n_feed, n_fed;   // tokens that are to be fed, and are; after them comes resume->pending, drawn from the logits
+    bool streams;           // more tokens are to be read: the last one known is not fed before the next is
+    bool reversed;          // --rc-average: the other strand is being read
     bool all_rows;          // log-probabilities of the prompt's own tokens are wanted
     struct sequence *seq;   // lent while it runs
     struct resume *resume;  // generate only
@@ -4420,12 +4570,14 @@ struct request {            // one text; owner of all it points to but seq
     int64_t n_generated, n_before;  // tokens drawn; tokens of the base that were fed
     double nll;             // score: of n_scored tokens, in nats
     int64_t n_scored;
-    struct buffer logprobs; // of struct token_logprob
+    struct buffer logprobs; // of struct token_logprob, where they are asked for
+    struct buffer tops;     // of struct choice, settings.logprobs a token: the likeliest in its place, the best first; id -1: none
     double *sum;            // [d_model] embed --pool mean
     float *pooled;          // [d_model]
+    float *strand;          // --rc-average: pooled of the first strand, or with --track a log-probability a base (NaN: none yet)
     struct buffer body;     // --jsonl: the text of generate, the rows of embed --pool none
     struct buffer answer;   // --jsonl: the command's members of the answer
-    struct buffer out;      // bytes for the output, not written yet
+    struct buffer out, track;  // bytes for the output and for --track, not written yet
     const char *finish_reason;  // generate: once it has ended
     struct error error;
     size_t held;            // bytes that it holds once it is done
@@ -4447,16 +4599,21 @@ static struct request *request_new(const struct session *s) {
 // Everything but what is still to be written: many requests may have ended before the oldest one does.
 static void request_strip(struct request *r) {
     void *owned[] = {r->id, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
-                     r->logprobs.p, r->sum, r->pooled, r->body.p, r->answer.p};
+                     r->logprobs.p, r->tops.p, r->sum, r->pooled, r->strand, r->body.p, r->answer.p};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
-    *r = (struct request){.next = r->next, .out = r->out, .done = r->done};
+    *r = (struct request){.next = r->next, .out = r->out, .track = r->track, .done = r->done};
 }
 
 static void request_free(struct request *r) {
     request_strip(r);
     free(r->out.p);
+    free(r->track.p);
     free(r);
 }
+
+static size_t n_tokens_of(const struct request *r) { return r->n_dropped + r->tokens.n; }
+
+static int32_t token_at(const struct request *r, size_t at) { return r->tokens.p[at - r->n_dropped]; }
 
 enum request_kind { R_INTEGER, R_NUMBER, R_BOOL, R_SEED, R_STOP, R_ID, R_PROMPT, R_IDS, R_IGNORED };
 
@@ -4675,14 +4832,15 @@ static void add_json_logprobs(struct buffer *b, const struct session *s, const s
     if (r->settings.logprobs > 0) {
         buffer_printf(b, ", \"top_logprobs\": [");
         for (size_t i = 0; i < n; i++) {
-            buffer_printf(b, "%s%s", i ? ", " : "", l[i].n_top ? "{" : "null");
-            for (int k = 0; k < l[i].n_top; k++) {
+            const struct choice *top = (const struct choice *)r->tops.p + i * (size_t)r->settings.logprobs;
+            buffer_printf(b, "%s%s", i ? ", " : "", top->id >= 0 ? "{" : "null");
+            for (int k = 0; k < r->settings.logprobs && top[k].id >= 0; k++) {
                 if (k) buffer_printf(b, ", ");
-                add_json_token(b, s, l[i].top[k].id);
+                add_json_token(b, s, top[k].id);
                 buffer_printf(b, ": ");
-                add_json_number(b, 6, (double)l[i].top[k].p);
+                add_json_number(b, 6, (double)top[k].p);
             }
-            if (l[i].n_top) buffer_printf(b, "}");
+            if (top->id >= 0) buffer_printf(b, "}");
         }
         buffer_printf(b, "]");
     }
@@ -4706,14 +4864,14 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
     }
     buffer_add(b, r->answer.p, r->answer.n);
     if (r->settings.logprobs >= 0) add_json_logprobs(b, s, r);
-    int64_t n_prompt = r->n_before + (int64_t)r->tokens.n;
+    int64_t n_prompt = r->n_before + (int64_t)n_tokens_of(r);
     buffer_printf(b, ", \"usage\": {\"prompt_tokens\": %" PRId64 ", \"completion_tokens\": %" PRId64 ", \"total_tokens\": %" PRId64
                   "}}\n", n_prompt, r->n_generated, n_prompt + r->n_generated);
 }
 
 // ---- The engine ----
 
-enum { LOGIT_ROWS = 64 };   // logits of prompts held at once: bounds memory at long chunks and large vocabularies
+enum { LOGIT_ROWS = 64, LOGITS = 1 << 20 };  // of prompts, held at once: 64 rows, or more of a small vocabulary
 enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more, no new request begins
 
 struct row {                // of logits
@@ -4721,6 +4879,14 @@ struct row {                // of logits
     size_t at;              // it stands behind token `at` of the request; of tokens.n and more, one is drawn
     float max;              // of the logits
     struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
+    struct choice top[MAX_TOP];  // the likeliest in its place, as many as are asked for; p is the log-probability
+};
+
+struct window {             // the bases at hand of the record that is cut into windows; owner of bases
+    uint8_t *bases;         // [n], room for a window
+    size_t n;
+    int64_t from, covered;  // position of the first one; bases of the record that were in a window
+    bool in_record;
 };
 
 struct engine {             // owner of all but s; requests leave it when they are written
@@ -4744,7 +4910,11 @@ struct engine {             // owner of all but s; requests leave it when they a
     bool no_more;           // all requests have come
     int next_input;         // of the command line
     struct line_reader lines;  // of --jsonl
-    int64_t lines_size;     // of a plain file; 0: unknown
+    struct fasta fasta;     // of --fasta
+    struct request *streaming;  // a long record, which must end before another one can be read
+    struct window window;   // of --window
+    struct buffer array;    // embed --fasta: all rows, which are written when their number is known
+    int64_t input_size;     // of a plain file of lines or records; 0: unknown
     struct progress progress;
     int64_t n_requests, n_failed;  // ended
     int64_t n_fed, n_sampled;  // tokens
@@ -4759,7 +4929,8 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     int n_tokens = max_tokens < o->ubatch ? (int)max_tokens : o->ubatch;
     if (n_tokens < n_slots) n_tokens = n_slots;
     int n_rows = n_slots;   // a row for each sequence that draws; prompts whose tokens are scored use more
-    if (o->command == SCORE || (o->command == GENERATE && o->jsonl)) n_rows = min_int(n_tokens, n_slots > LOGIT_ROWS ? n_slots : LOGIT_ROWS);
+    const int many_rows = s->model.c.n_vocab < LOGITS / LOGIT_ROWS ? LOGITS / s->model.c.n_vocab : LOGIT_ROWS;
+    if (o->command == SCORE || (o->command == GENERATE && o->jsonl)) n_rows = min_int(n_tokens, n_slots > many_rows ? n_slots : many_rows);
     en->s = s;
     en->ctx = context_new(&s->model, k, n_threads, n_tokens, n_rows);
     en->end = &en->first;
@@ -4788,19 +4959,17 @@ static void engine_free(struct engine *en) {
     for (int i = 0; i < en->n_idle; i++) sequence_free(en->idle[i]);
     for (int i = 0; i < en->ctx->n_threads; i++) sampler_free(&en->samplers[i]);
     void *owned[] = {en->running, en->batch, en->segments, en->idle, en->rows, en->row_tokens, en->samplers, en->kept_resume,
-                     en->lines.b.p};
+                     en->lines.b.p, en->window.bases, en->array.p};
+    fasta_close(&en->fasta);
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     context_free(en->ctx);
     free(en);
 }
 
-// A sequence that stands where every request begins: at nothing, or behind the base.
-static struct sequence *engine_sequence(struct engine *en) {
-    const struct config *c = &en->s->model.c;
-    struct sequence *seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(c);
-    if (en->s->base) sequence_copy(seq, en->s->base, c);
-    else sequence_reset(seq, c);
-    return seq;
+// To where every request begins: at nothing, or behind the base.
+static void sequence_begin(struct sequence *seq, const struct session *s) {
+    if (s->base) sequence_copy(seq, s->base, &s->model.c);
+    else sequence_reset(seq, &s->model.c);
 }
 
 // Feeds the base's tokens in chunks; stops early when a signal comes.
@@ -4877,16 +5046,22 @@ static bool generate_begin(struct engine *en, struct request *r) {
     return true;
 }
 
+// top NULL: the first token of a text, before which there is nothing.
+static void keep_logprob(struct request *r, struct token_logprob next, const struct choice *top) {
+    const struct choice none = {.id = -1};
+    if (r->settings.logprobs < 0) return;
+    buffer_add(&r->logprobs, &next, sizeof next);
+    for (int k = 0; k < r->settings.logprobs; k++) buffer_add(&r->tops, top ? &top[k] : &none, sizeof none);
+}
+
 // A token was drawn: the text grows, and may end.
-static void generate_token(struct engine *en, struct request *r, const struct token_logprob *next) {
+static void generate_token(struct engine *en, struct request *r, int32_t token) {
     const struct session *s = en->s;
-    int32_t token = next->id;
     r->resume->pending[0] = token;
     r->resume->n_pending = 1;
     remember(r->resume, token);
     r->n_generated++;
     en->n_sampled++;
-    if (r->settings.logprobs >= 0) buffer_add(&r->logprobs, next, sizeof *next);
     bool eos = s->has_tokenizer && token == s->tokenizer.eos;
     if (!eos) generate_write(s, r, &r->text, token);
     if (eos || r->text.stopped) r->finish_reason = "stop";
@@ -4916,27 +5091,42 @@ static void generate_end(struct engine *en, struct request *r) {
     r->resume = NULL;
 }
 
-// The token behind one of the text's is known, and so is what the model thought of it.
+// A line of --track: a base of the record, from 0, and its log-probability.
+static void add_track(struct request *r, int64_t base, double logprob) {
+    buffer_printf(&r->track, "%s\t%" PRId64 "\t%" PRId64 "\t%.4f\n", r->id, base, base + 1, logprob);
+}
+
+// The token behind number `at` is known, and so is what the model thought of it.
 static void score_token(struct engine *en, struct request *r, size_t at, const struct token_logprob *next) {
     const struct session *s = en->s;
+    const size_t position = at + 1 - r->n_carried;
+    if (next->id == s->unscored) return;
     r->nll -= next->logprob;
     r->n_scored++;
-    if (r->settings.logprobs >= 0) buffer_add(&r->logprobs, next, sizeof *next);
+    if (s->o->track && !r->strand) add_track(r, (int64_t)position, next->logprob);
+    if (r->strand) {
+        float *base = &r->strand[r->reversed ? n_tokens_of(r) - r->n_carried - 1 - position : position];
+        *base = isnan(*base) ? (float)next->logprob : (*base + (float)next->logprob) / 2;
+    }
     if (!s->o->per_token || s->o->jsonl) return;
-    buffer_printf(&r->out, "%s\t%zu\t%" PRId32 "\t", r->id, at + 1 - r->n_carried, next->id);
+    buffer_printf(&r->out, "%s\t%zu\t%" PRId32 "\t", r->id, position, next->id);
     if (s->has_tokenizer && next->id < s->tokenizer.n_tokens) add_escaped(&r->out, s->tokenizer.token[next->id]);
     buffer_printf(&r->out, "\t%.6f\n", next->logprob);
 }
 
 static void score_end(const struct session *s, struct request *r) {
     const double mean = r->nll / (double)r->n_scored;  // NaN when nothing was predicted
+    const int strands = r->reversed ? 2 : 1;  // of which nll and n_scored are the sums
+    for (size_t i = 0; r->strand && i < n_tokens_of(r) - r->n_carried; i++)
+        if (!isnan(r->strand[i])) add_track(r, (int64_t)i, (double)r->strand[i]);
     if (s->o->jsonl) {
         buffer_printf(&r->answer, ", \"tokens\": %" PRId64 ", \"nll\": %.6f, \"bits_per_token\": ", r->n_scored, r->nll);
         add_json_number(&r->answer, 6, mean / log(2));
         buffer_printf(&r->answer, ", \"perplexity\": ");
         add_json_number(&r->answer, 6, exp(mean));
     } else if (!s->o->per_token && r->n_scored) {
-        buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored, r->nll, mean / log(2), exp(mean));
+        buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored / strands,
+                      r->nll / strands, mean / log(2), exp(mean));
     } else if (!s->o->per_token) {
         buffer_printf(&r->out, "%s\t0\t0.000000\tnan\tnan\n", r->id);
     }
@@ -4959,8 +5149,12 @@ static void embed_rows(struct engine *en, struct request *r, int token0, int n) 
         for (int i = 0; i < d && mean; i++) r->sum[i] += (double)row[i];
         memcpy(r->pooled, row, (size_t)d * sizeof *row);
     }
-    if (r->n_fed + (size_t)n < r->tokens.n) return;
-    for (int i = 0; i < d && mean; i++) r->pooled[i] = (float)(r->sum[i] / (double)(r->tokens.n - r->n_carried));
+    if (r->streams || r->n_fed + (size_t)n < n_tokens_of(r)) return;
+    for (int i = 0; i < d && mean; i++) r->pooled[i] = (float)(r->sum[i] / (double)(n_tokens_of(r) - r->n_carried));
+    for (int i = 0; i < d && r->reversed; i++) r->pooled[i] = (r->pooled[i] + r->strand[i]) / 2;
+    if (!o->rc_average || r->reversed) return;
+    r->strand = memcpy(xmalloc((size_t)d * sizeof *r->strand), r->pooled, (size_t)d * sizeof *r->strand);
+    memset(r->sum, 0, (size_t)d * sizeof *r->sum);
 }
 
 static void embed_end(const struct session *s, struct request *r) {
@@ -5021,10 +5215,11 @@ static void add_header(struct engine *en, struct request *r) {
     const struct options *o = en->s->o;
     const int64_t n = (int64_t)(r->tokens.n - r->n_carried);
     en->has_header = true;
+    if (o->track) fputs("track type=bedGraph name=\"log-probability\" description=\"natural logarithm of the probability of each base\"\n", en->s->out.f);
     if (o->command == SCORE)
         buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
     if (o->command == CLASSIFY) buffer_printf(&r->out, "id\tlabel\tprobability\n");
-    if (o->command == EMBED) add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
+    if (o->command == EMBED && !o->fasta) add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
     if (!o->logits) return;
     struct buffer header = {0};
     add_npy_header(&header, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
@@ -5037,12 +5232,15 @@ static bool request_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     const enum command command = s->o->command;
     const size_t d = (size_t)s->model.c.d_model, n_own = r->tokens.n - r->n_carried;
-    r->n_feed = r->tokens.n;
+    r->n_feed = r->tokens.n - r->streams;
     if (s->base) r->n_before = s->base->n_past;
     if (command == GENERATE && !generate_begin(en, r)) return false;
     bool rows = command == SCORE || (command == GENERATE && r->settings.echo);
-    if (rows && r->settings.logprobs >= 0 && !r->n_carried && r->tokens.n)  // nothing comes before the first token
-        buffer_add(&r->logprobs, &(struct token_logprob){.id = r->tokens.p[0], .logprob = (double)NAN}, sizeof(struct token_logprob));
+    if (rows && !r->n_carried && r->tokens.n) keep_logprob(r, (struct token_logprob){r->tokens.p[0], (double)NAN}, NULL);
+    if (s->o->track && s->o->rc_average) {
+        r->strand = xmalloc((n_own + 1) * sizeof *r->strand);
+        for (size_t i = 0; i < n_own; i++) r->strand[i] = NAN;
+    }
     r->all_rows = command == SCORE || (rows && r->settings.logprobs >= 0);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
     if (command == EMBED || command == CLASSIFY) {
@@ -5059,7 +5257,8 @@ static void request_end(struct engine *en, struct request *r) {
     const bool failed = r->error.text[0] != 0;
     if (!r->finish_reason) r->finish_reason = "length";
     if (failed && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
-    if (failed && !s->o->jsonl) print_line(stderr, r->error.text);
+    if (failed && !s->o->jsonl && !interrupted) print_line(stderr, r->error.text);
+    if (en->streaming == r) en->streaming = NULL;
     if (!failed && s->o->command == GENERATE) generate_end(en, r);
     if (!failed && s->o->command == SCORE) score_end(s, r);
     if (!failed && s->o->command == EMBED) embed_end(s, r);
@@ -5096,6 +5295,105 @@ static struct request *next_input_request(struct engine *en) {
     return r;
 }
 
+static void add_base(const struct session *s, struct request *r, uint8_t base) {
+    int32_t id = s->tokenizer.byte_token[base] >= 0 ? s->tokenizer.byte_token[base] : s->tokenizer.unknown;
+    if (id < 0) set_error(&r->error, "%s: the vocabulary has no token for '%c'", s->o->model, base);
+    ids_add(&r->tokens, id);
+}
+
+// Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read.
+static void read_bases(struct engine *en, struct request *r) {
+    uint8_t piece[1 << 14];
+    const size_t n_fed = r->n_fed - r->n_dropped;
+    size_t got = sizeof piece;
+    if (n_fed) memmove(r->tokens.p, r->tokens.p + n_fed, (r->tokens.n -= n_fed) * sizeof *r->tokens.p);
+    r->n_dropped += n_fed;
+    for (bool more = true; more; more = en->s->o->rc_average && got == sizeof piece) {
+        got = fasta_read(&en->fasta, piece, sizeof piece, &r->error);
+        for (size_t i = 0; i < got; i++) add_base(en->s, r, piece[i]);
+    }
+    r->streams = got == sizeof piece && !r->error.text[0];
+    r->n_feed = n_tokens_of(r) - r->streams;
+    en->streaming = r->streams ? r : NULL;
+}
+
+// The next record of the file. False: there is none, or (r: an error of its own) the file cannot be read.
+static bool next_record(struct engine *en, struct request **r) {
+    struct error e = {""};
+    *r = NULL;
+    if (fasta_next(&en->fasta, &e)) return true;
+    en->no_more = true;
+    if (!e.text[0]) return false;
+    *r = request_new(en->s);
+    (*r)->error = e;
+    return false;
+}
+
+static struct request *next_record_request(struct engine *en) {
+    struct request *r;
+    struct buffer id = {0};
+    if (en->streaming || !next_record(en, &r)) return en->streaming ? NULL : r;
+    r = request_new(en->s);
+    buffer_printf(&id, "%s", en->fasta.name);
+    r->id = id.p;
+    read_bases(en, r);
+    return r;
+}
+
+// --window: its bases, and of the record's last one those that are left. Named as samtools names regions.
+static struct request *next_window_request(struct engine *en) {
+    const struct options *o = en->s->o;
+    struct window *w = &en->window;
+    const size_t window = (size_t)o->window, stride = (size_t)(o->stride ? o->stride : o->window);
+    for (;;) {
+        struct request *r;
+        struct error e = {""};
+        if (!w->in_record) {
+            if (!next_record(en, &r)) return r;
+            w->in_record = true;
+            w->n = 0;
+            w->from = w->covered = 0;
+        }
+        while (w->from > en->fasta.n_bases && fasta_read(&en->fasta, w->bases, 1, &e) == 1) {}  // between windows
+        w->n += fasta_read(&en->fasta, w->bases + w->n, window - w->n, &e);
+        w->in_record = w->n == window && !e.text[0];
+        int64_t end = w->from + (int64_t)w->n;
+        if ((end <= w->covered || !w->n) && !e.text[0]) continue;  // nothing new
+        r = request_new(en->s);
+        r->error = e;
+        struct buffer id = {0};
+        buffer_printf(&id, "%s:%" PRId64 "-%" PRId64, en->fasta.name, w->from + 1, end);
+        r->id = id.p;
+        for (size_t i = 0; i < w->n; i++) add_base(en->s, r, w->bases[i]);
+        w->covered = end;
+        w->from += (int64_t)stride;
+        w->n = stride < w->n ? w->n - stride : 0;
+        if (w->n) memmove(w->bases, w->bases + stride, w->n);
+        return r;
+    }
+}
+
+// --rc-average: the other strand, from its beginning.
+static void reverse_strand(const struct session *s, struct request *r) {
+    const char *letters = "ACGTacgt", *complements = "TGCAtgca";
+    int32_t *p = r->tokens.p + r->n_carried;
+    const size_t n = r->tokens.n - r->n_carried;
+    for (size_t i = 0, j = n; i < j; i++) {
+        int32_t swap = p[i];
+        p[i] = p[--j];
+        p[j] = swap;
+    }
+    for (size_t i = 0; i < n; i++)
+        for (int k = 0; k < 8; k++)
+            if (p[i] == s->tokenizer.byte_token[(uint8_t)letters[k]]) {
+                p[i] = s->tokenizer.byte_token[(uint8_t)complements[k]];
+                break;
+            }
+    sequence_begin(r->seq, s);
+    r->reversed = true;
+    r->n_fed = 0;
+}
+
 static bool is_blank(struct str line) {
     size_t i = 0;
     while (i < line.n && (line.p[i] == ' ' || line.p[i] == '\t' || line.p[i] == '\r')) i++;
@@ -5126,22 +5424,27 @@ static struct request *next_line_request(struct engine *en, bool wait) {
 
 // Lets requests in while there is room. wait: for the next line, because nothing runs.
 static void engine_admit(struct engine *en) {
-    while (en->n_running < en->n_slots && en->held < HELD_BYTES) {
-        struct request *r = en->s->o->jsonl ? next_line_request(en, !en->first) : next_input_request(en);
+    while (!en->no_more && en->n_running < en->n_slots && en->held < HELD_BYTES) {
+        const struct options *o = en->s->o;
+        struct request *r = o->jsonl ? next_line_request(en, !en->first) : o->window ? next_window_request(en)
+                            : o->fasta ? next_record_request(en) : next_input_request(en);
         if (!r) break;
         *en->end = r;
         en->end = &r->next;
         if (!r->error.text[0] && request_begin(en, r)) {
-            r->seq = engine_sequence(en);
+            r->seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(&en->s->model.c);
+            sequence_begin(r->seq, en->s);
             if (r->n_feed) en->running[en->n_running++] = r;
         }
-        if (!r->n_feed || r->error.text[0]) request_end(en, r);
+        if (!r->n_feed || r->error.text[0]) request_end(en, r);  // there is nothing to run
     }
 }
 
 // The next tokens of the running requests: first one of each that draws tokens; prompts share the rest. Returns their number.
 static int engine_batch(struct engine *en) {
     int n = 0, left = en->ctx->max_tokens;
+    struct request *stream = en->streaming;
+    if (stream && stream->n_feed - stream->n_fed < (size_t)left) read_bases(en, stream);
     for (int prompts = 0; prompts < 2; prompts++)
         for (int i = 0; i < en->n_running && left; i++) {
             struct request *r = en->running[i];
@@ -5149,7 +5452,7 @@ static int engine_batch(struct engine *en) {
             if ((n_left > 0) != prompts) continue;
             int now = n_left == 0 ? 1 : n_left < (size_t)left ? (int)n_left : left;
             bool draws = en->s->o->command == GENERATE && r->settings.n_predict != 0 && (size_t)now >= n_left;
-            const int32_t *tokens = n_left ? r->tokens.p + r->n_fed : r->resume->pending;
+            const int32_t *tokens = n_left ? r->tokens.p + (r->n_fed - r->n_dropped) : r->resume->pending;
             en->segments[n] = (struct segment){r->seq, tokens, now, draws && !(r->all_rows && n_left)};
             en->batch[n++] = r;
             left -= now;
@@ -5161,23 +5464,25 @@ static int engine_batch(struct engine *en) {
 static void judge_row(struct engine *en, struct row *row, const float *logits, struct sampler *scratch) {
     const struct request *r = row->r;
     const int n_vocab = en->s->model.c.n_vocab;
-    const bool draws = row->at + 1 >= r->tokens.n && en->s->o->command == GENERATE;
+    const bool draws = row->at + 1 >= n_tokens_of(r) && en->s->o->command == GENERATE;
     struct token_logprob *next = &row->next;
     *next = (struct token_logprob){.id = -1};
     row->max = en->ctx->k->finite_max(logits, n_vocab);
     if (!isfinite(row->max)) return;
-    if (row->at + 1 < r->tokens.n) next->id = r->tokens.p[row->at + 1];
+    if (row->at + 1 < n_tokens_of(r)) next->id = token_at(r, row->at + 1);
     else if (draws) next->id = sample(scratch, &r->settings.sampling, logits, &en->s->banned, r->resume, r->seq->n_past);
     if (next->id < 0 || (draws && r->settings.logprobs < 0)) return;
-    next->logprob = log_probability(scratch, logits, row->max, next->id, r->settings.logprobs, next->top);
-    next->n_top = min_int(r->settings.logprobs > 0 ? r->settings.logprobs : 0, n_vocab);
+    for (int k = 0; k < MAX_TOP; k++) row->top[k].id = -1;  // a small vocabulary may have fewer
+    next->logprob = log_probability(scratch, logits, row->max, next->id, r->settings.logprobs, row->top);
 }
 
 // Rows 0 ... n-1 of the logits are given to their requests.
 static void engine_take_rows(struct engine *en, int n) {
     const size_t ld = (size_t)en->ctx->ld_vocab, n_vocab = (size_t)en->s->model.c.n_vocab;
+    const bool worth_a_team = n > 1 && en->ctx->n_team > 1 && (size_t)n * n_vocab > 1 << 16;
+    (void)worth_a_team;  // without OpenMP
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(en->ctx->n_team) schedule(dynamic) if (n > 1 && en->ctx->n_team > 1)
+#pragma omp parallel for num_threads(en->ctx->n_team) schedule(dynamic) if (worth_a_team)
 #endif
     for (int i = 0; i < n; i++) {
         int thread = 0;
@@ -5193,8 +5498,10 @@ static void engine_take_rows(struct engine *en, int n) {
         check_finite(en->s, row->max, r->n_before + (int64_t)row->at + 1);
         if (en->s->o->logits && fwrite(en->ctx->logits + (size_t)i * ld, sizeof(float), n_vocab, en->s->out.f) != n_vocab)
             die("%s: %s", en->s->o->logits, strerror(errno));
-        if (row->at + 1 < r->tokens.n) score_token(en, r, row->at, &row->next);
-        else if (en->s->o->command == GENERATE) generate_token(en, r, &row->next);
+        if (row->next.id >= 0) keep_logprob(r, row->next, row->top);
+        if (row->at + 1 < n_tokens_of(r)) score_token(en, r, row->at, &row->next);
+        else if (en->s->o->command == GENERATE && row->next.id < 0) die("no token is left to choose from");
+        else if (en->s->o->command == GENERATE) generate_token(en, r, row->next.id);
     }
 }
 
@@ -5206,7 +5513,7 @@ static void engine_score(struct engine *en, int n) {
         if (!r->all_rows || r->n_fed == r->n_feed) continue;
         for (int t = 0; t < en->segments[i].n_tokens; t++) {
             size_t at = r->n_fed + (size_t)t;
-            if (en->s->o->command == SCORE && at + 1 == r->tokens.n && !en->s->o->logits) continue;  // nothing follows
+            if (en->s->o->command == SCORE && at + 1 == n_tokens_of(r) && !en->s->o->logits) continue;  // nothing follows
             if (n_rows == en->ctx->max_rows) {
                 logits_of(en->ctx, en->row_tokens, n_rows);
                 engine_take_rows(en, n_rows);
@@ -5228,7 +5535,7 @@ static void engine_step(struct engine *en) {
     int n = engine_batch(en), n_rows = 0;
     forward(en->ctx, en->segments, n, en->n_layers);
     for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
-        if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = en->batch[i]->tokens.n};
+        if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = n_tokens_of(en->batch[i])};
     engine_take_rows(en, n_rows);
     engine_score(en, n);
     for (int i = 0, token = 0; i < n; token += en->segments[i++].n_tokens) {
@@ -5243,7 +5550,12 @@ static void engine_step(struct engine *en) {
     for (int i = 0; i < en->n_running; i++) {
         struct request *r = en->running[i];
         bool draws = command == GENERATE && r->settings.n_predict != 0;
-        if (draws ? r->finish_reason != NULL : r->n_fed == r->n_feed) request_end(en, r);
+        bool ended = draws ? r->finish_reason != NULL : r->n_fed == r->n_feed && !r->streams;
+        if (ended && en->s->o->rc_average && !r->reversed) {
+            reverse_strand(en->s, r);
+            ended = false;
+        }
+        if (ended || r->error.text[0]) request_end(en, r);
         else en->running[n_left++] = r;
     }
     en->n_running = n_left;
@@ -5255,12 +5567,15 @@ static void write_answers(struct engine *en) {
     if (en->reader_gone) return;
     for (struct request **at = &en->first; *at;) {
         struct request *r = *at;
-        if (r->out.n) {
+        if (r->out.n && en->s->o->fasta && en->s->o->command == EMBED) {
+            buffer_add(&en->array, r->out.p, r->out.n);
+        } else if (r->out.n) {
             progress_clear(&en->progress);
             fwrite(r->out.p, 1, r->out.n, en->output);
-            r->out.n = 0;
             wrote = true;
         }
+        if (r->track.n && fwrite(r->track.p, 1, r->track.n, en->s->out.f) != r->track.n) die("%s: %s", en->s->o->track, strerror(errno));
+        r->out.n = r->track.n = 0;
         if (r->done) {
             *at = r->next;
             if (!*at) en->end = at;
@@ -5278,17 +5593,21 @@ static void write_answers(struct engine *en) {
     if (!en->reader_gone) die("%s: %s", en->output == stdout ? "standard output" : en->s->out.path, strerror(errno));
 }
 
-static void engine_progress(struct engine *en) {
+// How much of the work is done; negative where nobody knows.
+static double engine_fraction(const struct engine *en) {
     const struct options *o = en->s->o;
     const struct request *r = en->first;
     const struct line_reader *l = &en->lines;
-    double fraction = en->lines_size ? (double)(l->n_bytes - (int64_t)(l->b.n - l->start)) / (double)en->lines_size : -1;
+    if (o->fasta) return en->input_size ? (double)(ftello(en->fasta.f) - (off_t)(en->fasta.n - en->fasta.at)) / (double)en->input_size : -1;
+    if (o->jsonl) return en->input_size ? (double)(l->n_bytes - (int64_t)(l->b.n - l->start)) / (double)en->input_size : -1;
+    if (!r || !r->tokens.n) return -1;
+    return ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / (o->command == GENERATE ? 1 : o->n_inputs);
+}
+
+static void engine_progress(struct engine *en) {
+    const struct options *o = en->s->o;
     if (o->command == GENERATE && !o->jsonl && en->n_sampled) return;  // the text itself shows how far it is
-    if (!o->jsonl && r && r->tokens.n) {
-        double n_inputs = o->command == GENERATE ? 1 : o->n_inputs;
-        fraction = ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / n_inputs;
-    }
-    progress_show(&en->progress, fraction, o->jsonl ? en->n_requests : -1, en->n_fed + en->n_sampled);
+    progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, en->n_fed + en->n_sampled);
 }
 
 // Runs all requests. Ends early when a signal came or the output's reader has gone.
@@ -5309,8 +5628,8 @@ static void engine_run(struct engine *en) {
 }
 
 // ====================================================================================================================
-// 12. Commands.
-// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 14. Standard output carries
+// 13. Commands.
+// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 15. Standard output carries
 // data only; what is for people goes to standard error.
 // ====================================================================================================================
 
@@ -5369,13 +5688,18 @@ static void open_tokenizer(struct session *s) {
             s->tokenizer.n_tokens, s->model.c.n_vocab);
 }
 
-// Tokens that must never be drawn: rows that pad the vocabulary, unused tokens, and with --ignore-eos the end of text.
+// Tokens that must never be drawn: rows that pad the vocabulary, unused and unknown tokens, with --ignore-eos the end of text,
+// and in DNA what is no letter.
 static struct ids banned_tokens(const struct session *s) {
     struct ids banned = {0};
     const struct tokenizer *t = &s->tokenizer;
-    for (int32_t id = 0; id < s->model.c.n_vocab && s->has_tokenizer; id++)
+    for (int32_t id = 0; id < s->model.c.n_vocab && s->has_tokenizer; id++) {
         // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): a vocabulary that did not fit was closed, and another one loaded
-        if (id >= t->n_tokens || t->type[id] == TOKEN_UNUSED || (s->o->ignore_eos && id == t->eos)) ids_add(&banned, id);
+        const int type = id < t->n_tokens ? t->type[id] : TOKEN_UNUSED;
+        bool drawn = type == TOKEN_NORMAL || (type != TOKEN_UNUSED && type != TOKEN_UNKNOWN && !t->nucleotides);
+        if (id == t->eos) drawn = !s->o->ignore_eos;
+        if (!drawn) ids_add(&banned, id);
+    }
     return banned;
 }
 
@@ -5438,7 +5762,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
     uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows
     int ruleset = (int)syscall(LANDLOCK_CREATE_RULESET, &handled, sizeof handled, 0);
-    const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix};
+    const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
     for (int i = 0; i < o->n_inputs; i++)
         if (o->inputs[i].source == FROM_FILE) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
@@ -5477,6 +5801,8 @@ static void open_session(struct session *s, const struct options *o, const char 
     sigaction(SIGBUS, &action, NULL);
     open_tokenizer(s);
     s->banned = banned_tokens(s);
+    s->unscored = s->has_tokenizer && s->tokenizer.nucleotides ? s->tokenizer.byte_token['N'] : -1;
+    s->tokenizer.keep_case = o->case_sensitive;
 }
 
 static void close_session(struct session *s) {
@@ -5528,7 +5854,7 @@ static void read_base(struct session *s, struct context *ctx) {
 static int64_t bound_tokens(const struct options *o) {
     int64_t n = 2;          // the base's token, BOS
     struct stat st;
-    if (o->jsonl || o->prefix) return o->ubatch;
+    if (o->jsonl || o->prefix || o->fasta) return o->ubatch;
     for (int i = 0; i < o->n_inputs; i++) {
         const char *value = o->inputs[i].value;
         if (o->inputs[i].source != FROM_FILE) n += (int64_t)strlen(value);
@@ -5546,7 +5872,16 @@ static void open_lines(struct engine *en) {
         en->lines.fd = open(o->inputs[0].value, O_RDONLY | O_CLOEXEC);
         if (en->lines.fd < 0) die("%s: %s", o->inputs[0].value, strerror(errno));
     }
-    if (fstat(en->lines.fd, &st) == 0 && S_ISREG(st.st_mode)) en->lines_size = st.st_size;
+    if (fstat(en->lines.fd, &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
+}
+
+static void open_fasta(struct engine *en) {
+    const struct options *o = en->s->o;
+    struct stat st;
+    struct error e = {""};
+    if (!need_tokenizer(en->s, &e) || !fasta_open(&en->fasta, o->fasta, o->case_sensitive, &e)) die("%s", e.text);
+    if (fstat(fileno(en->fasta.f), &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
+    en->window.bases = xmalloc((size_t)o->window);
 }
 
 // An engine for the command's requests, which stand behind its base. default_slots: sequences at once where -np is not given.
@@ -5554,9 +5889,10 @@ static struct engine *open_engine(struct session *s, FILE *output) {
     enum { DEFAULT_SLOTS = 16 };
     const struct options *o = s->o;
     int n_slots = o->n_parallel ? o->n_parallel : DEFAULT_SLOTS;
-    if (!o->jsonl) n_slots = o->command == GENERATE ? 1 : min_int(n_slots, o->n_inputs);
+    if (!o->jsonl && !o->fasta) n_slots = o->command == GENERATE ? 1 : min_int(n_slots, o->n_inputs);
     struct engine *en = engine_new(s, n_slots, bound_tokens(o), output);
     if (o->jsonl) open_lines(en);
+    if (o->fasta) open_fasta(en);
     catch_signals();
     read_base(s, en->ctx);
     en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
@@ -5607,12 +5943,24 @@ static int command_generate(const struct options *o) {
 
 // ---- score, embed, classify ----
 
+// embed --fasta: nobody knew the number of rows before.
+static void write_array(struct engine *en) {
+    const size_t d = (size_t)en->s->model.c.d_model;
+    struct buffer header = {0};
+    add_npy_header(&header, (int64_t)(en->array.n / (d * sizeof(float))), (int64_t)d);
+    fwrite(header.p, 1, header.n, en->output);
+    fwrite(en->array.p, 1, en->array.n, en->output);
+    free(header.p);
+    if (en->output == stdout) check_stdout();
+}
+
 // Runs the command's requests; what goes to a file gets its name only when nothing failed.
 static int run_requests(struct session *s, FILE *output) {
     struct error e = {""};
     struct engine *en = open_engine(s, output);
     engine_run(en);
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
+    if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
     if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
     int status = close_engine(en);
     close_session(s);
@@ -5621,14 +5969,14 @@ static int run_requests(struct session *s, FILE *output) {
 
 static int command_score(const struct options *o) {
     struct session s;
-    if (o->logits && o->n_inputs != 1) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
-    open_session(&s, o, o->logits);
+    if (o->logits && (o->n_inputs != 1 || o->fasta)) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
+    open_session(&s, o, o->logits ? o->logits : o->track);
     return run_requests(&s, stdout);
 }
 
 static int command_embed(const struct options *o) {
     struct session s;
-    if (!o->jsonl && strcmp(o->pool, "none") == 0 && o->n_inputs != 1)
+    if (!o->jsonl && !o->fasta && strcmp(o->pool, "none") == 0 && o->n_inputs != 1)
         die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
     open_session(&s, o, o->output);
     if (o->layer > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
@@ -5683,6 +6031,7 @@ static int command_tokenize(const struct options *o) {
         if (!need_tokenizer(&s, &e)) die("%s", e.text);
     }
     s.model.c.n_vocab = s.tokenizer.n_tokens;
+    s.tokenizer.keep_case = o->case_sensitive;
     for (int i = 0; i < o->n_inputs; i++) {
         struct ids ids = {0};
         const struct input *in = &o->inputs[i];
@@ -5781,8 +6130,8 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 13. Bench.
-// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 14.
+// 14. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 15.
 // ====================================================================================================================
 
 enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
@@ -5865,6 +6214,20 @@ static void read_cpu_name(char *to, size_t size) {
         break;
     }
     fclose(f);
+}
+
+// Bytes. What getrusage() says begins at the size of the process that started this one.
+static long peak_resident_set(void) {
+    struct rusage usage;
+    char line[128];
+    long kib = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtol(line + 6, NULL, 10);
+    if (f) fclose(f);
+    if (kib) return kib * 1024;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss * 1024;
 }
 
 static int32_t random_token(const struct model *m, int sequence, int position) {
@@ -6002,8 +6365,6 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     time_t now = time(NULL);
     struct tm utc;
     strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
     int n = 0;
     add_field(f, &n, "build", "%s", MAMBA_VERSION);
     add_field(f, &n, "cpu_info", "%s", b->cpu);
@@ -6025,7 +6386,7 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     add_field(f, &n, "gen_ts", "%.2f", mean_of(gen_ts, n_runs));
     add_field(f, &n, "weight_gb_per_s", "%.2f", mean_of(gb, n_runs));
     add_field(f, &n, "read_gb_per_s", "%.2f", b->read_gb_per_s);
-    add_field(f, &n, "peak_rss", "%ld", usage.ru_maxrss * 1024);
+    add_field(f, &n, "peak_rss", "%ld", peak_resident_set());
     add_field(f, &n, "logits_hash", "%s%016" PRIx64, "", r->logits_hash);
     return n;
 }
@@ -6175,14 +6536,15 @@ static int command_bench(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 14. Command line.
+// 15. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls sections 12 and 13.
+// from the same table. Calls sections 13 and 14.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
 #define ON_MODEL (ON(GENERATE) | ON(SCORE) | ON(EMBED) | ON(CLASSIFY))
 #define ON_INPUT (ON_MODEL | ON(TOKENIZE))
+#define ON_RECORDS (ON(SCORE) | ON(EMBED) | ON(CLASSIFY))
 
 static const struct {
     int (*run)(const struct options *);  // returns the exit status
@@ -6244,6 +6606,12 @@ static const struct option {
      FIELD(unordered), 0, 0},
     {NULL, "--logprobs", "K", "--jsonl: log-probabilities of the tokens, and of the K likeliest beside each", INTEGER,
      ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
+    {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS, FIELD(fasta), 0, 0},
+    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON_RECORDS, FIELD(window), 1, 1 << 30},
+    {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
+    {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
+    {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
+    {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT, FIELD(case_sensitive), 0, 0},
     {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL, FIELD(n_parallel), 1,
      MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
@@ -6371,7 +6739,7 @@ static const struct option *find_option(const char *arg, enum command command, c
 // A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
-    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || (o->load_state && o->command == GENERATE && !o->jsonl)) return;
+    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || (o->load_state && o->command == GENERATE && !o->jsonl)) return;
     if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
@@ -6383,10 +6751,17 @@ static void check_options(struct options *o) {
     int from_stdin = 0;
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
+    if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits" : o->command == EMBED && o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
+    const char *of_fasta = o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
+    if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);
+    if (o->stride && !o->window) usage_error("--stride needs --window");
+    if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
+    bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
+    if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
     if (!o->jsonl && o->unordered) usage_error("--unordered needs --jsonl");
     if (!o->jsonl && o->settings.logprobs >= 0) usage_error("--logprobs needs --jsonl");
     if (o->jsonl && o->per_token && o->settings.logprobs < 0) o->settings.logprobs = 0;

@@ -190,6 +190,40 @@ def test_hf_layout(tmp_path, convert):
     assert "mamba.ssm.dt_b_c_rms_epsilon" not in result.key
 
 
+@pytest.mark.parametrize("head, bias, names", [("score", False, {"0": "cat", "1": "dog", "2": "cow"}), ("classifier", True, None)])
+def test_classifier(tmp_path, convert, head, bias, names):
+    """Its weights stay F32; classes without names are numbered; without lm_head the embedding stands in, tied or not."""
+    rng = np.random.default_rng(5)
+    weights = random_weights()
+    cls = {f"{head}.weight": rng.normal(size=(3, D_MODEL)).astype(np.float32)}
+    if bias:
+        cls[f"{head}.bias"] = rng.normal(size=3).astype(np.float32)
+    changes = {"id2label": names} if names else {}
+    folder = write_checkpoint(tmp_path / "tiny", {**weights, **cls}, hf_config(tie_word_embeddings=False, **changes))
+    assert convert(folder, tmp_path / "m.bin", "--type", "q8_0")[0] == 0
+    result = Result(tmp_path / "m.bin")
+    assert result.key["mamba.classifier.output_labels"] == (["cat", "dog", "cow"] if names else ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert {name: result.types[name] for name in result.types if name.startswith("cls.")}.keys() == {f"cls.output.{part.split('.')[1]}" for part in cls}
+    for name, values in cls.items():
+        stored = f"cls.output.{name.split('.')[1]}"
+        assert result.types[stored] == gguf.GGMLQuantizationType.F32 and np.array_equal(result.tensors[stored], values)
+    assert "output.weight" not in result.tensors
+
+
+def test_classifier_mistakes(tmp_path, convert):
+    weights = {**random_weights(), "score.weight": np.ones((3, D_MODEL), np.float32)}
+    folder = write_checkpoint(tmp_path / "two", weights, hf_config(id2label={"0": "a", "1": "b"}))
+    assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", "score.weight", "[3, 32]", "[2, 32]")
+    folder = write_checkpoint(tmp_path / "gap", weights, hf_config(id2label={"0": "a", "2": "b"}))
+    assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", "id2label")
+
+
+def test_names_of_classes_without_a_classifier(tmp_path, convert):
+    folder = write_checkpoint(tmp_path / "tiny", random_weights(), hf_config(id2label={"0": "LABEL_0", "1": "LABEL_1"}))
+    assert convert(folder, tmp_path / "m.bin", "--type", "f32")[0] == 0
+    assert "mamba.classifier.output_labels" not in Result(tmp_path / "m.bin").key
+
+
 def test_state_spaces_layout(tmp_path, convert):
     """Its spelling of the embedding, the padded vocabulary, the head that repeats the embedding, dt_rank from d_model."""
     weights = random_weights()

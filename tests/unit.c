@@ -1,23 +1,29 @@
 // Unit tests of mamba.c: they include it with its main off. Prints a line a failure, and the counts last.
 // Exit status 1 when anything failed.
 //
-//   unit [FIXTURES]      the folder of fixtures; without it, the one beside the program
+//   unit [FIXTURES [kernels]]    the folder of fixtures; without it, the one beside the program. kernels: only the tests of
+//                                section 4, for emulators
 
 #define _GNU_SOURCE
 #include <stdlib.h>
 
-// Every allocation is counted, so that "decoding allocates nothing" can fail.
+// Every allocation is counted, so that "decoding allocates nothing" can fail, and so is the largest one's size.
 static long n_allocations;
-static void *counted_malloc(size_t n) {
+static size_t largest_allocation;
+static void count_allocation(size_t n) {
     n_allocations++;
+    if (n > largest_allocation) largest_allocation = n;
+}
+static void *counted_malloc(size_t n) {
+    count_allocation(n);
     return malloc(n);
 }
 static void *counted_realloc(void *p, size_t n) {
-    n_allocations++;
+    count_allocation(n);
     return realloc(p, n);
 }
 static int counted_posix_memalign(void **p, size_t alignment, size_t n) {
-    n_allocations++;
+    count_allocation(n);
     return posix_memalign(p, alignment, n);
 }
 #define malloc counted_malloc
@@ -479,6 +485,7 @@ static void test_hostile_header(const char *path) {
     uint8_t *copy = xmalloc(g.size);
     memcpy(copy, g.map, g.size);
     struct error whole = {""};
+    largest_allocation = 0;
     CHECK(bind_bytes(copy, g.size, &whole), "%s", whole.text);
     for (size_t i = 0; i < g.data_start; i++) {
         struct error cut = {""}, flipped = {""};
@@ -493,6 +500,7 @@ static void test_hostile_header(const char *path) {
         }
     }
     CHECK(silent == 0, "%d cut or damaged headers went wrong without a word", silent);
+    CHECK(largest_allocation < 8 * g.size, "a header of %zu bytes made the program ask for %zu", g.data_start, largest_allocation);
     for (int i = 0; i < 2000; i++) {  // random bytes behind the magic
         size_t n = 24 + random_bits() % 200;
         uint8_t *random = xmalloc(n);

@@ -81,7 +81,7 @@ def state(path, pending, recent):
 
 
 def main():
-    for folder in ("gguf", "tokenizer", "state", "jsonl"):
+    for folder in ("gguf", "tokenizer", "state", "jsonl", "fasta"):
         (SEEDS / folder).mkdir(parents=True, exist_ok=True)
     kinds = gguf.GGMLQuantizationType
     model(SEEDS / "gguf/f32", None)
@@ -100,6 +100,9 @@ def main():
              ' { "prompt" : "" , "stop" : "." , "user" : "me" , "seed" : null } ']
     for i, line in enumerate(lines):
         (SEEDS / f"jsonl/line{i}").write_text(line)
+    records = [">one more words\nACGTNacgtn\nRYSW\n>two\n\n>three\nA", ">x\r\nAC GT\r\n\r\n>\r\nTT\r\n", ";old\n;comment\n\n>y\nACXGT\n>z\n>w\nAA\n"]
+    for i, text in enumerate(records):
+        (SEEDS / f"fasta/records{i}").write_bytes(text.encode())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ static void fuzz_vocabularies(const uint8_t *data, size_t n) { fuzz_tokenizer(vo
 static const struct {
     const char *name;
     void (*run)(const uint8_t *data, size_t n);
-} targets[] = {{"gguf", fuzz_gguf}, {"tokenizer", fuzz_vocabularies}, {"state", fuzz_state}, {"jsonl", fuzz_jsonl}};
+} targets[] = {{"gguf", fuzz_gguf}, {"tokenizer", fuzz_vocabularies}, {"state", fuzz_state}, {"jsonl", fuzz_jsonl},
+             {"fasta", fuzz_fasta}};
 
 static void (*target)(const uint8_t *data, size_t n);
 

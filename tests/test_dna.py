@@ -1,0 +1,227 @@
+"""FASTA in, scores and embeddings out: each record, window and strand gives what a run on its token ids gives."""
+import io
+import json
+import random
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from conftest import FIXTURES, ROOT
+
+ID = {**dict(zip("ACGTN", range(7, 12))), **dict.fromkeys("RYSWKMBDHVU", 11)}
+COMPLEMENT = str.maketrans("ACGT", "TGCA")
+
+
+def checkpoint(folder, d_model=32, layers=2, vocab=16, seed=3):
+    """A random checkpoint as transformers writes it, without a tokenizer."""
+    rng, inner = np.random.default_rng(seed), 2 * d_model
+    rank = -(-d_model // 16)
+
+    def r(*shape):
+        return rng.normal(0, 0.5, shape).astype(np.float32)
+
+    w = {"backbone.embeddings.weight": r(vocab, d_model), "backbone.norm_f.weight": r(d_model)}
+    for i in range(layers):
+        p = f"backbone.layers.{i}."
+        w |= {p + "norm.weight": r(d_model), p + "mixer.A_log": np.abs(r(inner, 16)), p + "mixer.D": r(inner),
+              p + "mixer.in_proj.weight": r(2 * inner, d_model), p + "mixer.conv1d.weight": r(inner, 1, 4), p + "mixer.conv1d.bias": r(inner),
+              p + "mixer.x_proj.weight": r(rank + 32, inner), p + "mixer.dt_proj.weight": r(inner, rank), p + "mixer.dt_proj.bias": r(inner) - 2,
+              p + "mixer.out_proj.weight": r(d_model, inner)}
+    folder.mkdir()
+    save_file(w, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": d_model, "num_hidden_layers": layers, "vocab_size": vocab,
+                                                    "state_size": 16, "conv_kernel": 4, "expand": 2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dna")
+    subprocess.run([sys.executable, ROOT / "convert_weights.py", checkpoint(folder / "checkpoint"), folder / "dna.bin", "--type", "f32", "--vocab", "dna"],
+                   check=True, stderr=subprocess.DEVNULL)
+    return folder / "dna.bin"
+
+
+def ids(bases):
+    return " ".join(str(ID[b]) for b in bases.upper())
+
+
+def reverse_complement(bases):
+    return bases.upper().translate(COMPLEMENT)[::-1]
+
+
+def rows(stdout):
+    return [line.split("\t") for line in stdout.decode().splitlines()[1:]]
+
+
+def some_bases(n, seed=1, letters="ACGT"):
+    return "".join(random.Random(seed).choices(letters, k=n))
+
+
+def fasta(tmp_path, text, name="x.fa"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def own_scores(mamba, model, bases, *options):
+    """Log-probabilities by position of the bases that are scored, from a run on token ids."""
+    table = rows(mamba("score", model, "--ids", ids(bases), "--per-token", *options).stdout)
+    return {int(r[1]): float(r[4]) for r in table if r[2] != "11"}
+
+
+def test_vocabulary(mamba, model):
+    reader = gguf.GGUFReader(model)
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[:12] == ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"]
+    assert reader.fields["mamba.tokenizer.normalizer"].contents() == "dna"
+    assert mamba("tokenize", model, "-p", "ACGTN acgtn\nRYswU").stdout == b"7 8 9 10 11 7 8 9 10 11 11 11 11 11 11\n"
+    assert mamba("tokenize", model, "-p", "AcX", "--case-sensitive").stdout == b"7 6 6\n"
+    assert mamba("tokenize", model, "--ids", "7 8 9 10 11", "--decode").stdout == b"ACGTN\n"
+
+
+def test_generate_writes_letters(mamba, model):
+    out = mamba(model, "-p", "ACGT", "-n", 40, "-s", 1, "-q", "--ignore-eos").stdout.decode()
+    assert out and set(out) <= set("ACGTN")
+
+
+RECORDS = {"one": "ACGTACGTTTGACA", "two": "acgtNNNNryACGT", "empty": "", "four": some_bases(700), "five": "A"}
+
+
+def write(records, width=60, end="\n", last=True):
+    lines = []
+    for name, bases in records.items():
+        lines += [f">{name} and more words", *(bases[i:i + width] for i in range(0, len(bases), width))]
+    return end.join(lines) + end * last
+
+
+@pytest.mark.parametrize("layout", [{}, {"width": 7}, {"width": 10 ** 6}, {"end": "\r\n"}, {"last": False}, {"end": "\n\n", "width": 3}])
+def test_records(mamba, model, tmp_path, layout):
+    path = fasta(tmp_path, write(RECORDS, **layout))
+    table = rows(mamba("score", model, "--fasta", path).stdout)
+    assert [row[0] for row in table] == list(RECORDS)
+    for row, bases in zip(table, RECORDS.values()):
+        scores = own_scores(mamba, model, bases) if bases else {}
+        assert int(row[1]) == len(scores) and abs(float(row[2]) + sum(scores.values())) < 1e-5 * max(1, len(scores))
+        assert float(row[3]) == pytest.approx(float(row[2]) / len(scores) / np.log(2), abs=2e-6) if scores else row[3] == "nan"
+    assert mamba("score", model, "--fasta", "-", input=path.read_bytes()).stdout == mamba("score", model, "--fasta", path, "-np", 1, "-ub", 5).stdout
+
+
+def test_old_comments_and_blank_lines(mamba, model, tmp_path):
+    path = fasta(tmp_path, ";a comment\n\n>x\n\nAC GT\n\tAC\n>y\n")
+    assert [row[:2] for row in rows(mamba("score", model, "--fasta", path).stdout)] == [["x", "5"], ["y", "0"]]
+
+
+def test_a_long_record_is_read_in_pieces(mamba, model, tmp_path):
+    """Longer than what is held at once; between short ones, which wait for it."""
+    bases = some_bases(70001, letters="ACGTacgtN")
+    texts = ["ACGT", bases, "TTTT"]
+    path = fasta(tmp_path, write(dict(zip(("a", "long", "b"), texts))))
+    requests = "".join(json.dumps({"ids": [ID[b] for b in text.upper()]}) + "\n" for text in texts).encode()
+    whole = json.loads(mamba("score", model, "--jsonl", "--logprobs", 0, input=requests).stdout.splitlines()[1])["logprobs"]
+    scored = [v for i, v in zip(whole["ids"][1:], whole["token_logprobs"][1:]) if i != 11]
+    table = rows(mamba("score", model, "--fasta", path).stdout)
+    assert [row[0] for row in table] == ["a", "long", "b"] and abs(float(table[1][2]) + sum(scored)) < 0.05 and int(table[1][1]) == len(scored)
+    assert mamba("score", model, "--fasta", path, "-np", 1, "-ub", 37).stdout == mamba("score", model, "--fasta", path, "-np", 5).stdout
+    for pool in ("last", "mean"):
+        mamba("embed", model, "--fasta", path, "--pool", pool, "-o", tmp_path / "f.npy")
+        expected = [json.loads(line)["embedding"] for line in mamba("embed", model, "--jsonl", "--pool", pool, input=requests).stdout.splitlines()]
+        assert np.array_equal(np.load(tmp_path / "f.npy"), np.float32(expected))
+
+
+@pytest.mark.parametrize("window, stride, spans", [
+    (300, None, [(0, 300), (300, 600), (600, 700)]), (300, 100, [(0, 300), (100, 400), (200, 500), (300, 600), (400, 700)]),
+    (100, 250, [(0, 100), (250, 350), (500, 600)]), (100, 350, [(0, 100), (350, 450)]), (1000, None, [(0, 700)]), (700, 1, [(0, 700)]), (350, None, [(0, 350), (350, 700)])])
+def test_windows(mamba, model, tmp_path, window, stride, spans):
+    """Named as samtools names regions: from 1, both ends included."""
+    bases = RECORDS["four"]
+    path = fasta(tmp_path, write({"s": "AC", "four": bases, "e": "", "t": "ACG"}))
+    table = rows(mamba("score", model, "--fasta", path, "--window", window, *(["--stride", stride] if stride else [])).stdout)
+    assert [row[0] for row in table] == ["s:1-2", *(f"four:{a + 1}-{b}" for a, b in spans), "t:1-3"]
+    alone = rows(mamba("score", model, *sum((["--ids", ids(bases[a:b])] for a, b in spans), [])).stdout)
+    assert [row[1:] for row in table[1:-1]] == [row[1:] for row in alone]
+
+
+def test_both_strands(mamba, model, tmp_path):
+    bases = [some_bases(50, 7), some_bases(333, 8, "ACGTN"), "A"]
+    path = fasta(tmp_path, write({str(i): b for i, b in enumerate(bases)}))
+    table = rows(mamba("score", model, "--fasta", path, "--rc-average").stdout)
+    for row, b in zip(table, bases):
+        forward, backward = own_scores(mamba, model, b), own_scores(mamba, model, reverse_complement(b))
+        total = -sum(forward.values()) - sum(backward.values())
+        assert abs(float(row[2]) - total / 2) < 1e-4 and int(row[1]) == (len(forward) + len(backward)) // 2
+        assert forward == {} or abs(float(row[3]) - total / (len(forward) + len(backward)) / np.log(2)) < 1e-5
+    for pool in ("last", "mean"):
+        both = np.load(io.BytesIO(mamba("embed", model, "--fasta", path, "--rc-average", "--pool", pool).stdout))
+        alone = [np.load(io.BytesIO(mamba("embed", model, *sum((["--ids", ids(f(b))] for b in bases), []), "--pool", pool).stdout))
+                 for f in (str, reverse_complement)]
+        assert np.allclose(both, (alone[0] + alone[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_track(mamba, model, tmp_path, both):
+    """bedGraph: positions from 0, a line a base that is scored, in order."""
+    records = {"one": some_bases(60, 2, "ACGTN"), "two": some_bases(20, 3)}
+    path, track = fasta(tmp_path, write(records)), tmp_path / "t.bedgraph"
+    mamba("score", model, "--fasta", path, "--track", track, *["--rc-average"] * both)
+    header, *lines = track.read_text().splitlines()
+    assert header.startswith("track type=bedGraph ")
+    found = {name: {} for name in records}
+    for line in lines:
+        name, start, end, value = line.split("\t")
+        assert int(end) == int(start) + 1 and list(found[name]) == sorted(found[name])
+        found[name][int(start)] = float(value)
+    for name, bases in records.items():
+        expected = own_scores(mamba, model, bases)
+        if both:
+            n, backward = len(bases), own_scores(mamba, model, reverse_complement(bases))
+            backward = {n - 1 - p: v for p, v in backward.items()}
+            expected = {p: np.mean([s[p] for s in (expected, backward) if p in s]) for p in sorted({*expected, *backward})}
+        assert found[name].keys() == expected.keys() and all(abs(found[name][p] - v) < 1e-4 for p, v in expected.items())
+
+
+def test_embed_every_base(mamba, model, tmp_path):
+    path = fasta(tmp_path, write({"x": some_bases(600)}))
+    mamba("embed", model, "--fasta", path, "--pool", "none", "--layer", 1, "-o", tmp_path / "f.npy")
+    mamba("embed", model, "--ids", ids(some_bases(600)), "--pool", "none", "--layer", 1, "-o", tmp_path / "i.npy")
+    assert np.array_equal(np.load(tmp_path / "f.npy"), np.load(tmp_path / "i.npy"))
+
+
+def test_a_wrong_letter(mamba, model, tmp_path):
+    """File, record and offset; the other records are scored, and the exit status tells."""
+    path = fasta(tmp_path, b">a\nACGT\n>b\nACG\nTX\nAAAA\n>c\nAC\x01GT\n>d\nACGT\n")
+    done = mamba("score", model, "-q", "--fasta", path, check=False)
+    assert done.returncode == 1 and [row[0] for row in rows(done.stdout)] == ["a", "d"]
+    first, second = done.stderr.decode().splitlines()
+    assert f"{path}: record b: 'X' at base 5" in first and "record c: byte 1 at base 3" in second
+    done = mamba("score", model, "-q", "--fasta", path, "--window", 3, check=False)
+    assert done.returncode == 1 and [row[0] for row in rows(done.stdout)] == ["a:1-3", "a:4-4", "b:1-3", "d:1-3", "d:4-4"]
+
+
+@pytest.mark.parametrize("content, words", [(b"ACGT\n", "begins with 'A'"), (b"\x1f\x8b\x08\x00", "zcat"), (None, "No such file")])
+def test_files_that_are_none(mamba, model, tmp_path, content, words):
+    path = fasta(tmp_path, content) if content is not None else tmp_path / "missing"
+    done = mamba("score", model, "-q", "--fasta", path, check=False)
+    assert done.returncode == 1 and words in done.stderr.decode() and done.stderr.count(b"\n") == 1 and done.stdout == b""
+
+
+def test_an_empty_file(mamba, model, tmp_path):
+    assert mamba("score", model, "-q", "--fasta", fasta(tmp_path, "")).stdout == b""
+
+
+def test_a_model_without_nucleotides(mamba, tmp_path):
+    done = mamba("score", FIXTURES / "mamba_tied.f32.bin", "--fasta", fasta(tmp_path, ">a\nACGT\n"), check=False)
+    assert done.returncode == 1 and b"no tokenizer" in done.stderr
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--window", 5], "--window needs --fasta"), (["--rc-average"], "--rc-average needs --fasta"), (["--track", "x"], "--track needs --fasta"),
+    (["--fasta", "x", "-p", "A"], "--fasta is the input"), (["--fasta", "x", "--jsonl"], "--fasta is the input"),
+    (["--fasta", "x", "--stride", 5], "--stride needs --window"), (["--fasta", "x", "--window", 5, "--track", "y"], "--track does not apply"),
+    (["--fasta", "x", "--rc-average", "--per-token"], "--rc-average does not apply"), (["--fasta", "x", "--window", 0], "--window 0")])
+def test_wrong_combinations(mamba, model, options, words):
+    done = mamba("score", model, *options, check=False)
+    assert done.returncode == 2 and words in done.stderr.decode()

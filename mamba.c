@@ -12,14 +12,15 @@
 //
 // Sections, bottom up; each opens with its purpose, what it may call and who calls it:
 //
-//    0  structs                                  8  Unicode and tokenizer
-//    1  errors, memory, threads, half floats     9  sampler
-//    2  GGUF                                    10  JSON
-//    3  configuration, tensor binding           11  FASTA
-//    4  kernels, once per instruction set       12  requests: many sequences at once
-//    5  layers                                  13  commands
-//    6  forward over a ragged batch             14  bench
-//    7  sequence state: save and load           15  command line
+//    0  structs                                  9  sampler
+//    1  errors, memory, threads, half floats    10  JSON
+//    2  GGUF                                    11  FASTA
+//    3  configuration, tensor binding           12  requests
+//    4  kernels, once per instruction set       13  engine: many sequences at once
+//    5  layers                                  14  commands
+//    6  forward over a ragged batch             15  bench
+//    7  sequence state: save and load           16  command line
+//    8  Unicode and tokenizer
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
 
@@ -423,7 +424,8 @@ static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 static bool parse_u64(struct str s, uint64_t *out) {
     uint64_t v = 0;
     for (size_t i = 0; i < s.n; i++)
-        if (s.p[i] < '0' || s.p[i] > '9' || __builtin_mul_overflow(v, 10, &v) || __builtin_add_overflow(v, s.p[i] - '0', &v)) return false;
+        if (s.p[i] < '0' || s.p[i] > '9' || __builtin_mul_overflow(v, 10, &v) || __builtin_add_overflow(v, s.p[i] - '0', &v))
+            return false;
     *out = v;
     return s.n > 0;
 }
@@ -1976,8 +1978,9 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_scale * (float)x_sum), sum) : sum;
 }
 
-// Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16 streams, more than the
-// processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in between, in file order.
+// Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16
+// streams, more than the processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in
+// between, in file order.
 LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const int8_t *q, const float *scale,
                    const int32_t *sum, const struct panel *p, float *sums) {
     const bool has_min = formats[format].has_min;
@@ -3869,7 +3872,8 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
     for (int b = 0; b < 256; b++) every_byte &= t->byte_token[b] >= 0;
     struct str wanted = {normal ? normal : expected.p, normal ? normal_n : expected.n};
     bool normalised_in_parts = t->nfc && parse_special;
-    if (every_byte && !normalised_in_parts && (found.n != wanted.n || (wanted.n && memcmp(found.p, wanted.p, wanted.n) != 0))) abort();
+    bool same = found.n == wanted.n && (!wanted.n || memcmp(found.p, wanted.p, wanted.n) == 0);
+    if (every_byte && !normalised_in_parts && !same) abort();
     free(normal);
     free(expected.p);
     free(found.p);
@@ -3880,7 +3884,7 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by section 12.
+// Calls sections 1 and 4; called by section 13.
 // ====================================================================================================================
 
 struct sampling {
@@ -4004,7 +4008,8 @@ static double log_probability(struct sampler *s, const float *logits, float max,
     const double log_sum = log(sum);
     n_top = min_int(n_top, s->n_vocab);
     if (n_top > 0) {
-        for (int32_t id = 0; id < s->n_vocab; id++) s->choices[id] = (struct choice){logits[id], (float)((double)(logits[id] - max) - log_sum), id};
+        for (int32_t id = 0; id < s->n_vocab; id++)
+            s->choices[id] = (struct choice){logits[id], (float)((double)(logits[id] - max) - log_sum), id};
         select_best(s->choices, s->n_vocab, n_top);
         memcpy(top, s->choices, (size_t)n_top * sizeof *top);
     }
@@ -4177,7 +4182,7 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 // ====================================================================================================================
 // 11. FASTA.
 // Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
-// kind, white space inside. Calls sections 1 and 8; called by section 12.
+// kind, white space inside. Calls sections 1 and 8; called by section 13.
 // ====================================================================================================================
 
 struct fasta {              // a file being read; owner of f and name
@@ -4211,8 +4216,8 @@ static int fasta_byte(struct fasta *fa) {
 
 static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struct error *e) {
     bool is_stdin = strcmp(path, "-") == 0;
-    *fa = (struct fasta){.f = is_stdin ? stdin : fopen(path, "rb"), .path = is_stdin ? "standard input" : path, .keep_case = keep_case,
-                         .line_begins = true};
+    *fa = (struct fasta){.path = is_stdin ? "standard input" : path, .keep_case = keep_case, .line_begins = true};
+    fa->f = is_stdin ? stdin : fopen(path, "rb");
     if (!fa->f) return fail(e, "%s: %s", path, strerror(errno));
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
@@ -4300,9 +4305,8 @@ static void fuzz_fasta(const uint8_t *data, size_t n) {
 
 // ====================================================================================================================
 // 12. Requests.
-// A request is a text that a command works on. Up to -np of them run at once, each in a sequence of its own: a step of
-// the engine gives every one its next tokens in one forward, those that end leave, and others enter before the next step.
-// Texts of the command line and lines of --jsonl go the same way. Calls everything above; called by the commands.
+// A request is a text that a command works on: of the command line, of a line of --jsonl, of a record of --fasta. Here is
+// what it is made from and how it is answered. Calls everything above; called by section 13.
 // ====================================================================================================================
 
 enum command { GENERATE, SCORE, EMBED, CLASSIFY, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
@@ -4869,7 +4873,11 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
                   "}}\n", n_prompt, r->n_generated, n_prompt + r->n_generated);
 }
 
-// ---- The engine ----
+// ====================================================================================================================
+// 13. Engine.
+// Up to -np requests run at once, each in a sequence of its own: a step gives every one its next tokens in one forward,
+// those that end leave, and others enter before the next step. Calls everything above; called by the commands.
+// ====================================================================================================================
 
 enum { LOGIT_ROWS = 64, LOGITS = 1 << 20 };  // of prompts, held at once: 64 rows, or more of a small vocabulary
 enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more, no new request begins
@@ -4930,7 +4938,8 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     if (n_tokens < n_slots) n_tokens = n_slots;
     int n_rows = n_slots;   // a row for each sequence that draws; prompts whose tokens are scored use more
     const int many_rows = s->model.c.n_vocab < LOGITS / LOGIT_ROWS ? LOGITS / s->model.c.n_vocab : LOGIT_ROWS;
-    if (o->command == SCORE || (o->command == GENERATE && o->jsonl)) n_rows = min_int(n_tokens, n_slots > many_rows ? n_slots : many_rows);
+    if (o->command == SCORE || (o->command == GENERATE && o->jsonl))
+        n_rows = min_int(n_tokens, n_slots > many_rows ? n_slots : many_rows);
     en->s = s;
     en->ctx = context_new(&s->model, k, n_threads, n_tokens, n_rows);
     en->end = &en->first;
@@ -5027,7 +5036,8 @@ static bool generate_begin(struct engine *en, struct request *r) {
     r->resume->n_pending = 0;  // it is the first of r->tokens
     // Nothing to begin from: the token that begins a text, or the one that separates texts.
     if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
-    if (!r->tokens.n && first < 0) return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
+    if (!r->tokens.n && first < 0)
+        return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
     if (!r->tokens.n) ids_add(&r->tokens, first);
     r->n_feed = r->tokens.n;
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
@@ -5215,11 +5225,13 @@ static void add_header(struct engine *en, struct request *r) {
     const struct options *o = en->s->o;
     const int64_t n = (int64_t)(r->tokens.n - r->n_carried);
     en->has_header = true;
-    if (o->track) fputs("track type=bedGraph name=\"log-probability\" description=\"natural logarithm of the probability of each base\"\n", en->s->out.f);
+    if (o->track) fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
     if (o->command == SCORE)
-        buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
+        buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n"
+                                            : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
     if (o->command == CLASSIFY) buffer_printf(&r->out, "id\tlabel\tprobability\n");
-    if (o->command == EMBED && !o->fasta) add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
+    if (o->command == EMBED && !o->fasta)
+        add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
     if (!o->logits) return;
     struct buffer header = {0};
     add_npy_header(&header, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
@@ -5574,7 +5586,8 @@ static void write_answers(struct engine *en) {
             fwrite(r->out.p, 1, r->out.n, en->output);
             wrote = true;
         }
-        if (r->track.n && fwrite(r->track.p, 1, r->track.n, en->s->out.f) != r->track.n) die("%s: %s", en->s->o->track, strerror(errno));
+        if (r->track.n && fwrite(r->track.p, 1, r->track.n, en->s->out.f) != r->track.n)
+            die("%s: %s", en->s->o->track, strerror(errno));
         r->out.n = r->track.n = 0;
         if (r->done) {
             *at = r->next;
@@ -5598,8 +5611,10 @@ static double engine_fraction(const struct engine *en) {
     const struct options *o = en->s->o;
     const struct request *r = en->first;
     const struct line_reader *l = &en->lines;
-    if (o->fasta) return en->input_size ? (double)(ftello(en->fasta.f) - (off_t)(en->fasta.n - en->fasta.at)) / (double)en->input_size : -1;
-    if (o->jsonl) return en->input_size ? (double)(l->n_bytes - (int64_t)(l->b.n - l->start)) / (double)en->input_size : -1;
+    if (o->fasta || o->jsonl) {
+        int64_t done = o->fasta ? ftello(en->fasta.f) - (off_t)(en->fasta.n - en->fasta.at) : l->n_bytes - (int64_t)(l->b.n - l->start);
+        return en->input_size ? (double)done / (double)en->input_size : -1;
+    }
     if (!r || !r->tokens.n) return -1;
     return ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / (o->command == GENERATE ? 1 : o->n_inputs);
 }
@@ -5628,8 +5643,8 @@ static void engine_run(struct engine *en) {
 }
 
 // ====================================================================================================================
-// 13. Commands.
-// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 15. Standard output carries
+// 14. Commands.
+// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 16. Standard output carries
 // data only; what is for people goes to standard error.
 // ====================================================================================================================
 
@@ -6130,8 +6145,8 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 14. Bench.
-// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 15.
+// 15. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 16.
 // ====================================================================================================================
 
 enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
@@ -6536,9 +6551,9 @@ static int command_bench(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 15. Command line.
+// 16. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls sections 13 and 14.
+// from the same table. Calls sections 14 and 15.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
@@ -6739,7 +6754,8 @@ static const struct option *find_option(const char *arg, enum command command, c
 // A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
-    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || (o->load_state && o->command == GENERATE && !o->jsonl)) return;
+    bool continues = o->load_state && o->command == GENERATE && !o->jsonl;
+    if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || continues) return;
     if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
@@ -6754,7 +6770,8 @@ static void check_options(struct options *o) {
     if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
-    const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits" : o->command == EMBED && o->output ? "--output" : NULL;
+    const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
+                            : o->command == EMBED && o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
     const char *of_fasta = o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
     if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);

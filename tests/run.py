@@ -10,6 +10,7 @@ first, `make check` both.
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main():
     if sys.argv[1:] not in (["quick"], ["slow"]):
         sys.exit(__doc__)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would the tests
     start = time.monotonic()
     if sys.argv[1] == "quick":
         counts = [run_unit_tests(), run_pytest(sorted(TESTS.glob("test_*.py")))]

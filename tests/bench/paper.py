@@ -185,9 +185,8 @@ def draw(results):
     def finish(axes, name, **settings):
         axes.set(**settings)
         axes.set_title(f"{results['cpu']} ({results['isa']}), {results['threads']} threads", fontsize=9)
-        axes.legend(fontsize=8)
-        axes.figure.tight_layout()
-        axes.figure.savefig(RESULTS / f"{name}.svg")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axes.figure.savefig(RESULTS / f"{name}.svg", bbox_inches="tight")
 
     _, axes = plt.subplots(figsize=(7, 3.6))
     for key, label in (("scan", "selective scan (mamba)"), ("convolution", "FFT convolution (PyTorch)"), ("attention", "causal attention (PyTorch)")):

@@ -4525,8 +4525,8 @@ static bool read_more(struct line_reader *l, bool wait) {
 static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
     size_t searched = 0;
     for (;;) {
-        char *from = l->b.p + l->start;
         size_t n = l->b.n - l->start;
+        char *from = n ? l->b.p + l->start : NULL;
         char *end = n > searched ? memchr(from + searched, '\n', n - searched) : NULL;
         if (!end && !l->ended && n > MAX_LINE) {  // forget what has come of it
             l->skipping = true;
@@ -5083,7 +5083,7 @@ static void generate_end(struct engine *en, struct request *r) {
     struct emitter *text = &r->text;
     const bool save = en->s->o->save_state != NULL;
     size_t keep = save && !text->stopped ? incomplete_tail(text->held.p, text->held.n) : 0;
-    memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);  // NOLINT: no bytes when held.p is NULL
+    if (keep) memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);
     r->resume->n_bytes = (int)keep;
     if (!text->stopped && text->held.n > keep) emit_bytes(text, text->held.n - keep);
     if (en->s->o->jsonl) {
@@ -6317,23 +6317,23 @@ static float *random_floats(size_t n, float scale, float offset) {
 // --op scan: the selective scan alone, with discretisation, skip and gate, over one sequence of n_prompt tokens.
 static void scan_measure(const struct options *o, const struct bench_test *t, struct bench_result *r) {
     const struct kernels *k = choose_kernels();
-    const size_t n = (size_t)t->n_prompt * SCAN_CHANNELS;
+    const size_t n = (size_t)t->n_prompt * SCAN_CHANNELS, n_state = (size_t)SCAN_CHANNELS * SCAN_STATE;
     float *u = random_floats(n, 1, 0), *z = random_floats(n, 1, 0), *dt = random_floats(n, 1, -2);
-    float *bc = random_floats((size_t)t->n_prompt * 2 * SCAN_STATE, 1, 0), *a2 = random_floats(SCAN_CHANNELS * SCAN_STATE, 8, -8.5f);
+    float *bc = random_floats((size_t)t->n_prompt * 2 * SCAN_STATE, 1, 0), *a2 = random_floats(n_state, 8, -8.5f);
     float *d = random_floats(SCAN_CHANNELS, 1, 0), *dt_b = random_floats(SCAN_CHANNELS, 1, 0);
-    float *dt_y = xcalloc(n, sizeof *dt_y), *state = xcalloc(SCAN_CHANNELS * SCAN_STATE, sizeof *state);
+    float *dt_y = xcalloc(n, sizeof *dt_y), *state = xcalloc(n_state, sizeof *state);
     for (int i = -1; i < o->repeats; i++) {  // the first one warms up
         memcpy(dt_y, dt, n * sizeof *dt);
-        memset(state, 0, SCAN_CHANNELS * SCAN_STATE * sizeof *state);
+        memset(state, 0, n_state * sizeof *state);
         double start = now_seconds();
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(t->n_threads) schedule(dynamic)
 #endif
-        for (int c = 0; c < SCAN_CHANNELS; c += SCAN_ITEM) {
+        for (size_t c = 0; c < SCAN_CHANNELS; c += SCAN_ITEM) {
             flush_denormals();
             k->scan(&(struct scan_args){
-                .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c, .bc = bc,
-                .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS, .ld_z = SCAN_CHANNELS,
+                .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c,
+                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS, .ld_z = SCAN_CHANNELS,
                 .ld_bc = 2 * SCAN_STATE});
         }
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
@@ -6470,7 +6470,7 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
 static int bench_tests(const struct options *o, struct bench_test **tests) {
     char default_list[16];
     snprintf(default_list, sizeof default_list, "%d", default_threads());
-#define GIVEN(list, otherwise) (o->list ? o->list : otherwise)
+#define GIVEN(list, otherwise) (o->list ? o->list : (otherwise))
     struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
     struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper ? "1,2,4,8,16,32,64,128" : "1"), 1, MAX_SLOTS);
     struct bench_list prompts = parse_list("-p", GIVEN(bench_prompts, o->paper ? "2048" : "512"), 0, 1 << 24);

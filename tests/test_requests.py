@@ -325,6 +325,7 @@ def test_short_requests_do_not_wait_for_a_long_one(mamba):
     assert [a["id"] for a in answers(mamba, "generate", TALES, requests, "-np", 2, "--ignore-eos")] == ["long"] + list(range(50))
 
 
+@pytest.mark.skipif("MAMBA" in os.environ, reason="a sanitizer keeps what was freed")
 def test_memory_does_not_grow_with_the_lines(mamba):
     def peak(n):
         """The program's own figure, asked for before it ends: what wait4() reports begins at the size of its parent."""

@@ -5720,12 +5720,15 @@ static struct ids banned_tokens(const struct session *s) {
 
 static const struct gguf *mapped;  // the open model, for the handler
 
-// A page of the model that is no longer in its file: somebody cut it, or its disk failed.
+// A page of the model that is no longer in its file: somebody cut it, or its disk failed. All threads may find out at once:
+// the first one speaks.
 static void on_bus_error(int signal, siginfo_t *info, void *context) {
     (void)context;
     const uint8_t *at = info->si_addr;
     if (mapped && at >= mapped->map && at < mapped->map + mapped->size) {
+        static atomic_flag said = ATOMIC_FLAG_INIT;
         const char *parts[] = {"mamba: ", mapped->path, ": became shorter while it was in use, or could not be read\n"};
+        while (atomic_flag_test_and_set(&said)) pause();
         for (int i = 0; i < 3; i++)
             if (write(STDERR_FILENO, parts[i], strlen(parts[i])) < 0) break;
         if (unfinished && unfinished->temporary) unlink(unfinished->temporary);

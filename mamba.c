@@ -4333,7 +4333,7 @@ struct settings {           // what a line of --jsonl may set; the command line 
 
 struct options {            // the command line, parsed; defaults are llama.cpp's where it has them
     enum command command;
-    const char *program, *model;
+    const char *model;
     struct input *inputs;   // [n_inputs], owned
     int n_inputs;
     struct settings settings;  // owner of stops

@@ -2881,7 +2881,7 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
                     PRIu32 "; this model has %d, %d, %d, %d", h.n_layer, h.d_inner, h.d_state, h.d_conv, c->n_layer,
                     c->d_inner, c->d_state, c->d_conv);
     if (h.fingerprint != m->fingerprint) return fail(e, "the state of another model file with the same shape");
-    if (h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3) return fail(e, "the state file's header is damaged");
+    if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3) return fail(e, "the state file's header is damaged");
     size_t expected = sizeof h + 4 * (h.n_recent + state_floats(c)) + 8;
     if (n != expected || h.file_bytes != n)
         return fail(e, "the state file has %zu bytes; expected %zu: is it cut off?", n, expected);
@@ -3665,6 +3665,11 @@ static void encode_falcon(struct encoder *e, const char *s, size_t n) {
     }
 }
 
+// The token of a letter, or the one for what is unknown, or -1.
+static int32_t letter_token(const struct tokenizer *t, uint8_t letter) {
+    return t->byte_token[letter] >= 0 ? t->byte_token[letter] : t->unknown;
+}
+
 // A letter of DNA as models spell it: upper case, and N for what is known in part (the IUPAC codes); 0 for white space, -1
 // for anything else. Lower case, which marks repeats, is upper case unless it is kept.
 static int nucleotide(uint8_t c, bool keep_case) {
@@ -4193,7 +4198,7 @@ struct fasta {              // a file being read; owner of f and name
     bool line_begins;       // with chunk[at]
     bool started;           // a record has begun
     bool keep_case;
-    char *name;             // of the record: the first word of its line
+    char *name;             // of the record: the first word of its line, or its number
     int64_t n_records, n_bases;  // records begun; bases of this one handed out
 };
 
@@ -4210,7 +4215,7 @@ static int fasta_byte(struct fasta *fa) {
     int c = fasta_peek(fa);
     if (c == EOF) return EOF;
     fa->at++;
-    fa->line_begins = c == '\n';
+    fa->line_begins = c == '\n' || c == '\r';
     return c;
 }
 
@@ -4236,7 +4241,7 @@ static bool fasta_next(struct fasta *fa, struct error *e) {
     int c;
     while ((c = fasta_peek(fa)) != EOF && !(fa->line_begins && c == '>')) {
         if (!fa->started && fa->line_begins && c == ';') {  // a comment, as the oldest files have them
-            while ((c = fasta_byte(fa)) != EOF && c != '\n') {}
+            while (fasta_byte(fa) != EOF && !fa->line_begins) {}
         } else if (!fa->started && !isspace(c)) {
             return fail(e, "%s begins with '%c'; expected '>' and the name of a record", fa->path, c);
         } else {
@@ -4246,18 +4251,19 @@ static bool fasta_next(struct fasta *fa, struct error *e) {
     if (ferror(fa->f)) return fail(e, "%s: %s", fa->path, strerror(errno));
     if (c == EOF) return false;
     struct buffer name = {0};
-    bool in_name = true;
+    bool ended = false;
     fasta_byte(fa);
-    while ((c = fasta_byte(fa)) != EOF && c != '\n') {
-        in_name &= !isspace(c);
-        if (in_name) buffer_add(&name, &(char){(char)c}, 1);
+    while ((c = fasta_byte(fa)) != EOF && !fa->line_begins) {
+        ended |= isspace(c) && name.n;
+        if (!isspace(c) && !ended) buffer_add(&name, &(char){(char)c}, 1);
     }
-    buffer_add(&name, "", 1);
-    free(fa->name);
-    fa->name = name.p;
     fa->started = true;
     fa->n_records++;
     fa->n_bases = 0;
+    if (!name.n) buffer_printf(&name, "%" PRId64, fa->n_records);
+    buffer_add(&name, "", 1);
+    free(fa->name);
+    fa->name = name.p;
     return true;
 }
 
@@ -4362,22 +4368,34 @@ struct session {            // what every command that runs a model has open
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
+    int n_threads;
     struct ids banned;      // tokens that are never drawn
-    int32_t unscored;       // N of a vocabulary of nucleotides, which nothing is to be said about; -1: there is none
+    int32_t unscored[2];    // N and n of nucleotides, which nothing is to be said about; -1: there is none
     struct sequence *base;  // what every request continues: --prefix, --load-state; NULL: nothing
     struct resume *base_resume;
 };
 
 static volatile sig_atomic_t interrupted;  // the signal, once one came
 
+static struct timespec interrupted_at;
+
+// The first Ctrl-C or kill ends a command at its next step, a second one ends the process. Several at once, as timeout(1)
+// sends them, are one.
 static void on_signal(int signal) {
-    interrupted = signal;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (!interrupted) {
+        interrupted_at = now;
+        interrupted = signal;
+    } else if (now.tv_sec - interrupted_at.tv_sec + (now.tv_nsec - interrupted_at.tv_nsec) * 1e-9 > 0.5) {
+        if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+        _exit(128 + signal);
+    }
 }
 
-// From here on the first Ctrl-C or kill ends a command at its next step, and a second one ends the process. A read or write
-// that waits is cut short. (While prompts are read, a signal still does what it always does.)
+// A read or write that waits is cut short. (While prompts are read, a signal still does what it always does.)
 static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+    struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 }
@@ -4472,6 +4490,11 @@ static bool need_tokenizer(const struct session *s, struct error *e) {
     return fail(e, "%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
 }
 
+// What a token stands for. The embedding may have more rows than the vocabulary has tokens, and a request may name any row.
+static struct str token_text(const struct session *s, int32_t id) {
+    return s->has_tokenizer && id < s->tokenizer.n_tokens ? s->tokenizer.token[id] : (struct str){"", 0};
+}
+
 // Appends the tokens of a text. BOS goes in front where the file asks for it, unless the text continues another.
 static bool read_text(const struct session *s, struct str text, bool continues, struct ids *out, struct error *e) {
     const struct tokenizer *t = &s->tokenizer;
@@ -4543,7 +4566,11 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
         }
         searched = n;
         if (!read_more(l, wait) && !l->ended) return NO_LINE_YET;
-        if (l->ended && l->start == l->b.n) return NO_MORE_LINES;
+        if (!l->ended || l->start < l->b.n) continue;
+        if (!l->skipping) return NO_MORE_LINES;
+        l->skipping = false;  // the last line was too long, and has no end
+        l->n_lines++;
+        return LINE_TOO_LONG;
     }
 }
 
@@ -4560,7 +4587,7 @@ struct request {            // one text; owner of all it points to but seq
     char *line;             // bytes of stop texts
     struct settings settings;
     struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
-    size_t n_carried;       // of tokens: those of the base, 0 or 1
+    size_t n_carried;       // of tokens: those that are not its own: the base's last one, or what begins a record
     size_t n_dropped;       // tokens before tokens.p[0] that were forgotten: those of a long record
     size_t n_feed, n_fed;   // tokens that are to be fed, and are; after them comes resume->pending, drawn from the logits
     bool streams;           // more tokens are to be read: the last one known is not fed before the next is
@@ -4731,6 +4758,7 @@ static bool request_value(struct request_parse *q, const struct request_field *f
     case R_INTEGER:
     case R_NUMBER:
         if (!request_number(q, f, &v)) return false;
+        if (field == &q->r->settings.sampling.temperature) q->r->settings.sampling.greedy = false;
         if (f->kind == R_NUMBER) *(float *)field = (float)v;
         else *(int *)field = (int)v;
         return true;
@@ -4795,7 +4823,7 @@ static void fuzz_jsonl(const uint8_t *data, size_t n) {
 
 // A token as text of JSON; one that is not UTF-8 by itself as OpenAI spells it, "bytes:\xe2\x80".
 static void add_json_token(struct buffer *b, const struct session *s, int32_t id) {
-    struct str t = s->has_tokenizer && id < s->tokenizer.n_tokens ? s->tokenizer.token[id] : (struct str){"", 0};
+    struct str t = token_text(s, id);
     struct buffer bytes = {0};
     bool valid = t.n > 0;
     for (size_t i = 0, n; i < t.n; i += n) {
@@ -4867,7 +4895,7 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
         return;
     }
     buffer_add(b, r->answer.p, r->answer.n);
-    if (r->settings.logprobs >= 0) add_json_logprobs(b, s, r);
+    if (r->settings.logprobs >= 0 && (s->o->command == GENERATE || s->o->command == SCORE)) add_json_logprobs(b, s, r);
     int64_t n_prompt = r->n_before + (int64_t)n_tokens_of(r);
     buffer_printf(b, ", \"usage\": {\"prompt_tokens\": %" PRId64 ", \"completion_tokens\": %" PRId64 ", \"total_tokens\": %" PRId64
                   "}}\n", n_prompt, r->n_generated, n_prompt + r->n_generated);
@@ -4919,7 +4947,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     int next_input;         // of the command line
     struct line_reader lines;  // of --jsonl
     struct fasta fasta;     // of --fasta
-    struct request *streaming;  // a long record, which must end before another one can be read
+    struct request *long_record;  // which must end before another one is read
     struct window window;   // of --window
     struct buffer array;    // embed --fasta: all rows, which are written when their number is known
     int64_t input_size;     // of a plain file of lines or records; 0: unknown
@@ -4933,7 +4961,7 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     struct engine *en = xcalloc(1, sizeof *en);
     const struct options *o = s->o;
     const struct kernels *k = choose_kernels();
-    const int n_threads = o->n_threads ? o->n_threads : default_threads();
+    const int n_threads = s->n_threads;
     int n_tokens = max_tokens < o->ubatch ? (int)max_tokens : o->ubatch;
     if (n_tokens < n_slots) n_tokens = n_slots;
     int n_rows = n_slots;   // a row for each sequence that draws; prompts whose tokens are scored use more
@@ -5023,7 +5051,7 @@ static void remember(struct resume *r, int32_t token) {
 static void generate_write(const struct session *s, struct request *r, struct emitter *text, int32_t token) {
     if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
     else if (s->o->print_ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
-    else if (s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, s->tokenizer.token[token]);
+    else if (token >= s->tokenizer.n_tokens || s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, token_text(s, token));
 }
 
 static bool generate_begin(struct engine *en, struct request *r) {
@@ -5110,7 +5138,7 @@ static void add_track(struct request *r, int64_t base, double logprob) {
 static void score_token(struct engine *en, struct request *r, size_t at, const struct token_logprob *next) {
     const struct session *s = en->s;
     const size_t position = at + 1 - r->n_carried;
-    if (next->id == s->unscored) return;
+    if (next->id == s->unscored[0] || next->id == s->unscored[1]) return;
     r->nll -= next->logprob;
     r->n_scored++;
     if (s->o->track && !r->strand) add_track(r, (int64_t)position, next->logprob);
@@ -5120,7 +5148,7 @@ static void score_token(struct engine *en, struct request *r, size_t at, const s
     }
     if (!s->o->per_token || s->o->jsonl) return;
     buffer_printf(&r->out, "%s\t%zu\t%" PRId32 "\t", r->id, position, next->id);
-    if (s->has_tokenizer && next->id < s->tokenizer.n_tokens) add_escaped(&r->out, s->tokenizer.token[next->id]);
+    add_escaped(&r->out, token_text(s, next->id));
     buffer_printf(&r->out, "\t%.6f\n", next->logprob);
 }
 
@@ -5135,8 +5163,8 @@ static void score_end(const struct session *s, struct request *r) {
         buffer_printf(&r->answer, ", \"perplexity\": ");
         add_json_number(&r->answer, 6, exp(mean));
     } else if (!s->o->per_token && r->n_scored) {
-        buffer_printf(&r->out, "%s\t%" PRId64 "\t%.6f\t%.6f\t%.6f\n", r->id, r->n_scored / strands,
-                      r->nll / strands, mean / log(2), exp(mean));
+        buffer_printf(&r->out, "%s\t%.17g\t%.6f\t%.6f\t%.6f\n", r->id, (double)r->n_scored / strands, r->nll / strands,
+                      mean / log(2), exp(mean));
     } else if (!s->o->per_token) {
         buffer_printf(&r->out, "%s\t0\t0.000000\tnan\tnan\n", r->id);
     }
@@ -5254,9 +5282,11 @@ static bool request_begin(struct engine *en, struct request *r) {
         for (size_t i = 0; i < n_own; i++) r->strand[i] = NAN;
     }
     r->all_rows = command == SCORE || (rows && r->settings.logprobs >= 0);
+    if (command == EMBED && s->o->fasta && en->has_header && strcmp(s->o->pool, "none") == 0)
+        return fail(&r->error, "--pool none writes the rows of one record, and %s is another", r->id);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
     if (command == EMBED || command == CLASSIFY) {
-        if (!n_own) return fail(&r->error, "the text is empty: nothing stands for it");
+        if (!n_own) return fail(&r->error, "%s: the text is empty: nothing stands for it", r->id);
         r->sum = xcalloc(d, sizeof *r->sum);
         r->pooled = xcalloc(d, sizeof *r->pooled);
     }
@@ -5270,7 +5300,7 @@ static void request_end(struct engine *en, struct request *r) {
     if (!r->finish_reason) r->finish_reason = "length";
     if (failed && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
     if (failed && !s->o->jsonl && !interrupted) print_line(stderr, r->error.text);
-    if (en->streaming == r) en->streaming = NULL;
+    if (en->long_record == r) en->long_record = NULL;
     if (!failed && s->o->command == GENERATE) generate_end(en, r);
     if (!failed && s->o->command == SCORE) score_end(s, r);
     if (!failed && s->o->command == EMBED) embed_end(s, r);
@@ -5281,7 +5311,7 @@ static void request_end(struct engine *en, struct request *r) {
     if (r->seq) en->idle[en->n_idle++] = r->seq;
     r->done = true;
     request_strip(r);
-    en->held += r->held = sizeof *r + r->out.n;
+    en->held += r->held = sizeof *r + r->out.n + r->track.n;
 }
 
 // ---- Requests come, run and go ----
@@ -5307,10 +5337,18 @@ static struct request *next_input_request(struct engine *en) {
     return r;
 }
 
-static void add_base(const struct session *s, struct request *r, uint8_t base) {
-    int32_t id = s->tokenizer.byte_token[base] >= 0 ? s->tokenizer.byte_token[base] : s->tokenizer.unknown;
-    if (id < 0) set_error(&r->error, "%s: the vocabulary has no token for '%c'", s->o->model, base);
-    ids_add(&r->tokens, id);
+// A request for the record at hand, or a part of it; its tokens are still to come. It begins as the model's texts do.
+static struct request *new_record_request(struct engine *en, char *id) {
+    const struct tokenizer *t = &en->s->tokenizer;
+    struct request *r = request_new(en->s);
+    r->id = id;
+    if (t->add_bos && t->bos >= 0 && !en->s->base) ids_add(&r->tokens, t->bos);
+    r->n_carried = r->tokens.n;
+    return r;
+}
+
+static void add_bases(const struct session *s, struct request *r, const uint8_t *bases, size_t n) {
+    for (size_t i = 0; i < n; i++) ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
 }
 
 // Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read.
@@ -5322,11 +5360,12 @@ static void read_bases(struct engine *en, struct request *r) {
     r->n_dropped += n_fed;
     for (bool more = true; more; more = en->s->o->rc_average && got == sizeof piece) {
         got = fasta_read(&en->fasta, piece, sizeof piece, &r->error);
-        for (size_t i = 0; i < got; i++) add_base(en->s, r, piece[i]);
+        add_bases(en->s, r, piece, got);
     }
     r->streams = got == sizeof piece && !r->error.text[0];
     r->n_feed = n_tokens_of(r) - r->streams;
-    en->streaming = r->streams ? r : NULL;
+    const bool is_long = r->tokens.n > sizeof piece;  // --rc-average keeps it whole: one at a time
+    en->long_record = r->streams || is_long ? r : NULL;
 }
 
 // The next record of the file. False: there is none, or (r: an error of its own) the file cannot be read.
@@ -5344,10 +5383,10 @@ static bool next_record(struct engine *en, struct request **r) {
 static struct request *next_record_request(struct engine *en) {
     struct request *r;
     struct buffer id = {0};
-    if (en->streaming || !next_record(en, &r)) return en->streaming ? NULL : r;
-    r = request_new(en->s);
+    if (en->long_record) return NULL;
+    if (!next_record(en, &r)) return r;
     buffer_printf(&id, "%s", en->fasta.name);
-    r->id = id.p;
+    r = new_record_request(en, id.p);
     read_bases(en, r);
     return r;
 }
@@ -5371,12 +5410,11 @@ static struct request *next_window_request(struct engine *en) {
         w->in_record = w->n == window && !e.text[0];
         int64_t end = w->from + (int64_t)w->n;
         if ((end <= w->covered || !w->n) && !e.text[0]) continue;  // nothing new
-        r = request_new(en->s);
-        r->error = e;
         struct buffer id = {0};
         buffer_printf(&id, "%s:%" PRId64 "-%" PRId64, en->fasta.name, w->from + 1, end);
-        r->id = id.p;
-        for (size_t i = 0; i < w->n; i++) add_base(en->s, r, w->bases[i]);
+        r = new_record_request(en, id.p);
+        r->error = e;
+        add_bases(en->s, r, w->bases, w->n);
         w->covered = end;
         w->from += (int64_t)stride;
         w->n = stride < w->n ? w->n - stride : 0;
@@ -5398,7 +5436,7 @@ static void reverse_strand(const struct session *s, struct request *r) {
     for (size_t i = 0; i < n; i++)
         for (int k = 0; k < 8; k++)
             if (p[i] == s->tokenizer.byte_token[(uint8_t)letters[k]]) {
-                p[i] = s->tokenizer.byte_token[(uint8_t)complements[k]];
+                p[i] = letter_token(&s->tokenizer, (uint8_t)complements[k]);
                 break;
             }
     sequence_begin(r->seq, s);
@@ -5455,8 +5493,8 @@ static void engine_admit(struct engine *en) {
 // The next tokens of the running requests: first one of each that draws tokens; prompts share the rest. Returns their number.
 static int engine_batch(struct engine *en) {
     int n = 0, left = en->ctx->max_tokens;
-    struct request *stream = en->streaming;
-    if (stream && stream->n_feed - stream->n_fed < (size_t)left) read_bases(en, stream);
+    struct request *record = en->long_record;
+    if (record && record->streams && record->n_feed - record->n_fed < (size_t)left) read_bases(en, record);
     for (int prompts = 0; prompts < 2; prompts++)
         for (int i = 0; i < en->n_running && left; i++) {
             struct request *r = en->running[i];
@@ -5810,7 +5848,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
 // output: the file that the command writes besides standard output; NULL: none.
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
-    *s = (struct session){.o = o};
+    *s = (struct session){.o = o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
     if (o->sandbox) sandbox_enter(o, &s->out);
     if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
@@ -5819,12 +5857,14 @@ static void open_session(struct session *s, const struct options *o, const char 
     sigaction(SIGBUS, &action, NULL);
     open_tokenizer(s);
     s->banned = banned_tokens(s);
-    s->unscored = s->has_tokenizer && s->tokenizer.nucleotides ? s->tokenizer.byte_token['N'] : -1;
     s->tokenizer.keep_case = o->case_sensitive;
+    const bool is_dna = s->has_tokenizer && (s->tokenizer.nucleotides || o->fasta);
+    for (int i = 0; i < 2; i++) s->unscored[i] = is_dna && (i == 0 || o->case_sensitive) ? letter_token(&s->tokenizer, "Nn"[i]) : -1;
 }
 
 static void close_session(struct session *s) {
     mapped = NULL;
+    if (s->out.temporary) outfile_discard(&s->out);  // it has not become whole
     sequence_free(s->base);
     free(s->base_resume);
     free(s->banned.p);
@@ -5897,7 +5937,15 @@ static void open_fasta(struct engine *en) {
     const struct options *o = en->s->o;
     struct stat st;
     struct error e = {""};
-    if (!need_tokenizer(en->s, &e) || !fasta_open(&en->fasta, o->fasta, o->case_sensitive, &e)) die("%s", e.text);
+    const struct tokenizer *t = &en->s->tokenizer;
+    if (!need_tokenizer(en->s, &e)) die("%s", e.text);
+    if (!t->characters) die("%s: the vocabulary is one of words; --fasta needs one of single letters", o->model);
+    for (const char *letter = o->case_sensitive ? "ACGTNacgtn" : "ACGTN"; *letter; letter++) {
+        bool needed = strchr("ACGT", *letter) != NULL;  // the others may be the unknown token
+        if ((needed ? t->byte_token[(uint8_t)*letter] : letter_token(t, (uint8_t)*letter)) < 0)
+            die("%s: the vocabulary has no token for '%c'", o->model, *letter);
+    }
+    if (!fasta_open(&en->fasta, o->fasta, o->case_sensitive, &e)) die("%s", e.text);
     if (fstat(fileno(en->fasta.f), &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
     en->window.bases = xmalloc((size_t)o->window);
 }
@@ -5980,9 +6028,12 @@ static int run_requests(struct session *s, FILE *output) {
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
     if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
+    const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;
     int status = close_engine(en);
+    if (cut_off) set_error(&e, "%s: not written, because the reader of standard output left before the end", s->out.path);
+    if (cut_off) print_line(stderr, e.text);
     close_session(s);
-    return status;
+    return cut_off ? 1 : status;
 }
 
 static int command_score(const struct options *o) {
@@ -6771,6 +6822,10 @@ static void check_options(struct options *o) {
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
     if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
+    const char *files[] = {o->save_state, o->logits, o->track}, *names[] = {"--save-state", "--logits", "--track"};
+    for (int i = 0; i < 3; i++)
+        if (files[i] && strcmp(files[i], "-") == 0) usage_error("%s -: standard output has something else to carry", names[i]);
+    if (o->command == CLASSIFY && strcmp(o->pool, "none") == 0) usage_error("--pool none does not apply to classify");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"

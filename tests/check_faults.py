@@ -92,6 +92,24 @@ def test_a_signal_ends_a_write_that_waits():
     assert run.wait(20) == 128 + signal.SIGINT
 
 
+def test_timeout_signals_twice(tmp_path):
+    """coreutils' timeout signals the process and its group: that is one wish, and nothing is left behind."""
+    subprocess.run(["timeout", "-s", "INT", "1", PROGRAM, TALES, "-p", "Once", *ENDLESS, "-q", "--save-state", tmp_path / "s"], stdout=subprocess.DEVNULL)
+    subprocess.run(["timeout", "-s", "INT", "1", PROGRAM, "score", TALES, "-f", ROOT / "mamba.c", "-q", "--logits", tmp_path / "l.npy"], stdout=subprocess.DEVNULL)
+    assert os.listdir(tmp_path) == ["s"]
+    assert run_mamba(TALES, "--load-state", tmp_path / "s", "-n", 1).returncode == 0
+
+
+def test_a_second_signal_ends_at_once_and_cleans_up(tmp_path):
+    run = start("score", TALES, "-f", ROOT / "mamba.c", "-q", "-ub", 65536, "-t", 1, "--logits", tmp_path / "l.npy")  # one long step
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    if run.poll() is None:
+        run.send_signal(signal.SIGINT)
+    assert run.wait(2) == 128 + signal.SIGINT and os.listdir(tmp_path) == []
+
+
 def test_killed_while_saving(tmp_path):
     """The state is the old one or the new one, whenever the kill comes."""
     state, wanted = tmp_path / "s.state", {}

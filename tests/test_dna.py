@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, PROGRAM, ROOT
 
 ID = {**dict(zip("ACGTN", range(7, 12))), **dict.fromkeys("RYSWKMBDHVU", 11)}
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
@@ -98,7 +98,7 @@ def write(records, width=60, end="\n", last=True):
     return end.join(lines) + end * last
 
 
-@pytest.mark.parametrize("layout", [{}, {"width": 7}, {"width": 10 ** 6}, {"end": "\r\n"}, {"last": False}, {"end": "\n\n", "width": 3}])
+@pytest.mark.parametrize("layout", [{}, {"width": 7}, {"width": 10 ** 6}, {"end": "\r\n"}, {"last": False}, {"end": "\n\n", "width": 3}, {"end": "\r"}])
 def test_records(mamba, model, tmp_path, layout):
     path = fasta(tmp_path, write(RECORDS, **layout))
     table = rows(mamba("score", model, "--fasta", path).stdout)
@@ -146,13 +146,13 @@ def test_windows(mamba, model, tmp_path, window, stride, spans):
 
 
 def test_both_strands(mamba, model, tmp_path):
-    bases = [some_bases(50, 7), some_bases(333, 8, "ACGTN"), "A"]
+    bases = [some_bases(50, 7), some_bases(333, 8, "ACGTN"), "NACGTA", "A"]
     path = fasta(tmp_path, write({str(i): b for i, b in enumerate(bases)}))
     table = rows(mamba("score", model, "--fasta", path, "--rc-average").stdout)
     for row, b in zip(table, bases):
         forward, backward = own_scores(mamba, model, b), own_scores(mamba, model, reverse_complement(b))
         total = -sum(forward.values()) - sum(backward.values())
-        assert abs(float(row[2]) - total / 2) < 1e-4 and int(row[1]) == (len(forward) + len(backward)) // 2
+        assert abs(float(row[2]) - total / 2) < 1e-4 and float(row[1]) == (len(forward) + len(backward)) / 2
         assert forward == {} or abs(float(row[3]) - total / (len(forward) + len(backward)) / np.log(2)) < 1e-5
     for pool in ("last", "mean"):
         both = np.load(io.BytesIO(mamba("embed", model, "--fasta", path, "--rc-average", "--pool", pool).stdout))
@@ -206,6 +206,87 @@ def test_files_that_are_none(mamba, model, tmp_path, content, words):
     path = fasta(tmp_path, content) if content is not None else tmp_path / "missing"
     done = mamba("score", model, "-q", "--fasta", path, check=False)
     assert done.returncode == 1 and words in done.stderr.decode() and done.stderr.count(b"\n") == 1 and done.stdout == b""
+
+
+def test_names(mamba, model, tmp_path):
+    """A blank before the name is none of it; a record without a name has its number."""
+    path = fasta(tmp_path, "> chr1 more\nAC\n>\nACG\n>\tx\ty\nA\n")
+    assert [row[0] for row in rows(mamba("score", model, "--fasta", path).stdout)] == ["chr1", "2", "x"]
+
+
+def vocabulary(tmp_path, tokens, **more):
+    """A vocabulary-only file of these letters."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.token_type", [2 if t == "<unk>" else 1 for t in tokens])
+    for key, value in more.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tmp_path / "v.gguf"
+
+
+def test_five_letters(mamba, model, tmp_path):
+    """Any vocabulary with the letters works, N is not scored in any, and a token that begins texts begins records."""
+    path = fasta(tmp_path, write({"x": "ACGTNACN", "y": "NNACGNT"}))
+    letters = vocabulary(tmp_path, list("ACGTN"))
+    table = rows(mamba("score", model, "--tokenizer", letters, "--fasta", path).stdout)
+    assert [row[1] for row in table] == ["5", "4"]
+    alone = mamba("score", model, "--ids", "0 1 2 3 4 0 1 4", "--per-token").stdout
+    assert abs(float(table[0][2]) + sum(float(r[4]) for r in rows(alone) if r[2] != "4")) < 1e-5
+    no_n = vocabulary(tmp_path, [*"ACGT", "<unk>"], unknown_token_id=4)
+    assert rows(mamba("score", model, "--tokenizer", no_n, "--fasta", path, "--rc-average").stdout)[0][1] == "5.5"
+    bos = vocabulary(tmp_path, [*"ACGTN", "<s>"], bos_token_id=5, add_bos_token=1)
+    (row, _) = rows(mamba("score", model, "--tokenizer", bos, "--fasta", path).stdout)
+    alone = mamba("score", model, "--ids", "5 0 1 2 3 4 0 1 4", "--per-token").stdout
+    assert row[1] == "6" and abs(float(row[2]) + sum(float(r[4]) for r in rows(alone) if r[2] != "4")) < 1e-5
+
+
+def test_lower_case_n_is_n(mamba, model, tmp_path):
+    path = fasta(tmp_path, write({"x": "ACnnGT"}))
+    assert rows(mamba("score", model, "--fasta", path, "--case-sensitive").stdout)[0][1] == "3"
+
+
+@pytest.mark.parametrize("tokens, words", [(list("AC") + ["<unk>"], "no token for 'G'"), (list("ACGT"), "no token for 'N'")])
+def test_a_vocabulary_that_lacks_letters(mamba, model, tmp_path, tokens, words):
+    more = {"unknown_token_id": tokens.index("<unk>")} if "<unk>" in tokens else {}
+    path = fasta(tmp_path, write({"x": "ACAC"}))
+    done = mamba("score", model, "--tokenizer", vocabulary(tmp_path, tokens, **more), "--fasta", path, check=False)
+    assert done.returncode == 1 and words in done.stderr.decode() and done.stdout == b""
+
+
+def test_a_vocabulary_of_words(mamba, tmp_path):
+    done = mamba("score", ROOT / "models" / "tales.bin", "--fasta", fasta(tmp_path, ">a\nACGT\n"), check=False)
+    assert done.returncode == 1 and b"single letters" in done.stderr
+
+
+def test_rows_of_every_base_are_of_one_record(mamba, model, tmp_path):
+    path = fasta(tmp_path, ">a\nACGTACGT\n>b\nACG\n")
+    done = mamba("embed", model, "--fasta", path, "--pool", "none", "-o", tmp_path / "f.npy", check=False)
+    assert done.returncode == 1 and b"--pool none" in done.stderr and not (tmp_path / "f.npy").exists()
+    done = mamba("embed", model, "--fasta", fasta(tmp_path, ">a\nACGT\n>b\n>c\nA\n"), check=False)
+    assert done.returncode == 1 and b"b" in done.stderr.split(b":")[1] and b"empty" in done.stderr and done.stdout == b""
+    done = mamba("classify", model, "-p", "ACGT", "--pool", "none", check=False)
+    assert done.returncode == 2 and b"--pool none" in done.stderr
+
+
+def test_a_reader_that_leaves_before_the_track_is_whole(mamba, model, tmp_path):
+    path, track = fasta(tmp_path, write({f"r{i}": some_bases(3000, i) for i in range(200)})), tmp_path / "t.bedgraph"
+    done = subprocess.run(["bash", "-c", f"'{PROGRAM}' score '{model}' --fasta '{path}' --track '{track}' -q -np 1 | head -n 1; echo ${{PIPESTATUS[0]}}"],
+                          capture_output=True)
+    assert done.stdout.splitlines()[-1] == b"1" and b"t.bedgraph" in done.stderr and not track.exists()
+
+
+def test_a_track_on_standard_output(mamba, model):
+    done = mamba("score", model, "--fasta", "x", "--track", "-", check=False)
+    assert done.returncode == 2 and b"standard output" in done.stderr
+
+
+def test_a_record_that_failed_leaves_no_track(mamba, model, tmp_path):
+    mamba("score", model, "--fasta", fasta(tmp_path, ">a\nACGT\n>b\nAX\n"), "--track", tmp_path / "t", check=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.fa"]
 
 
 def test_an_empty_file(mamba, model, tmp_path):

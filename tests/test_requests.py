@@ -371,6 +371,67 @@ def test_an_unreadable_file_in_the_middle(mamba, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "c"]
 
 
+def test_ids_behind_the_vocabulary(mamba):
+    """The embedding may have more rows than the vocabulary has tokens: such an id has no text."""
+    small = ["--tokenizer", FIXTURES / "vocab_bytes.gguf"]
+    requests = [{"ids": [4095, 70, 3000], "echo": True, "max_tokens": 0, "logprobs": 1}, {"ids": [70], "echo": True, "max_tokens": 0}]
+    first, second = answers(mamba, "generate", TALES, requests, *small)
+    assert first["text"] == second["text"] and len(second["text"]) == 1 and len(first["logprobs"]["ids"]) == 3
+    assert mamba(TALES, *small, "--ids", "4095 70", "--echo", "-n", 0, "-q").stdout.decode() == second["text"]
+    assert len(mamba("score", TALES, *small, "--ids", "4095 70", "--per-token").stdout.splitlines()) == 2
+
+
+def test_a_last_line_that_is_too_long_and_has_no_end(mamba):
+    (answer,) = answers(mamba, "score", TALES, ["a" * (67108864 + 36)], status=1)
+    assert "67108864 bytes" in answer["error"]
+
+
+def test_temperature_of_a_request_beats_greedy(mamba):
+    requests = [{"prompt": "Once", "max_tokens": 20, "seed": s, **more} for s, more in ((1, {}), (2, {}), (1, {"temperature": 1.5}), (2, {"temperature": 1.5}))]
+    cold, cold2, warm, warm2 = (a["text"] for a in answers(mamba, "generate", TALES, requests, "--greedy"))
+    assert cold == cold2 and len({cold, warm, warm2}) == 3
+
+
+def test_embeddings_have_no_logprobs(mamba):
+    (answer,) = answers(mamba, "embed", TALES, [{"prompt": "a", "logprobs": 2}])
+    assert set(answer) == {"id", "embedding", "usage"}
+
+
+@pytest.mark.parametrize("options", [["score", TALES, "-p", "x", "--logits", "-"], [TALES, "-p", "x", "--save-state", "-"]])
+def test_two_things_on_standard_output(mamba, options):
+    done = mamba(*options, check=False)
+    assert done.returncode == 2 and b"standard output" in done.stderr and done.stdout == b""
+
+
+def test_nothing_is_left_beside_an_output_that_failed(mamba, tmp_path):
+    for options in (["-f", tmp_path / "missing", "--save-state", tmp_path / "s"], ["-p", "", "--ids", "99999", "--save-state", tmp_path / "s"]):
+        assert mamba(TALES, *options, check=False).returncode == 1
+    assert mamba("score", TALES, "-f", tmp_path / "missing", "--logits", tmp_path / "l.npy", check=False).returncode == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_state_from_the_end_of_time(mamba, tmp_path):
+    """Its checksum is no secret; the number of tokens behind it must still be one that can be counted on from."""
+    state = tmp_path / "s"
+    mamba(TALES, "-p", "x", "-n", 1, "--save-state", state)
+    data = bytearray(state.read_bytes())
+    data[40:48] = (2 ** 63 - 1).to_bytes(8, "little")
+
+    def hashed(data):
+        h = 1  # as hash_bytes() in mamba.c
+        for i in range(0, len(data), 8):
+            word = data[i:i + 8]
+            h = ((h ^ int.from_bytes(word, "little") ^ len(word) << 56) * 0x9e3779b97f4a7c15) % 2 ** 64
+            h ^= h >> 29
+        return h.to_bytes(8, "little")
+
+    assert hashed(state.read_bytes()[:-8]) == state.read_bytes()[-8:]
+    data[-8:] = hashed(data[:-8])
+    state.write_bytes(data)
+    done = mamba(TALES, "--load-state", state, "-n", 1, check=False)
+    assert done.returncode == 1 and b"damaged" in done.stderr
+
+
 # ---- the sandbox ----
 
 def landlock():

@@ -318,6 +318,14 @@ static void buffer_add(struct buffer *b, const void *data, size_t n) {
     b->n += n;
 }
 
+// A string of its own; the caller owns it.
+static char *copy_text(struct str s) {
+    char *copy = xmalloc(s.n + 1);
+    if (s.n) memcpy(copy, s.p, s.n);
+    copy[s.n] = 0;
+    return copy;
+}
+
 // Appends text, and a 0 behind it that does not count.
 __attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b, const char *format, ...) {
     for (int pass = 0; pass < 2; pass++) {
@@ -4185,21 +4193,34 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 }
 
 // ====================================================================================================================
-// 11. FASTA.
+// 11. Genomes: FASTA, BED, VCF.
 // Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
-// kind, white space inside. Calls sections 1 and 8; called by section 13.
+// kind, white space inside. From a file whose lines are equally long, regions too. Lines of BED and VCF name such regions.
+// Calls sections 1 and 8; called by sections 12 and 13.
 // ====================================================================================================================
 
-struct fasta {              // a file being read; owner of f and name
+struct fasta_record {       // where a record lies in its file; owner of name
+    char *name;
+    int64_t n_bases, offset;  // of its first base, in bytes
+    int64_t line_bases, line_bytes;  // of each line but the last, without and with its end
+    bool irregular;         // its lines differ: a base's place cannot be computed
+};
+
+struct fasta {              // a file being read; owner of f, name and records
     FILE *f;
     const char *path;
     uint8_t chunk[1 << 16];
     size_t at, n;           // chunk[at] to chunk[n - 1] are not consumed yet
+    int64_t n_read;         // bytes of the file, up to chunk[n]
     bool line_begins;       // with chunk[at]
     bool started;           // a record has begun
     bool keep_case;
     char *name;             // of the record: the first word of its line, or its number
-    int64_t n_records, n_bases;  // records begun; bases of this one handed out
+    int64_t n_records, n_bases;  // records begun; bases of this one, or of its region, handed out
+    int64_t origin, n_left; // of a region: where in the record it begins, from 0; its bases still to come
+    bool in_region;
+    struct fasta_record *records;  // [n_indexed] by name, once fasta_index() was called
+    size_t n_indexed;
 };
 
 // The next byte, which is not consumed, or EOF.
@@ -4207,6 +4228,7 @@ static int fasta_peek(struct fasta *fa) {
     if (fa->at == fa->n) {
         fa->at = 0;
         fa->n = fread(fa->chunk, 1, sizeof fa->chunk, fa->f);
+        fa->n_read += (int64_t)fa->n;
     }
     return fa->n ? fa->chunk[fa->at] : EOF;
 }
@@ -4224,6 +4246,7 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     *fa = (struct fasta){.path = is_stdin ? "standard input" : path, .keep_case = keep_case, .line_begins = true};
     fa->f = is_stdin ? stdin : fopen(path, "rb");
     if (!fa->f) return fail(e, "%s: %s", path, strerror(errno));
+    fa->n_read = ftello(fa->f) > 0 ? ftello(fa->f) : 0;
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
     return true;
@@ -4232,8 +4255,9 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
 static void fasta_close(struct fasta *fa) {
     if (fa->f && fa->f != stdin) fclose(fa->f);
     free(fa->name);
-    fa->f = NULL;
-    fa->name = NULL;
+    for (size_t i = 0; i < fa->n_indexed; i++) free(fa->records[i].name);
+    free(fa->records);
+    *fa = (struct fasta){0};
 }
 
 // Goes on to the next record, over what is left of this one. False at the end of the file, or with an error.
@@ -4270,42 +4294,398 @@ static bool fasta_next(struct fasta *fa, struct error *e) {
 // Up to n bases of the record; fewer at its end or with an error.
 static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *e) {
     size_t got = 0;
+    if (fa->in_region && (int64_t)n > fa->n_left) n = (size_t)fa->n_left;
     while (got < n) {
         int c = fasta_peek(fa);
         if (c == EOF || (fa->line_begins && c == '>')) break;
         fasta_byte(fa);
         int base = nucleotide((uint8_t)c, fa->keep_case);
+        if (fa->in_region && isspace(c) && c != '\n' && !(c == '\r' && fasta_peek(fa) == '\n')) base = -1;  // it was counted as one
         if (base < 0) {
             set_error(e, isprint(c) ? "%s: record %s: '%c' at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code"
                                     : "%s: record %s: byte %d at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code",
-                      fa->path, fa->name, c, fa->n_bases + (int64_t)got + 1);
+                      fa->path, fa->name, c, fa->origin + fa->n_bases + (int64_t)got + 1);
             break;
         }
         if (base) to[got++] = (uint8_t)base;
     }
     if (ferror(fa->f)) set_error(e, "%s: %s", fa->path, strerror(errno));
+    else if (fa->in_region && got < n) set_error(e, "%s: record %s has changed while it was in use", fa->path, fa->name);
     fa->n_bases += (int64_t)got;
+    fa->n_left -= (int64_t)got;
     return got;
 }
 
+// ---- Regions ----
+
+struct fasta_line {         // of a record being indexed: its length so far, and its last byte
+    int64_t bytes;
+    uint8_t last;
+    bool must_be_last;      // a line of the record was shorter than its first one
+};
+
+// A line of bases has ended, in n_end bytes '\n' (0: with the file).
+static void fasta_line_ends(struct fasta_record *r, struct fasta_line *line, int n_end) {
+    const int64_t bases = line->bytes - (line->bytes && line->last == '\r'), end = line->bytes + n_end - bases;
+    const bool is_first = !r->line_bytes;
+    if (is_first) {
+        r->line_bases = bases;
+        r->line_bytes = bases + end;
+    }
+    const bool same_end = !n_end || end == r->line_bytes - r->line_bases;
+    if (bases && (line->must_be_last || bases > r->line_bases || !same_end)) r->irregular = true;
+    line->must_be_last |= bases < r->line_bases || !bases;
+    r->n_bases += bases;
+    line->bytes = 0;
+}
+
+// What chunk holds of the line at hand. False: there is a '\r' inside, where fasta_next() would have a line begin.
+static bool fasta_index_bytes(struct fasta *fa, struct fasta_record *r, struct fasta_line *line) {
+    const uint8_t *from = fa->chunk + fa->at, *end = memchr(from, '\n', fa->n - fa->at);
+    const size_t n = end ? (size_t)(end - from) : fa->n - fa->at;
+    if (n && ((line->bytes && line->last == '\r') || memchr(from, '\r', n - 1))) return false;
+    if (n) line->last = from[n - 1];
+    line->bytes += (int64_t)n;
+    fa->at += n + (end != NULL);
+    fa->line_begins = end != NULL;
+    if (end) fasta_line_ends(r, line, 1);
+    return true;
+}
+
+static int by_record_name(const void *a, const void *b) {
+    return strcmp(((const struct fasta_record *)a)->name, ((const struct fasta_record *)b)->name);
+}
+
+// Reads the whole file once and notes where its records lie, as a .fai of samtools does.
+static bool fasta_index(struct fasta *fa, struct error *e) {
+    struct fasta_line line = {0};
+    const char *old_mac = "%s has lines that end as on old Macs; use: tr '\\r' '\\n' < FILE";
+    if (fseeko(fa->f, 0, SEEK_CUR) != 0) return fail(e, "%s is a pipe; regions need a file that can be read at any place", fa->path);
+    while (fasta_peek(fa) != EOF) {
+        struct fasta_record *r = fa->n_indexed ? &fa->records[fa->n_indexed - 1] : NULL;
+        if (r && !(fa->line_begins && fasta_peek(fa) == '>')) {
+            if (!fasta_index_bytes(fa, r, &line)) return fail(e, old_mac, fa->path);
+            continue;
+        }
+        if (r && line.bytes) fasta_line_ends(r, &line, 0);
+        if (!fasta_next(fa, e)) break;
+        if (fa->n && fa->chunk[fa->at - 1] == '\r') {  // fasta_next() took a byte: there is one before `at`
+            if (fasta_peek(fa) != '\n') return fail(e, old_mac, fa->path);
+            fasta_byte(fa);
+        }
+        if ((fa->n_indexed & (fa->n_indexed - 1)) == 0)  // room for twice as many
+            fa->records = xrealloc(fa->records, (fa->n_indexed ? 2 * fa->n_indexed : 1) * sizeof *fa->records);
+        fa->records[fa->n_indexed++] = (struct fasta_record){.name = fa->name, .offset = fa->n_read - (int64_t)(fa->n - fa->at)};
+        fa->name = NULL;
+        line = (struct fasta_line){0};
+    }
+    if (line.bytes) fasta_line_ends(&fa->records[fa->n_indexed - 1], &line, 0);
+    if (ferror(fa->f)) set_error(e, "%s: %s", fa->path, strerror(errno));
+    if (fa->n_indexed) qsort(fa->records, fa->n_indexed, sizeof *fa->records, by_record_name);
+    for (size_t i = 1; i < fa->n_indexed; i++)
+        if (by_record_name(&fa->records[i - 1], &fa->records[i]) == 0)
+            return fail(e, "%s: two records have the name %s; a region would be of either", fa->path, fa->records[i].name);
+    return !e->text[0];
+}
+
+// The record of a name, whose regions can be read; NULL, with an error: there is none.
+static const struct fasta_record *fasta_find(const struct fasta *fa, struct str name, struct error *e) {
+    const struct fasta_record key = {.name = copy_text(name)};
+    const struct fasta_record *r =
+        fa->n_indexed ? bsearch(&key, fa->records, fa->n_indexed, sizeof key, by_record_name) : NULL;
+    free(key.name);
+    if (!r) set_error(e, "%s has no record %.*s", fa->path, str_show(name), name.p);
+    else if (r->irregular) set_error(e, "%s: record %s: its lines differ in length, regions need lines of one length (seqkit seq -w 60)",
+                                     fa->path, r->name);
+    return e->text[0] ? NULL : r;
+}
+
+// fasta_read() will read bases begin (from 0) to end, which are inside the record.
+static bool fasta_seek(struct fasta *fa, const struct fasta_record *r, int64_t begin, int64_t end, struct error *e) {
+    off_t at = r->line_bases ? r->offset + begin / r->line_bases * r->line_bytes + begin % r->line_bases : r->offset;
+    if (fseeko(fa->f, at, SEEK_SET) != 0) return fail(e, "%s: %s", fa->path, strerror(errno));
+    fa->at = fa->n = 0;
+    fa->line_begins = false;
+    fa->in_region = true;
+    fa->n_bases = 0;
+    fa->origin = begin;
+    fa->n_left = end - begin;
+    free(fa->name);
+    fa->name = copy_text((struct str){r->name, strlen(r->name)});
+    return true;
+}
+
+// ---- Lines of BED and VCF ----
+
+// Cuts a line at tabs, or (spaces) at white space. Returns the number of its fields; the first max of them are in f.
+static int split_line(const char *p, size_t n, bool spaces, struct str *f, int max) {
+    int count = 0;
+    for (size_t i = 0; i <= n;) {
+        while (spaces && i < n && (p[i] == ' ' || p[i] == '\t')) i++;
+        if (spaces && i == n) break;
+        size_t from = i;
+        while (i < n && p[i] != '\t' && !(spaces && p[i] == ' ')) i++;
+        if (count < max) f[count] = (struct str){p + from, i - from};
+        count++;
+        i++;
+    }
+    return count;
+}
+
+static bool is_blank(struct str line) {
+    size_t i = 0;
+    while (i < line.n && (line.p[i] == ' ' || line.p[i] == '\t' || line.p[i] == '\r')) i++;
+    return i == line.n;
+}
+
+// Comments and what tells a browser how to draw.
+static bool bed_is_comment(struct str line) {
+    const char *words[] = {"#", "track", "browser"};
+    bool comment = is_blank(line);
+    for (int i = 0; i < 3; i++) comment |= line.n >= strlen(words[i]) && memcmp(line.p, words[i], strlen(words[i])) == 0;
+    return comment;
+}
+
+// The first three columns of a line of BED: a record, and bases [begin, end) of it, counted from 0.
+static bool bed_parse(struct str line, struct str *record, int64_t *begin, int64_t *end, struct error *e) {
+    struct str f[3];
+    uint64_t from, to;
+    if (split_line(line.p, line.n, true, f, 3) < 3) return fail(e, "fewer than three columns; expected record, start and end");
+    if (!parse_u64(f[1], &from) || !parse_u64(f[2], &to) || from > to || to > INT64_MAX)
+        return fail(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]), f[1].p,
+                    str_show(f[2]), f[2].p);
+    *record = f[0];
+    *begin = (int64_t)from;
+    *end = (int64_t)to;
+    return true;
+}
+
+// Letters only: no symbolic allele <DEL>, no break end, no '*' or '.'.
+static bool is_sequence(struct str allele) {
+    bool letters = allele.n > 0;
+    for (size_t i = 0; i < allele.n; i++) letters &= nucleotide((uint8_t)allele.p[i], false) > 0;
+    return letters;
+}
+
+enum { VCF_CHROM, VCF_POS, VCF_ID, VCF_REF, VCF_ALT, VCF_QUAL, VCF_FILTER, VCF_INFO, VCF_COLUMNS };
+
+struct variant {            // a line of VCF, and what is found out about it; owner of all it points to
+    char *line;
+    struct str column[VCF_COLUMNS];  // in line
+    int64_t position;       // of REF's first base in the record, from 0; -1: before it, where a telomere is
+    struct str *alleles;    // [n_alleles] in line, REF first
+    int n_alleles;
+    uint8_t *bases;         // [n_bases] the window of the record, whose bases `ref` and on are REF
+    size_t n_bases, ref;
+    double *nll;            // [n_alleles] of the window with each allele, in nats; NaN: the allele is no sequence
+    const char *problem;    // why there is no ratio: a word for MAMBA_ERROR; NULL: there is one
+    int n_parts;            // of its computation, that have not ended
+};
+
+static void variant_free(struct variant *v) {
+    if (!v) return;
+    free(v->line);
+    free(v->alleles);
+    free(v->bases);
+    free(v->nll);
+    free(v);
+}
+
+// The columns up to INFO, and the alleles.
+static bool variant_parse(struct variant *v, struct str line, struct error *e) {
+    struct str *c = v->column;
+    uint64_t position;
+    v->line = copy_text(line);
+    const int n = split_line(v->line, line.n, false, c, VCF_COLUMNS);
+    if (n < VCF_COLUMNS) return fail(e, "%d columns between tabs; expected 8 or more", n);
+    for (int i = 0; i < VCF_COLUMNS; i++)
+        if (!c[i].n) return fail(e, "column %d is empty", i + 1);
+    if (!parse_u64(c[VCF_POS], &position) || position > INT64_MAX)
+        return fail(e, "POS \"%.*s\"; expected an integer", str_show(c[VCF_POS]), c[VCF_POS].p);
+    v->position = (int64_t)position - 1;
+    const char *at = c[VCF_ALT].p, *end = at + c[VCF_ALT].n;
+    int n_alleles = 1 + !(c[VCF_ALT].n == 1 && *at == '.');  // '.': there is no other allele
+    for (const char *p = at; p < end; p++) n_alleles += *p == ',';
+    v->alleles = xcalloc((size_t)n_alleles, sizeof *v->alleles);
+    v->nll = xcalloc((size_t)n_alleles, sizeof *v->nll);
+    v->alleles[v->n_alleles++] = c[VCF_REF];
+    while (v->n_alleles < n_alleles) {
+        const char *comma = memchr(at, ',', (size_t)(end - at));
+        struct str allele = {at, (size_t)((comma ? comma : end) - at)};
+        if (!is_sequence(allele)) v->nll[v->n_alleles] = (double)NAN;
+        v->alleles[v->n_alleles++] = allele;
+        at += allele.n + (comma != NULL);
+    }
+    return true;
+}
+
+// Appends the ratio of an allele's likelihood to the reference's, in nats.
+static void add_ratio(struct buffer *out, const struct variant *v, int allele) {
+    if (v->problem || isnan(v->nll[allele])) buffer_printf(out, ".");
+    else buffer_printf(out, "%.6f", v->nll[0] - v->nll[allele]);
+}
+
+// A row of a table for each allele but REF.
+static void add_variant_rows(struct buffer *out, const struct variant *v) {
+    for (int i = 1; i < v->n_alleles; i++) {
+        buffer_add(out, v->line, (size_t)(v->column[VCF_ALT].p - v->line));
+        buffer_add(out, v->alleles[i].p, v->alleles[i].n);
+        buffer_add(out, "\t", 1);
+        add_ratio(out, v, i);
+        buffer_printf(out, "\t%s\n", v->problem ? v->problem : ".");
+    }
+}
+
+static const char *const vcf_entries[] = {"MAMBA_LLR", "MAMBA_ERROR"};  // of INFO
+
+// Whether an entry of INFO, NAME=VALUE or NAME, is one of ours.
+static bool is_our_entry(struct str entry) {
+    bool ours = false;
+    for (int k = 0; k < 2; k++) {
+        const size_t n = strlen(vcf_entries[k]);
+        ours |= entry.n >= n && memcmp(entry.p, vcf_entries[k], n) == 0 && (entry.n == n || entry.p[n] == '=');
+    }
+    return ours;
+}
+
+// The line with our entries in INFO, in place of those of an earlier run.
+static void add_variant_line(struct buffer *out, const struct variant *v) {
+    const struct str info = v->column[VCF_INFO];
+    const char *rest = info.p + info.n;
+    buffer_add(out, v->line, (size_t)(info.p - v->line));
+    const size_t begin = out->n;
+    for (size_t i = 0, n; i < info.n; i += n + 1) {
+        const char *end = memchr(info.p + i, ';', info.n - i);
+        n = end ? (size_t)(end - info.p) - i : info.n - i;
+        struct str entry = {info.p + i, n};
+        if (!n || str_is(entry, ".") || is_our_entry(entry)) continue;
+        if (out->n > begin) buffer_add(out, ";", 1);
+        buffer_add(out, entry.p, n);
+    }
+    for (int i = 1; i < v->n_alleles; i++) {
+        if (i == 1) buffer_printf(out, out->n > begin ? ";MAMBA_LLR=" : "MAMBA_LLR=");
+        else buffer_add(out, ",", 1);
+        add_ratio(out, v, i);
+    }
+    if (v->problem && v->n_alleles > 1) buffer_printf(out, ";MAMBA_ERROR=%s", v->problem);
+    if (out->n == begin) buffer_add(out, ".", 1);
+    buffer_add(out, rest, strlen(rest));
+    buffer_add(out, "\n", 1);
+}
+
+// A line about the file goes on as it is; before the last of them stand those about our entries. Returns whether it is the last.
+static bool add_vcf_header(struct buffer *out, struct str line) {
+    static const char *const ours[] = {
+        "##INFO=<ID=MAMBA_LLR,Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
+        "reference, in nats, by mamba\">\n",
+        "##INFO=<ID=MAMBA_ERROR,Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\">\n"};
+    const bool is_last = line.n < 2 || line.p[1] != '#';
+    bool is_ours = false;
+    for (int i = 0; i < 2; i++) {
+        const size_t n = (size_t)(strchr(ours[i], ',') - ours[i]) + 1;
+        is_ours |= line.n >= n && memcmp(line.p, ours[i], n) == 0;
+        if (is_last) buffer_printf(out, "%s", ours[i]);
+    }
+    if (is_ours) return false;
+    buffer_add(out, line.p, line.n);
+    buffer_add(out, "\n", 1);
+    return is_last;
+}
+
+static uint8_t complement(uint8_t base) {
+    const char *letters = "ACGTacgt", *complements = "TGCAtgca", *at = strchr(letters, base);
+    return base && at ? (uint8_t)complements[at - letters] : base;
+}
+
+static void reverse_complement(uint8_t *bases, size_t n) {
+    for (size_t i = 0, j = n; i < j--; i++) {
+        uint8_t first = complement(bases[i]);
+        bases[i] = complement(bases[j]);
+        bases[j] = first;
+    }
+}
+
 #ifdef MAMBA_FUZZ
-// A FASTA file from a stranger, through a pipe of memory: names and bases are what they should be, and nothing is lost.
+// A FASTA file from a stranger, through a pipe of memory: names and bases are what they should be, nothing is lost, and what
+// a record's region holds is what was read from beginning to end.
 static void fuzz_fasta(const uint8_t *data, size_t n) {
     static struct fasta fa;
     struct error e = {""};
+    struct buffer all = {0};  // of each record the name, its bases, '\n'; a name without regions: two records have it, or a letter is wrong
+    const struct fasta start = {.path = "fuzz", .line_begins = true, .keep_case = n % 2};
     uint8_t bases[7];
-    fa = (struct fasta){.f = fmemopen((void *)data, n, "rb"), .path = "fuzz", .line_begins = true, .keep_case = n % 2};
-    if (!fa.f) return;
+    fa = start;
+    if (!(fa.f = fmemopen((void *)data, n, "rb"))) return;
     while (fasta_next(&fa, &e)) {
         if (strpbrk(fa.name, " \t\n")) abort();
+        const size_t begin = all.n;
+        buffer_add(&all, fa.name, strlen(fa.name) + 1);
         for (size_t got = sizeof bases; got == sizeof bases;) {
             got = fasta_read(&fa, bases, sizeof bases, &e);
             for (size_t i = 0; i < got; i++)
                 if (!strchr("ACGTNacgtn", bases[i])) abort();
+            buffer_add(&all, bases, got);
+        }
+        buffer_add(&all, "\n", 1);
+        if (e.text[0]) all.n = begin;
+        e.text[0] = 0;
+    }
+    fasta_close(&fa);
+    fa = start;
+    if (!(fa.f = fmemopen((void *)data, n, "rb"))) abort();
+    bool indexed = !e.text[0] && fasta_index(&fa, &e);
+    for (size_t at = 0, next; indexed && at < all.n; at = next) {
+        const char *name = all.p + at, *from = name + strlen(name) + 1;
+        const size_t n_bases = (size_t)((char *)memchr(from, '\n', (size_t)(all.p + all.n - from)) - from);
+        next = (size_t)(from - all.p) + n_bases + 1;
+        const struct fasta_record *r = fasta_find(&fa, (struct str){name, strlen(name)}, &e);
+        for (size_t begin = 0; r && begin < n_bases && !e.text[0]; begin += 3) {
+            const size_t end = begin + sizeof bases < n_bases ? begin + sizeof bases : n_bases;
+            if (!fasta_seek(&fa, r, (int64_t)begin, (int64_t)end, &e)) abort();
+            size_t got = fasta_read(&fa, bases, sizeof bases, &e);
+            if (!e.text[0] && (got != end - begin || memcmp(bases, from + begin, got) != 0)) abort();
         }
         e.text[0] = 0;
     }
     fasta_close(&fa);
+    free(all.p);
+}
+
+// Lines of BED from a stranger.
+static void fuzz_bed(const uint8_t *data, size_t n) {
+    struct str line = {(const char *)data, n}, record;
+    struct error e = {""};
+    int64_t begin, end;
+    if (bed_is_comment(line) || !bed_parse(line, &record, &begin, &end, &e)) return;
+    if (!record.n || record.p < line.p || record.p + record.n > line.p + n || begin < 0 || begin > end) abort();
+}
+
+// A line of VCF from a stranger. What is written is read again, and written as the same bytes.
+static void fuzz_vcf(const uint8_t *data, size_t n) {
+    struct buffer first = {0}, second = {0};
+    struct error e = {""};
+    struct str line = {(const char *)data, n};
+    if (n && !memchr(data, 0, n) && !memchr(data, '\n', n) && data[0] == '#') add_vcf_header(&first, line);
+    for (int run = 0; run < 2 && n && data[0] != '#' && !memchr(data, 0, n) && !memchr(data, '\n', n); run++) {
+        struct variant *v = xcalloc(1, sizeof *v);
+        if (run) line = (struct str){first.p, first.n - 1};
+        if (variant_parse(v, line, &e)) {
+            if (n % 3 == 0) v->problem = "REF_MISMATCH";
+            if (v->n_alleles < 1 || v->position < -1) abort();
+            v->nll[0] = 1;
+            add_variant_line(run ? &second : &first, v);
+            add_variant_rows(&second, v);
+            if (!run) second.n = 0;
+            else if (second.n < first.n || memcmp(first.p, second.p, first.n) != 0) abort();
+        } else if (run) {
+            abort();
+        } else {
+            run = 2;
+        }
+        variant_free(v);
+    }
+    free(first.p);
+    free(second.p);
 }
 #endif
 
@@ -4348,9 +4728,9 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
-    const char *fasta, *track;
-    int window, stride;     // bases; 0: whole records; every window begins where the last one ended
-    bool rc_average, case_sensitive;
+    const char *fasta, *bed, *vcf, *track;
+    int window, stride;     // bases; 0: whole records, --vcf VCF_WINDOW; every window begins where the last one ended
+    bool rc_average, case_sensitive, tsv;
     bool per_token;
     const char *logits;
     const char *pool;
@@ -4362,6 +4742,13 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool paper, bench_scan;
 };
 
+struct base {               // what requests continue: a text that was read once; owner of both
+    struct sequence *seq;
+    int32_t last;           // of its tokens: left to be fed by each of them, so that they know what is expected next; -1: none
+    int n_users;            // requests that are to copy it; nobody counts those of the session's base
+    struct resume *resume;  // of the session's base only; NULL: none
+};
+
 struct session {            // what every command that runs a model has open
     const struct options *o;
     struct outfile out;     // the one file that the command writes; standard output when it writes none
@@ -4371,8 +4758,7 @@ struct session {            // what every command that runs a model has open
     int n_threads;
     struct ids banned;      // tokens that are never drawn
     int32_t unscored[2];    // N and n of nucleotides, which nothing is to be said about; -1: there is none
-    struct sequence *base;  // what every request continues: --prefix, --load-state; NULL: nothing
-    struct resume *base_resume;
+    struct base *base;      // what every request continues: --prefix, --load-state; NULL: nothing
 };
 
 static volatile sig_atomic_t interrupted;  // the signal, once one came
@@ -4518,6 +4904,7 @@ static bool read_input(const struct session *s, const struct input *in, bool con
 }
 
 struct line_reader {        // lines of a file that may come slowly; owner of b
+    const char *path;       // for errors
     int fd;
     struct buffer b;        // read and not handed out yet, from `start` on
     size_t start;
@@ -4537,7 +4924,7 @@ static bool read_more(struct line_reader *l, bool wait) {
     char chunk[65536];
     ssize_t n = read(l->fd, chunk, sizeof chunk);
     if (n < 0 && errno == EINTR) return false;
-    if (n < 0) die("standard input: %s", strerror(errno));
+    if (n < 0) die("%s: %s", l->path, strerror(errno));
     l->ended = n == 0;
     l->n_bytes += n;
     buffer_add(&l->b, chunk, (size_t)n);
@@ -4581,9 +4968,16 @@ struct token_logprob {
     double logprob;         // NaN: nothing came before it
 };
 
-struct request {            // one text; owner of all it points to but seq
+enum { PREFIX = -1, VCF_WINDOW = 1024 };  // of --vcf: an allele that is none; bases around a variant
+
+struct request {            // one text; owner of all it points to but seq, base and whole
     struct request *next;   // in the order of the input
     char *id;               // JSON, or what stands in the id column of a table
+    char *record;           // --fasta: the name of the record that it is from
+    int64_t origin;         // its first base there, counted from 0
+    struct variant *variant;  // --vcf: what a line says, answered by parts
+    struct request *whole;  // of a part: the variant's request
+    int allele;             // of a part, 0 is REF; PREFIX: what stands before all of them
     char *line;             // bytes of stop texts
     struct settings settings;
     struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
@@ -4594,6 +4988,7 @@ struct request {            // one text; owner of all it points to but seq
     bool reversed;          // --rc-average: the other strand is being read
     bool all_rows;          // log-probabilities of the prompt's own tokens are wanted
     struct sequence *seq;   // lent while it runs
+    struct base *base;      // what it continues; NULL: nothing
     struct resume *resume;  // generate only
     struct emitter text;    // generate: writes to body, or to out when that is text
     struct ids generated;   // generate --jsonl --print-ids: the answer
@@ -4615,21 +5010,23 @@ struct request {            // one text; owner of all it points to but seq
     bool done;
 };
 
-static struct request *request_new(const struct session *s) {
+static struct request *request_new(const struct session *s, struct base *base) {
     const struct settings *defaults = &s->o->settings;
     struct request *r = xcalloc(1, sizeof *r);
     r->settings = *defaults;
     r->settings.stops = xmalloc((size_t)defaults->n_stops * sizeof *r->settings.stops);
     if (defaults->n_stops)
         memcpy(r->settings.stops, defaults->stops, (size_t)defaults->n_stops * sizeof *r->settings.stops);
-    for (int i = 0; s->base && i < s->base_resume->n_pending; i++) ids_add(&r->tokens, s->base_resume->pending[i]);
+    r->base = base;
+    if (base && base->last >= 0) ids_add(&r->tokens, base->last);
     r->n_carried = r->tokens.n;
     return r;
 }
 
 // Everything but what is still to be written: many requests may have ended before the oldest one does.
 static void request_strip(struct request *r) {
-    void *owned[] = {r->id, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
+    variant_free(r->variant);
+    void *owned[] = {r->id, r->record, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
                      r->logprobs.p, r->tops.p, r->sum, r->pooled, r->strand, r->body.p, r->answer.p};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     *r = (struct request){.next = r->next, .out = r->out, .track = r->track, .done = r->done};
@@ -4801,7 +5198,7 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
 static void fuzz_jsonl(const uint8_t *data, size_t n) {
     const struct settings settings = {.n_predict = 1};
     const struct options o = {.settings = settings};
-    struct request *r = request_new(&(struct session){.o = &o});
+    struct request *r = request_new(&(struct session){.o = &o}, NULL);
     struct str prompt, again;
     struct buffer repaired = {0}, written = {0};
     if (!request_parse(r, (struct str){(const char *)data, n}, 300, &prompt)) {
@@ -4929,10 +5326,11 @@ struct engine {             // owner of all but s; requests leave it when they a
     struct session *s;
     struct context *ctx;
     struct request *first, **end;  // requests in the order of the input, unwritten ones only
-    struct request **running;  // [n_slots]
+    struct request *waiting;  // parts of variants that are to run, the latest first, so that few bases are kept; owned
+    struct request **running;  // [n_slots]; parts of variants belong to the engine, too
     struct request **batch;  // [n_slots] of the step in progress, with their segments
     struct segment *segments;  // [n_slots]
-    struct sequence **idle;  // [n_idle] sequences that no request has
+    struct sequence **idle;  // [n_idle] sequences that no request has: up to n_slots of requests, and as many of bases
     struct row *rows;       // [max_rows]
     int *row_tokens;        // [max_rows] their tokens in the batch
     struct sampler *samplers;  // [n_threads], scratch of each thread
@@ -4945,8 +5343,9 @@ struct engine {             // owner of all but s; requests leave it when they a
     bool has_header;        // the table's or array's is written
     bool no_more;           // all requests have come
     int next_input;         // of the command line
-    struct line_reader lines;  // of --jsonl
+    struct line_reader lines;  // of --jsonl, --bed, --vcf
     struct fasta fasta;     // of --fasta
+    bool vcf_declared;      // the last line of the VCF's header, #CHROM, has come
     struct request *long_record;  // which must end before another one is read
     struct window window;   // of --window
     struct buffer array;    // embed --fasta: all rows, which are written when their number is known
@@ -4975,7 +5374,7 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     en->running = xcalloc((size_t)n_slots, sizeof(void *));
     en->batch = xcalloc((size_t)n_slots, sizeof(void *));
     en->segments = xcalloc((size_t)n_slots, sizeof *en->segments);
-    en->idle = xcalloc((size_t)n_slots, sizeof(void *));
+    en->idle = xcalloc(2 * (size_t)n_slots, sizeof(void *));
     en->rows = xcalloc((size_t)n_rows, sizeof *en->rows);
     en->row_tokens = xcalloc((size_t)n_rows, sizeof *en->row_tokens);
     en->samplers = xcalloc((size_t)n_threads, sizeof *en->samplers);
@@ -4985,13 +5384,37 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     return en;
 }
 
-static void engine_free(struct engine *en) {
-    while (en->first) {
-        struct request *r = en->first;
-        en->first = r->next;
-        sequence_free(r->seq);
-        request_free(r);
+static void base_free(struct base *b) {
+    if (!b) return;
+    sequence_free(b->seq);
+    free(b->resume);
+    free(b);
+}
+
+// A part has its copy of the base, or needs none any more: the last one frees it, and its sequence can be used again.
+static void base_release(struct engine *en, struct request *r) {
+    if (r->base && r->base != en->s->base && --r->base->n_users == 0) {
+        en->idle[en->n_idle++] = r->base->seq;
+        r->base->seq = NULL;
+        base_free(r->base);
     }
+    r->base = NULL;
+}
+
+static void engine_free(struct engine *en) {
+    for (int i = 0; i < en->n_running; i++)
+        if (en->running[i]->whole) {
+            sequence_free(en->running[i]->seq);
+            request_free(en->running[i]);
+        }
+    for (struct request **list = &en->waiting; list; list = list == &en->waiting ? &en->first : NULL)
+        while (*list) {
+            struct request *r = *list;
+            *list = r->next;
+            base_release(en, r);
+            sequence_free(r->seq);
+            request_free(r);
+        }
     sequence_free(en->kept);
     for (int i = 0; i < en->n_idle; i++) sequence_free(en->idle[i]);
     for (int i = 0; i < en->ctx->n_threads; i++) sampler_free(&en->samplers[i]);
@@ -5003,10 +5426,10 @@ static void engine_free(struct engine *en) {
     free(en);
 }
 
-// To where every request begins: at nothing, or behind the base.
-static void sequence_begin(struct sequence *seq, const struct session *s) {
-    if (s->base) sequence_copy(seq, s->base, &s->model.c);
-    else sequence_reset(seq, &s->model.c);
+// To where the request begins: at nothing, or behind its base.
+static void request_rewind(struct request *r, const struct session *s) {
+    if (r->base) sequence_copy(r->seq, r->base->seq, &s->model.c);
+    else sequence_reset(r->seq, &s->model.c);
 }
 
 // Feeds the base's tokens in chunks; stops early when a signal comes.
@@ -5060,7 +5483,7 @@ static bool generate_begin(struct engine *en, struct request *r) {
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
     if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
-    if (s->base) *r->resume = *s->base_resume;
+    if (s->base) *r->resume = *s->base->resume;
     r->resume->n_pending = 0;  // it is the first of r->tokens
     // Nothing to begin from: the token that begins a text, or the one that separates texts.
     if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
@@ -5129,9 +5552,10 @@ static void generate_end(struct engine *en, struct request *r) {
     r->resume = NULL;
 }
 
-// A line of --track: a base of the record, from 0, and its log-probability.
+// A line of --track: a base of the request, from 0, and its log-probability.
 static void add_track(struct request *r, int64_t base, double logprob) {
-    buffer_printf(&r->track, "%s\t%" PRId64 "\t%" PRId64 "\t%.4f\n", r->id, base, base + 1, logprob);
+    base += r->origin;
+    buffer_printf(&r->track, "%s\t%" PRId64 "\t%" PRId64 "\t%.4f\n", r->record, base, base + 1, logprob);
 }
 
 // The token behind number `at` is known, and so is what the model thought of it.
@@ -5254,9 +5678,10 @@ static void add_header(struct engine *en, struct request *r) {
     const int64_t n = (int64_t)(r->tokens.n - r->n_carried);
     en->has_header = true;
     if (o->track) fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
-    if (o->command == SCORE)
+    if (o->command == SCORE && !o->vcf)
         buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n"
                                             : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
+    if (o->tsv) buffer_printf(&r->out, "chrom\tpos\tid\tref\talt\tllr\terror\n");
     if (o->command == CLASSIFY) buffer_printf(&r->out, "id\tlabel\tprobability\n");
     if (o->command == EMBED && !o->fasta)
         add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
@@ -5272,8 +5697,8 @@ static bool request_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     const enum command command = s->o->command;
     const size_t d = (size_t)s->model.c.d_model, n_own = r->tokens.n - r->n_carried;
-    r->n_feed = r->tokens.n - r->streams;
-    if (s->base) r->n_before = s->base->n_past;
+    r->n_feed = r->tokens.n - (r->streams || (r->allele == PREFIX && r->tokens.n));
+    if (s->base) r->n_before = s->base->seq->n_past;
     if (command == GENERATE && !generate_begin(en, r)) return false;
     bool rows = command == SCORE || (command == GENERATE && r->settings.echo);
     if (rows && !r->n_carried && r->tokens.n) keep_logprob(r, (struct token_logprob){r->tokens.p[0], (double)NAN}, NULL);
@@ -5281,7 +5706,7 @@ static bool request_begin(struct engine *en, struct request *r) {
         r->strand = xmalloc((n_own + 1) * sizeof *r->strand);
         for (size_t i = 0; i < n_own; i++) r->strand[i] = NAN;
     }
-    r->all_rows = command == SCORE || (rows && r->settings.logprobs >= 0);
+    r->all_rows = (command == SCORE && r->allele != PREFIX) || (rows && r->settings.logprobs >= 0);
     if (command == EMBED && s->o->fasta && en->has_header && strcmp(s->o->pool, "none") == 0)
         return fail(&r->error, "--pool none writes the rows of one record, and %s is another", r->id);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
@@ -5293,16 +5718,70 @@ static bool request_begin(struct engine *en, struct request *r) {
     return true;
 }
 
+// ---- Variants ----
+//
+// A line of VCF is answered by parts, which run like any request. The first reads what precedes the variant in its window;
+// one for each allele continues from there with the allele and what follows. With --rc-average so does the other strand.
+
+// One more part: of the bases that precede the alleles on its strand, or of an allele and what follows.
+static void add_part(struct engine *en, struct request *whole, struct base *base, int allele, bool reversed) {
+    const struct tokenizer *t = &en->s->tokenizer;
+    const struct variant *v = whole->variant;
+    const size_t behind = v->ref + v->alleles[0].n, n_behind = v->n_bases - behind;
+    struct request *r = request_new(en->s, base);
+    struct buffer b = {0};
+    r->whole = whole;
+    r->allele = allele;
+    r->reversed = reversed;
+    if (allele == PREFIX && !base && t->add_bos && t->bos >= 0) ids_add(&r->tokens, t->bos);
+    if (allele == PREFIX && !reversed) buffer_add(&b, v->bases, v->ref);
+    if (allele == PREFIX && reversed) buffer_add(&b, v->bases + behind, n_behind);
+    if (allele != PREFIX && reversed) buffer_add(&b, v->bases, v->ref);
+    for (size_t i = 0; allele != PREFIX && i < v->alleles[allele].n; i++)
+        buffer_add(&b, &(char){(char)nucleotide((uint8_t)v->alleles[allele].p[i], t->keep_case)}, 1);
+    if (allele != PREFIX && !reversed) buffer_add(&b, v->bases + behind, n_behind);
+    if (reversed) reverse_complement((uint8_t *)b.p, b.n);
+    for (size_t i = 0; i < b.n; i++) ids_add(&r->tokens, letter_token(t, (uint8_t)b.p[i]));
+    free(b.p);
+    whole->variant->n_parts++;
+    r->next = en->waiting;
+    en->waiting = r;
+}
+
+// A part has ended. Alleles wait for what precedes them. Returns the variant's request once all its parts have ended, else NULL.
+static struct request *part_end(struct engine *en, struct request *r) {
+    struct request *whole = r->whole;
+    struct variant *v = whole->variant;
+    if (r->allele != PREFIX) {
+        v->nll[r->allele] += r->nll / (en->s->o->rc_average ? 2 : 1);
+        en->idle[en->n_idle++] = r->seq;
+    } else {
+        struct base *base = xcalloc(1, sizeof *base);
+        base->seq = r->seq;
+        base->last = r->tokens.n ? r->tokens.p[r->tokens.n - 1] : -1;
+        for (int i = 0; i < v->n_alleles; i++) {
+            if (isnan(v->nll[i])) continue;
+            base->n_users++;
+            add_part(en, whole, base, i, r->reversed);
+        }
+    }
+    request_free(r);
+    return --v->n_parts ? NULL : whole;
+}
+
 // It leaves the engine's batch: its answer is made, and its sequence is free for another.
 static void request_end(struct engine *en, struct request *r) {
     const struct session *s = en->s;
+    if (r->whole && !(r = part_end(en, r))) return;
     const bool failed = r->error.text[0] != 0;
     if (!r->finish_reason) r->finish_reason = "length";
     if (failed && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
     if (failed && !s->o->jsonl && !interrupted) print_line(stderr, r->error.text);
     if (en->long_record == r) en->long_record = NULL;
     if (!failed && s->o->command == GENERATE) generate_end(en, r);
-    if (!failed && s->o->command == SCORE) score_end(s, r);
+    if (r->variant && s->o->tsv) add_variant_rows(&r->out, r->variant);
+    else if (r->variant) add_variant_line(&r->out, r->variant);
+    else if (!failed && s->o->command == SCORE && !s->o->vcf) score_end(s, r);
     if (!failed && s->o->command == EMBED) embed_end(s, r);
     if (!failed && s->o->command == CLASSIFY) classify_end(s, en->ctx->k, r);
     en->n_requests++;
@@ -5323,7 +5802,7 @@ static struct request *next_input_request(struct engine *en) {
     const bool together = o->command == GENERATE;
     en->no_more = en->next_input > 0 && (together || en->next_input == o->n_inputs);
     if (en->no_more) return NULL;
-    struct request *r = request_new(s);
+    struct request *r = request_new(s, s->base);
     struct buffer id = {0};
     bool named = !together && o->inputs[en->next_input].source == FROM_FILE && strcmp(o->inputs[en->next_input].value, "-") != 0;
     if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
@@ -5340,8 +5819,10 @@ static struct request *next_input_request(struct engine *en) {
 // A request for the record at hand, or a part of it; its tokens are still to come. It begins as the model's texts do.
 static struct request *new_record_request(struct engine *en, char *id) {
     const struct tokenizer *t = &en->s->tokenizer;
-    struct request *r = request_new(en->s);
+    struct request *r = request_new(en->s, en->s->base);
     r->id = id;
+    r->record = copy_text((struct str){en->fasta.name, strlen(en->fasta.name)});
+    r->origin = en->fasta.origin;
     if (t->add_bos && t->bos >= 0 && !en->s->base) ids_add(&r->tokens, t->bos);
     r->n_carried = r->tokens.n;
     return r;
@@ -5368,14 +5849,55 @@ static void read_bases(struct engine *en, struct request *r) {
     en->long_record = r->streams || is_long ? r : NULL;
 }
 
+// The next line of --bed or --vcf.
+static enum line next_genome_line(struct engine *en, struct str *line) {
+    enum line kind = next_line(&en->lines, !en->first, line);
+    if (kind == LINE && en->lines.n_lines == 1 && line->n > 1 && memcmp(line->p, "\x1f\x8b", 2) == 0)
+        die("%s is compressed; use: zcat FILE | mamba ... %s -", en->lines.path, en->s->o->bed ? "--bed" : "--vcf");
+    if (kind == LINE && line->n && line->p[line->n - 1] == '\r') line->n--;
+    en->no_more = kind == NO_MORE_LINES;
+    return kind;
+}
+
+// A request that has failed: what is wrong with the present line.
+static struct request *line_error(struct engine *en, const char *what) {
+    struct request *r = request_new(en->s, NULL);
+    set_error(&r->error, "%s: line %" PRId64 ": %s", en->lines.path, en->lines.n_lines, what);
+    return r;
+}
+
+// --bed: the next region, as if it were a record. False: there is none yet, or (r: an error of its own) it cannot be read.
+static bool next_region(struct engine *en, struct request **r) {
+    struct error e = {""};
+    struct str line, name;
+    int64_t begin, end;
+    enum line kind;
+    *r = NULL;
+    do {
+        kind = next_genome_line(en, &line);
+        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return false;
+    } while (kind == LINE && bed_is_comment(line));
+    if (kind == LINE_TOO_LONG) set_error(&e, "the line has more than %d bytes", MAX_LINE);
+    if (kind == LINE && bed_parse(line, &name, &begin, &end, &e)) {
+        const struct fasta_record *record = fasta_find(&en->fasta, name, &e);
+        if (record && begin >= record->n_bases && begin < end)
+            set_error(&e, "begins at base %" PRId64 " of %s, which has %" PRId64, begin, record->name, record->n_bases);
+        if (record && end > record->n_bases) end = record->n_bases;  // as samtools does
+        if (!e.text[0] && fasta_seek(&en->fasta, record, begin, end, &e)) return true;
+    }
+    *r = line_error(en, e.text);
+    return false;
+}
+
 // The next record of the file. False: there is none, or (r: an error of its own) the file cannot be read.
 static bool next_record(struct engine *en, struct request **r) {
     struct error e = {""};
     *r = NULL;
+    if (en->s->o->bed) return next_region(en, r);
     if (fasta_next(&en->fasta, &e)) return true;
     en->no_more = true;
     if (!e.text[0]) return false;
-    *r = request_new(en->s);
+    *r = request_new(en->s, NULL);
     (*r)->error = e;
     return false;
 }
@@ -5385,7 +5907,9 @@ static struct request *next_record_request(struct engine *en) {
     struct buffer id = {0};
     if (en->long_record) return NULL;
     if (!next_record(en, &r)) return r;
-    buffer_printf(&id, "%s", en->fasta.name);
+    const struct fasta *fa = &en->fasta;
+    buffer_printf(&id, "%s", fa->name);
+    if (fa->in_region) buffer_printf(&id, ":%" PRId64 "-%" PRId64, fa->origin + 1, fa->origin + fa->n_left);
     r = new_record_request(en, id.p);
     read_bases(en, r);
     return r;
@@ -5411,8 +5935,9 @@ static struct request *next_window_request(struct engine *en) {
         int64_t end = w->from + (int64_t)w->n;
         if ((end <= w->covered || !w->n) && !e.text[0]) continue;  // nothing new
         struct buffer id = {0};
-        buffer_printf(&id, "%s:%" PRId64 "-%" PRId64, en->fasta.name, w->from + 1, end);
+        buffer_printf(&id, "%s:%" PRId64 "-%" PRId64, en->fasta.name, en->fasta.origin + w->from + 1, en->fasta.origin + end);
         r = new_record_request(en, id.p);
+        r->origin += w->from;
         r->error = e;
         add_bases(en->s, r, w->bases, w->n);
         w->covered = end;
@@ -5425,7 +5950,6 @@ static struct request *next_window_request(struct engine *en) {
 
 // --rc-average: the other strand, from its beginning.
 static void reverse_strand(const struct session *s, struct request *r) {
-    const char *letters = "ACGTacgt", *complements = "TGCAtgca";
     int32_t *p = r->tokens.p + r->n_carried;
     const size_t n = r->tokens.n - r->n_carried;
     for (size_t i = 0, j = n; i < j; i++) {
@@ -5434,20 +5958,80 @@ static void reverse_strand(const struct session *s, struct request *r) {
         p[j] = swap;
     }
     for (size_t i = 0; i < n; i++)
-        for (int k = 0; k < 8; k++)
-            if (p[i] == s->tokenizer.byte_token[(uint8_t)letters[k]]) {
-                p[i] = letter_token(&s->tokenizer, (uint8_t)complements[k]);
+        for (const char *letter = "ACGTacgt"; *letter; letter++)
+            if (p[i] == s->tokenizer.byte_token[(uint8_t)*letter]) {
+                p[i] = letter_token(&s->tokenizer, complement((uint8_t)*letter));
                 break;
             }
-    sequence_begin(r->seq, s);
+    request_rewind(r, s);
     r->reversed = true;
     r->n_fed = 0;
 }
 
-static bool is_blank(struct str line) {
-    size_t i = 0;
-    while (i < line.n && (line.p[i] == ' ' || line.p[i] == '\t' || line.p[i] == '\r')) i++;
-    return i == line.n;
+// Where the variant's window lies and what is in it. False: there is no ratio, and e says why to people.
+static bool variant_window(struct engine *en, struct variant *v, struct error *e) {
+    const int64_t window = en->s->o->window ? en->s->o->window : VCF_WINDOW, n_ref = (int64_t)v->alleles[0].n;
+    const struct fasta_record *record = fasta_find(&en->fasta, v->column[VCF_CHROM], e);
+    const char **problem = &v->problem;
+    if (!record) return *problem = "NO_REFERENCE", false;
+    if (!is_sequence(v->alleles[0])) return *problem = "BAD_REF", fail(e, "REF is no sequence of nucleotides");
+    if (v->position < 0 || v->position > record->n_bases - n_ref)
+        return *problem = "OUT_OF_RANGE", fail(e, "%s has %" PRId64 " bases", record->name, record->n_bases);
+    if (n_ref > window) return *problem = "TOO_LONG", fail(e, "REF has %" PRId64 " bases, --window %" PRId64, n_ref, window);
+    int64_t begin = v->position + n_ref / 2 - window / 2, end = begin + window;
+    if (begin > v->position) begin = v->position;
+    if (begin < 0) begin = 0;
+    if (end < v->position + n_ref) end = v->position + n_ref;
+    if (end > record->n_bases) end = record->n_bases;
+    v->bases = xmalloc((size_t)(end - begin));
+    v->ref = (size_t)(v->position - begin);
+    *problem = "BAD_REFERENCE";
+    if (!fasta_seek(&en->fasta, record, begin, end, e)) return false;
+    v->n_bases = fasta_read(&en->fasta, v->bases, (size_t)(end - begin), e);
+    if (e->text[0]) return false;
+    *problem = "REF_MISMATCH";
+    for (size_t i = 0; i < v->alleles[0].n; i++)
+        if (nucleotide((uint8_t)v->alleles[0].p[i], false) != toupper(v->bases[v->ref + i]))
+            return fail(e, "REF is %.*s, but %s has %.*s there", str_show(v->alleles[0]), v->alleles[0].p, en->fasta.path,
+                        str_show(v->alleles[0]), (const char *)v->bases + v->ref);
+    *problem = NULL;
+    return true;
+}
+
+// --vcf: the next line. A request that has parts is answered when they have ended; others are at once.
+static struct request *next_variant_request(struct engine *en) {
+    struct str line;
+    enum line kind;
+    struct error e = {""};
+    do {
+        kind = next_genome_line(en, &line);
+        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
+    } while (kind == LINE && is_blank(line));
+    if (kind == LINE_TOO_LONG) return line_error(en, "longer than any line should be");
+    struct request *r = request_new(en->s, NULL);
+    if (!en->has_header) add_header(en, r);
+    const size_t n_before = r->out.n;
+    if (line.p[0] == '#') {
+        en->vcf_declared |= add_vcf_header(&r->out, line);
+        if (en->s->o->tsv) r->out.n = n_before;
+        return r;
+    }
+    if (!en->vcf_declared) die("%s: line %" PRId64 " is no variant of a VCF: no line #CHROM came before it", en->lines.path, en->lines.n_lines);
+    struct variant *v = r->variant = xcalloc(1, sizeof *v);
+    if (!variant_parse(v, line, &e)) {
+        request_free(r);
+        return line_error(en, e.text);
+    }
+    if (!variant_window(en, v, &e)) {
+        set_error(&r->error, "%s: line %" PRId64 ": %.*s:%" PRId64 ": %s", en->lines.path, en->lines.n_lines,
+                  str_show(v->column[VCF_CHROM]), v->column[VCF_CHROM].p, v->position + 1, e.text);
+        return r;
+    }
+    bool wanted = false;    // by an allele
+    for (int i = 1; i < v->n_alleles; i++) wanted |= !isnan(v->nll[i]);
+    for (int strand = 0; wanted && strand <= (int)en->s->o->rc_average; strand++)
+        add_part(en, r, en->s->base, PREFIX, strand);
+    return r;
 }
 
 // A line of --jsonl; empty ones are passed over. A line that cannot be used is a request with an error.
@@ -5460,7 +6044,7 @@ static struct request *next_line_request(struct engine *en, bool wait) {
         en->no_more = kind == NO_MORE_LINES;
         if (kind == NO_LINE_YET || en->no_more) return NULL;
     } while (kind == LINE && is_blank(line));
-    struct request *r = request_new(s);
+    struct request *r = request_new(s, s->base);
     if (kind == LINE_TOO_LONG) set_error(&r->error, "the line has more than %d bytes", MAX_LINE);
     else if (request_parse(r, line, s->model.c.n_vocab, &prompt) && prompt.p)
         read_text(s, prompt, s->base != NULL, &r->tokens, &r->error);
@@ -5472,21 +6056,40 @@ static struct request *next_line_request(struct engine *en, bool wait) {
     return r;
 }
 
-// Lets requests in while there is room. wait: for the next line, because nothing runs.
+// The next request of the input; NULL: there is none, or none yet.
+static struct request *next_request(struct engine *en) {
+    const struct options *o = en->s->o;
+    if (o->jsonl) return next_line_request(en, !en->first);
+    if (o->vcf) return next_variant_request(en);
+    if (o->window) return next_window_request(en);
+    return o->fasta ? next_record_request(en) : next_input_request(en);
+}
+
+// It gets a sequence and runs, if there is anything to run.
+static void request_start(struct engine *en, struct request *r) {
+    if (!r->error.text[0] && request_begin(en, r)) {
+        r->seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(&en->s->model.c);
+        request_rewind(r, en->s);
+        if (r->n_feed) en->running[en->n_running++] = r;
+    }
+    base_release(en, r);
+    if (!r->n_feed || r->error.text[0]) request_end(en, r);
+}
+
+// Lets requests in while there is room: first the parts of those that have begun.
 static void engine_admit(struct engine *en) {
-    while (!en->no_more && en->n_running < en->n_slots && en->held < HELD_BYTES) {
-        const struct options *o = en->s->o;
-        struct request *r = o->jsonl ? next_line_request(en, !en->first) : o->window ? next_window_request(en)
-                            : o->fasta ? next_record_request(en) : next_input_request(en);
-        if (!r) break;
+    while (en->n_running < en->n_slots) {
+        struct request *r = en->waiting;
+        if (r) {
+            en->waiting = r->next;
+            r->next = NULL;
+            request_start(en, r);
+            continue;
+        }
+        if (en->no_more || en->held >= HELD_BYTES || !(r = next_request(en))) break;
         *en->end = r;
         en->end = &r->next;
-        if (!r->error.text[0] && request_begin(en, r)) {
-            r->seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(&en->s->model.c);
-            sequence_begin(r->seq, en->s);
-            if (r->n_feed) en->running[en->n_running++] = r;
-        }
-        if (!r->n_feed || r->error.text[0]) request_end(en, r);  // there is nothing to run
+        if (!r->variant || !r->variant->n_parts) request_start(en, r);
     }
 }
 
@@ -5601,7 +6204,7 @@ static void engine_step(struct engine *en) {
         struct request *r = en->running[i];
         bool draws = command == GENERATE && r->settings.n_predict != 0;
         bool ended = draws ? r->finish_reason != NULL : r->n_fed == r->n_feed && !r->streams;
-        if (ended && en->s->o->rc_average && !r->reversed) {
+        if (ended && en->s->o->rc_average && !r->reversed && !r->whole) {
             reverse_strand(en->s, r);
             ended = false;
         }
@@ -5650,7 +6253,8 @@ static double engine_fraction(const struct engine *en) {
     const struct request *r = en->first;
     const struct line_reader *l = &en->lines;
     if (o->fasta || o->jsonl) {
-        int64_t done = o->fasta ? ftello(en->fasta.f) - (off_t)(en->fasta.n - en->fasta.at) : l->n_bytes - (int64_t)(l->b.n - l->start);
+        const bool by_lines = o->jsonl || o->bed || o->vcf;
+        int64_t done = by_lines ? l->n_bytes - (int64_t)(l->b.n - l->start) : en->fasta.n_read - (int64_t)(en->fasta.n - en->fasta.at);
         return en->input_size ? (double)done / (double)en->input_size : -1;
     }
     if (!r || !r->tokens.n) return -1;
@@ -5818,7 +6422,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
     uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows
     int ruleset = (int)syscall(LANDLOCK_CREATE_RULESET, &handled, sizeof handled, 0);
-    const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta};
+    const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta, o->bed, o->vcf};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
     for (int i = 0; i < o->n_inputs; i++)
         if (o->inputs[i].source == FROM_FILE) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
@@ -5865,8 +6469,7 @@ static void open_session(struct session *s, const struct options *o, const char 
 static void close_session(struct session *s) {
     mapped = NULL;
     if (s->out.temporary) outfile_discard(&s->out);  // it has not become whole
-    sequence_free(s->base);
-    free(s->base_resume);
+    base_free(s->base);
     free(s->banned.p);
     tokenizer_close(&s->tokenizer);
     model_close(&s->model);
@@ -5896,15 +6499,11 @@ static void read_base(struct session *s, struct context *ctx) {
         if (!tokens.n) die("--prefix: the text is empty");
     }
     for (size_t i = n_pending; i < tokens.n; i++) remember(r, tokens.p[i]);
-    if (tokens.n) {
-        feed(ctx, base, tokens.p, tokens.n - 1, &progress);
-        r->pending[0] = tokens.p[tokens.n - 1];
-        r->n_pending = 1;
-    }
+    if (tokens.n) feed(ctx, base, tokens.p, tokens.n - 1, &progress);
+    s->base = xcalloc(1, sizeof *s->base);
+    *s->base = (struct base){.seq = base, .last = tokens.n ? tokens.p[tokens.n - 1] : -1, .resume = r};
     free(tokens.p);
     free(file.p);
-    s->base = base;
-    s->base_resume = r;
     stop_if_interrupted();
 }
 
@@ -5922,13 +6521,15 @@ static int64_t bound_tokens(const struct options *o) {
     return n;
 }
 
-// The lines of --jsonl: standard input, or the file of -f.
+// The lines of --jsonl, --bed or --vcf: standard input, or a file.
 static void open_lines(struct engine *en) {
     const struct options *o = en->s->o;
+    const char *path = o->bed ? o->bed : o->vcf ? o->vcf : o->inputs[0].value;
     struct stat st;
-    if (o->n_inputs && strcmp(o->inputs[0].value, "-") != 0) {
-        en->lines.fd = open(o->inputs[0].value, O_RDONLY | O_CLOEXEC);
-        if (en->lines.fd < 0) die("%s: %s", o->inputs[0].value, strerror(errno));
+    en->lines.path = strcmp(path, "-") == 0 ? "standard input" : path;
+    if (strcmp(path, "-") != 0) {
+        en->lines.fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (en->lines.fd < 0) die("%s: %s", path, strerror(errno));
     }
     if (fstat(en->lines.fd, &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
 }
@@ -5946,8 +6547,13 @@ static void open_fasta(struct engine *en) {
             die("%s: the vocabulary has no token for '%c'", o->model, *letter);
     }
     if (!fasta_open(&en->fasta, o->fasta, o->case_sensitive, &e)) die("%s", e.text);
-    if (fstat(fileno(en->fasta.f), &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
-    en->window.bases = xmalloc((size_t)o->window);
+    if (o->bed || o->vcf) {
+        if (!fasta_index(&en->fasta, &e)) die("%s", e.text);
+        open_lines(en);
+    } else if (fstat(fileno(en->fasta.f), &st) == 0 && S_ISREG(st.st_mode)) {
+        en->input_size = st.st_size;
+    }
+    if (!o->vcf) en->window.bases = xmalloc((size_t)o->window);
 }
 
 // An engine for the command's requests, which stand behind its base. default_slots: sequences at once where -np is not given.
@@ -6676,7 +7282,12 @@ static const struct option {
     {NULL, "--logprobs", "K", "--jsonl: log-probabilities of the tokens, and of the K likeliest beside each", INTEGER,
      ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
     {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS, FIELD(fasta), 0, 0},
-    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON_RECORDS, FIELD(window), 1, 1 << 30},
+    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS, FIELD(bed), 0, 0},
+    {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF; writes it with log-likelihood ratios, INFO/MAMBA_LLR", TEXT, ON(SCORE),
+     FIELD(vcf), 0, 0},
+    {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
+    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records; --vcf: around each variant (1024)", INTEGER,
+     ON_RECORDS, FIELD(window), 1, 1 << 30},
     {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
     {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
     {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
@@ -6831,9 +7442,14 @@ static void check_options(struct options *o) {
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
                             : o->command == EMBED && o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
-    const char *of_fasta = o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
+    const char *of_fasta = o->bed ? "--bed" : o->vcf ? "--vcf" : o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
     if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);
     if (o->stride && !o->window) usage_error("--stride needs --window");
+    const char *lines = o->bed ? "--bed" : "--vcf", *not_vcf = o->bed ? "--bed" : o->stride ? "--stride" : o->track ? "--track"
+                        : o->per_token ? "--per-token" : o->logits ? "--logits" : NULL;
+    if (o->vcf && not_vcf) usage_error("%s does not apply with --vcf", not_vcf);
+    if (o->tsv && !o->vcf) usage_error("--tsv needs --vcf");
+    if ((o->bed || o->vcf) && strcmp(o->fasta, "-") == 0) usage_error("%s needs a FASTA file that can be read at any place, not --fasta -", lines);
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");

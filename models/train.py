@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Trains the models that this folder ships. Today: the text model tales.bin, on a CPU.
+"""Trains the models that this folder ships, on a CPU: tales.bin (text), dna.bin and apes.bin (DNA).
 
-    python train.py text --data FOLDER --out RUN     prepares the corpora, trains, exports RUN/hf (Hugging Face format)
-    python train.py text --data FOLDER --out RUN --resume                  goes on exactly where RUN/last.pt stopped
-    python train.py export --out RUN                 exports the best weights so far of a run that is still going on
-    python train.py check-ops                        compares the fused kernels with float64 autograd of the definitions
-    python ../convert_weights.py RUN/hf tales.bin --type q8_0              makes the file that mamba reads
+    python train.py text --data FOLDER --out RUN      prepares the corpora, trains, exports RUN/hf (Hugging Face format)
+    python train.py dna --data FOLDER --out RUN       next-nucleotide pretraining on the FASTA files of a folder
+    python train.py species --data FILE --out RUN --from DNA_RUN/best.pt       a classifier on top of such a model
+    python train.py COMMAND ... --resume              goes on exactly where RUN/last.pt stopped
+    python train.py export --out RUN                  exports the best weights so far of a run that is still going on
+    python train.py baselines --data FOLDER           what context models without a network reach on the split of dna
+    python train.py check-ops                         compares the fused kernels with float64 autograd of the definitions
+    python ../convert_weights.py RUN/hf tales.bin --type q8_0 (--vocab dna)    makes the file that mamba reads
 
-Needs torch, numpy, tokenizers and safetensors, and a C++ compiler for the fused kernels (train_ops.cpp). Without one
-everything runs in plain PyTorch, some twenty times slower. README.md says how tales.bin was made.
+Needs torch, numpy and safetensors, tokenizers for text, and a C++ compiler for the fused kernels (train_ops.cpp). Without
+one everything runs in plain PyTorch, some twenty times slower. README.md says how each model was made.
 
-What lies in RUN: data/ (tokenizer and token ids), log.jsonl (one line a report), last.pt (all that --resume needs),
-best.pt (the weights with the lowest held-out loss), hf/ (the exported best.pt), report.json.
+What lies in RUN: log.jsonl (one line a report), last.pt (all that --resume needs), best.pt (the weights with the lowest
+held-out loss), hf/ (the exported best.pt), report.json; for text also data/ (tokenizer and token ids).
 
-Sections: 1 data, 2 definitions, 3 fused kernels, 4 model, 5 evaluation, 6 training, 7 export, 8 check of the kernels,
-9 command line.
+Sections: 1 text, 2 nucleotides, 3 definitions, 4 fused kernels, 5 model, 6 tasks and their evaluation, 7 training,
+8 export, 9 check of the kernels, 10 command line.
 """
 import argparse, ctypes, dataclasses, functools, hashlib, json, math, os, pathlib, platform, re, signal
 import subprocess, sys, time
@@ -28,7 +31,7 @@ END = "<|endoftext|>"  # id 0; stands before every document, so it both opens an
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-# ---- 1. Data: clean, cut into documents, split, tokenize -----------------------------------------------------------
+# ---- 1. Text: clean, cut into documents, split, tokenize -----------------------------------------------------------
 
 PUNCTUATION = str.maketrans({
     "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "--",
@@ -206,7 +209,7 @@ def prepare_text(folder, out, mix, vocab_size):
             Tokenizer.from_file(str(cache / "tokenizer.json")), info)
 
 
-class Batches:
+class TextBatches:
     """Documents in a new order each epoch, run together and cut into windows of length + 1. Epoch e depends on (seed, e)
     alone, so (epoch, position) is all the state there is. A corpus of weight 1.3 goes in once and 30 % of it once more."""
     def __init__(self, corpora, mix, batch, length, seed):
@@ -225,19 +228,155 @@ class Batches:
         windows = stream[:count * (self.length + 1)].reshape(count, self.length + 1)
         return windows[rng.permutation(count)]
 
-    def next(self):
+    def next(self, step):
+        """The ids [batch, length + 1] that come next; the steps follow each other."""
         if self.position + self.batch > len(self.windows):
             self.epoch, self.position = self.epoch + 1, 0
             self.windows = self.cut()
         self.position += self.batch
         return torch.from_numpy(self.windows[self.position - self.batch:self.position])
 
-    def seek(self, epoch, position):
-        self.epoch, self.position = epoch, position
+    def state(self):
+        return {"epoch": self.epoch, "position": self.position}
+
+    def restore(self, state):
+        self.epoch, self.position = state["epoch"], state["position"]
         self.windows = self.cut()
 
+    def epochs(self, step):
+        return self.epoch + self.position / len(self.windows)
 
-# ---- 2. Definitions in plain PyTorch: what the fused kernels compute ---------------------------------------------
+
+# ---- 2. Nucleotides: FASTA, splits, windows -----------------------------------------------------------------------
+
+# HyenaDNA's and Caduceus' numbering, 12 tokens padded to 16 rows: convert_weights.py --vocab dna.
+A, C, G, T, N, DNA_ROWS = 7, 8, 9, 10, 11, 16
+ID_OF_LETTER = np.full(256, N, np.uint8)  # IUPAC's other letters are N, lower case (soft masking) is upper case
+COMPLEMENT = np.arange(DNA_ROWS, dtype=np.uint8)
+for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C), (b"TtUu", T, A)]:
+    ID_OF_LETTER[list(letters)] = number
+    COMPLEMENT[number] = complement
+
+
+def read_fasta(path):
+    """[(first word of the name or "", ids uint8 [bases])] of a file's records."""
+    records = []
+    for part in pathlib.Path(path).read_bytes().split(b">")[1:]:
+        name, _, sequence = part.partition(b"\n")
+        letters = np.frombuffer(sequence.translate(None, b" \t\r\n"), np.uint8)
+        records.append(((name.decode().split() or [""])[0], ID_OF_LETTER[letters]))
+    if not records:
+        sys.exit(f"train.py: {path}: no FASTA record, expected a line that begins with >")
+    return records
+
+
+def reverse_complement(ids):
+    return COMPLEMENT[ids[::-1]]
+
+
+def split_genome(sequences, blocks=100):
+    """{"train" | "valid" | "test": pieces}. Of each sequence's hundred blocks every twentieth is valid and another twentieth
+    test: many short pieces, because a single satellite or cluster of repeats would make a long one easy or hard."""
+    parts = {"train": [], "valid": [], "test": []}
+    for ids in sequences:
+        begin = 0
+        for i in range(blocks):
+            part = {9: "valid", 19: "test"}.get(i % 20)
+            if part:
+                cuts = [begin, len(ids) * i // blocks, len(ids) * (i + 1) // blocks]
+                parts["train"].append(ids[cuts[0]:cuts[1]])
+                parts[part].append(ids[cuts[1]:cuts[2]])
+                begin = cuts[2]
+        parts["train"].append(ids[begin:])
+    return {part: [piece for piece in pieces if len(piece)] for part, pieces in parts.items()}
+
+
+def read_genome(folder):
+    files = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix in (".fa", ".fasta", ".fna"))
+    if not files:
+        sys.exit(f"train.py: {folder}: no FASTA file, expected *.fa, *.fasta or *.fna")
+    return split_genome([ids for path in files for _, ids in read_fasta(path)])
+
+
+def at_step(lengths, step, steps):
+    """The length of the windows at a step: sequence length warm-up (E.3.2) spends equal parts of the steps on each."""
+    return lengths[min(len(lengths) - 1, step * len(lengths) // steps)]
+
+
+class GenomeBatches:
+    """Windows at uniform places of either strand. A step's windows depend on (seed, step) alone: there is no state. The
+    tokens of a step stay the same while the windows grow."""
+    def __init__(self, pieces, o):
+        self.pieces, self.o = [p for p in pieces if len(p) > max(o.length)], o
+        if not self.pieces:
+            sys.exit(f"train.py: --length {max(o.length)}: no sequence is longer than that")
+
+    def next(self, step):
+        rng = np.random.default_rng([self.o.seed, step])
+        length = at_step(self.o.length, step, self.o.steps)
+        places = np.array([len(p) - length for p in self.pieces])
+        rows = []
+        while len(rows) < max(1, self.o.batch * self.o.length[0] // length):
+            piece = self.pieces[rng.choice(len(places), p=places / places.sum())]
+            start = rng.integers(len(piece) - length)
+            window = piece[start:start + length + 1]
+            if np.mean(window == N) < 0.5:  # a gap of the assembly teaches nothing
+                rows.append(reverse_complement(window) if rng.integers(2) else window)
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+    def epochs(self, step):
+        return step * self.o.batch * self.o.length[0] / sum(map(len, self.pieces))
+
+
+MITOCHONDRIAL_ORIGIN = "GTTTATGTAGCTTA"  # the gene of tRNA-Phe, where most records of a mammal's mitochondrion begin
+
+
+def rotate(ids):
+    """A circular genome from MITOCHONDRIAL_ORIGIN on, so that the same part of each species is held out."""
+    text, origin = ids.tobytes(), ID_OF_LETTER[list(MITOCHONDRIAL_ORIGIN.encode())].tobytes()
+    at = (text + text[:len(origin)]).find(origin)
+    return np.roll(ids, -max(at, 0))
+
+
+def read_species(path):
+    """{part: {species: [ids]}}: of each genome the first 5/8 are train, the next 1/8 valid, the last 1/4 test. A record
+    belongs to the species that its name's first word says, up to an underscore."""
+    parts = {"train": {}, "valid": {}, "test": {}}
+    for name, ids in read_fasta(path):
+        ids = rotate(ids)
+        cuts = [len(ids) * i // 8 for i in (0, 5, 6, 8)]
+        for part, begin, end in zip(parts, cuts, cuts[1:]):
+            parts[part].setdefault(name.split("_")[0], []).append(ids[begin:end])
+    return parts
+
+
+class SpeciesBatches(GenomeBatches):
+    """A uniform species, one of its chromosomes, a window of it (E.3.4), of a length drawn from --length, on either strand."""
+    def __init__(self, species, o):
+        self.species, self.o = list(species.values()), o
+        self.pieces = [p for chromosomes in self.species for p in chromosomes]
+
+    def next(self, step):
+        rng = np.random.default_rng([self.o.seed, step])
+        length = int(rng.choice(self.o.length))
+        count = max(1, self.o.batch * self.o.length[0] // length)
+        labels, rows = rng.integers(len(self.species), size=count), []
+        for label in labels:
+            chromosomes = [c for c in self.species[label] if len(c) >= length]
+            chromosome = chromosomes[rng.integers(len(chromosomes))]
+            start = rng.integers(len(chromosome) - length + 1)
+            window = chromosome[start:start + length]
+            rows.append(reverse_complement(window) if rng.integers(2) else window)
+        return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(labels)
+
+
+# ---- 3. Definitions in plain PyTorch: what the fused kernels compute ---------------------------------------------
 
 def selective_scan(u, dt, A, bc, D, z, dt_bias):
     """The selective SSM of Mamba (arXiv 2312.00752, Algorithm 2), its D skip and its gate.
@@ -273,7 +412,7 @@ class PlainOps:
     norm = staticmethod(rms_norm)
 
 
-# ---- 3. Fused kernels: the same four functions from train_ops.cpp ------------------------------------------------
+# ---- 4. Fused kernels: the same four functions from train_ops.cpp ------------------------------------------------
 
 LANES, STATES = 16, 16  # train_ops.cpp: channels come in multiples of the one, d_state is the other
 
@@ -454,7 +593,7 @@ def choose_ops(wanted, precision):
     return PlainOps()
 
 
-# ---- 4. Model: Mamba-1 with transformers' tensor names --------------------------------------------------------------
+# ---- 5. Model: Mamba-1 with transformers' tensor names --------------------------------------------------------------
 
 @dataclasses.dataclass
 class Config:
@@ -465,6 +604,7 @@ class Config:
     expand: int = 2
     d_conv: int = 4
     eps: float = 1e-5
+    n_labels: int = 0  # classes of a classifier, which has no language head; 0: a language model
 
     @property
     def d_inner(self):
@@ -543,6 +683,8 @@ class Mamba(nn.Module):
         self.backbone.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.n_layer))
         self.backbone.norm_f = Weight(torch.ones(config.d_model))
         self.dropout = LockedDropout(dropout)
+        if config.n_labels:
+            self.score = Weight(torch.randn(config.n_labels, config.d_model) * 0.02)
 
     def hidden(self, ids):
         with torch.autocast("cpu", torch.bfloat16, enabled=self.ops.half):
@@ -558,39 +700,48 @@ class Mamba(nn.Module):
     def logits(self, ids):
         return self.hidden(ids).float() @ self.backbone.embeddings.weight.t()
 
+    def classify(self, ids):
+        """Logits [batch, n_labels]: the classifier reads the last position (E.3.4)."""
+        return self.hidden(ids)[:, -1].float() @ self.score.weight.t()
 
-# ---- 5. Evaluation ---------------------------------------------------------------------------------------------------
+
+# ---- 6. Tasks: what is read, what its loss is, how it is judged -----------------------------------------------------
+#
+# A task has: name; config; batches; describe(), lines about its data; loss(model, batch), in nats; unit and in_unit(nats), how
+# training losses are reported; scores(model, part), {name: value} with the value that picks the checkpoint, the lower the
+# better, under the key `chooses`; show(model), samples for the eye; and what export_hugging_face writes: tokenizer, labels.
 
 @torch.no_grad()
-def total_nats(model, documents, tokens_a_batch=8192):
-    """-ln p of all documents, each read from its END token with an empty state. Short ones share a batch; what lies behind
-    the end of a document cannot change it, since the model is causal, and is not counted."""
+def total_nats(model, documents, ignored=-1, tokens_a_batch=8192):
+    """(-ln p, tokens counted) of all documents, each read from its first token with an empty state; the first token and
+    those equal to `ignored` are not counted. Short ones share a batch; what lies behind the end of a document cannot change it,
+    since the model is causal, and is not counted either."""
     model.eval()
-    total, group = 0.0, []
-    def run():
+    total, counted = 0.0, 0
+    for group in by_length(documents, tokens_a_batch):
         width = max(map(len, group))
         ids = torch.zeros(len(group), width, dtype=torch.int64)
         target = torch.full((len(group), width - 1), -100)
         for row, document in enumerate(group):
             ids[row, :len(document)] = torch.from_numpy(document)
             target[row, :len(document) - 1] = torch.from_numpy(document[1:])
-        return model.loss(ids[:, :-1], target).item() * (target >= 0).sum().item()
+        target[target == ignored] = -100
+        count = (target >= 0).sum().item()
+        total, counted = total + model.loss(ids[:, :-1], target).item() * count, counted + count
+    model.train()
+    return total, counted
+
+
+def by_length(documents, tokens_a_batch):
+    """Groups of documents of similar length that are no more than tokens_a_batch together, padding included."""
+    group = []
     for document in sorted(documents, key=len):
         if group and (len(group) + 1) * len(document) > tokens_a_batch:
-            total, group = total + run(), []
+            yield group
+            group = []
         group.append(document)
-    total += run()
-    model.train()
-    return total
-
-
-def bits_per_byte(model, corpora, part):
-    """{corpus: -log2 p per UTF-8 byte of its documents}, and "stories" over all of STORIES together."""
-    nats = {name: total_nats(model, getattr(c, part)) for name, c in corpora.items() if getattr(c, part)}
-    result = {name: n / math.log(2) / corpora[name].bytes[part] for name, n in nats.items()}
-    stories = [name for name in STORIES if name in nats]
-    result["stories"] = sum(nats[n] for n in stories) / math.log(2) / sum(corpora[n].bytes[part] for n in stories)
-    return result
+    if group:
+        yield group
 
 
 @torch.no_grad()
@@ -607,7 +758,191 @@ def sample(model, tokenizer, prompt, count=200, temperature=0.8, top_k=40, seed=
     return tokenizer.decode(ids)
 
 
-# ---- 6. Training -----------------------------------------------------------------------------------------------------
+class TextTask:
+    """The next token of stories. Judged by held-out bits per UTF-8 byte."""
+    name, unit, chooses, labels = "text", "bits per byte", "stories", None
+
+    def __init__(self, o, out):
+        mix = dict(parse_mix(o.mix))
+        self.corpora, self.tokenizer, self.info = prepare_text(o.data, out, mix, o.vocab)
+        rows = -(-self.tokenizer.get_vocab_size() // LANES) * LANES  # a small corpus may have fewer merges than --vocab
+        self.config = Config(vocab_size=rows, d_model=o.d_model, n_layer=o.n_layer)
+        self.batches = TextBatches(self.corpora, mix, o.batch, o.length, o.seed)
+        total = lambda kind: sum(self.info[name]["train"][kind] * weight for name, weight in mix.items())
+        self.bytes_a_token = total("bytes") / total("tokens")
+
+    def describe(self):
+        return [f"{name}: " + "; ".join(f"{part} {i['documents']} documents, {i['bytes']} bytes, {i['tokens']} tokens"
+                                        for part, i in parts.items()) for name, parts in self.info.items()]
+
+    @staticmethod
+    def loss(model, ids):
+        return model.loss(ids[:, :-1], ids[:, 1:])
+
+    def in_unit(self, nats):
+        return nats / math.log(2) / self.bytes_a_token
+
+    def scores(self, model, part):
+        """-log2 p per UTF-8 byte of each corpus's documents, and "stories" over all of STORIES together."""
+        nats = {name: total_nats(model, getattr(c, part))[0] for name, c in self.corpora.items() if getattr(c, part)}
+        result = {name: n / math.log(2) / self.corpora[name].bytes[part] for name, n in nats.items()}
+        stories = [name for name in STORIES if name in nats]
+        result["stories"] = (sum(nats[n] for n in stories) / math.log(2) /
+                             sum(self.corpora[n].bytes[part] for n in stories))
+        return result
+
+    def show(self, model):
+        return [f"--- sample {seed}:\n{sample(model, self.tokenizer, 'Once upon a time', seed=seed)}" for seed in (1, 2)]
+
+
+class GenomeTask:
+    """The next nucleotide; N is read but neither predicted nor counted. Judged by held-out bits per base."""
+    name, unit, chooses, labels, tokenizer = "dna", "bits per base", "bits", None, None
+
+    def __init__(self, o, out):
+        self.parts, self.o = read_genome(o.data), o
+        self.config = Config(vocab_size=DNA_ROWS, d_model=o.d_model, n_layer=o.n_layer)
+        self.batches = GenomeBatches(self.parts["train"], o)
+
+    def describe(self):
+        return [f"{part}: {len(pieces)} pieces, {sum(map(len, pieces))} bases, {sum((p == N).sum() for p in pieces)} of them N"
+                for part, pieces in self.parts.items()]
+
+    @staticmethod
+    def loss(model, ids):
+        target = ids[:, 1:]
+        return model.loss(ids[:, :-1], target.masked_fill(target == N, -100))
+
+    @staticmethod
+    def in_unit(nats):
+        return nats / math.log(2)
+
+    def scores(self, model, part):
+        """-log2 p per base in windows of the longest --length, each read from an empty state, as score --window does."""
+        length = max(self.o.length)
+        windows = [p[i:i + length].astype(np.int64) for p in self.parts[part] for i in range(0, len(p), length)]
+        nats, bases = total_nats(model, [w for w in windows if len(w) > 1], ignored=N, tokens_a_batch=16 * length)
+        return {"bits": nats / math.log(2) / bases}
+
+    def show(self, model):
+        return []
+
+
+class SpeciesTask:
+    """Which species a window of a genome is from (E.3.4). Judged by the held-out part of each genome."""
+    name, unit, chooses, tokenizer = "species", "nats", "nats", None
+
+    def __init__(self, o, out):
+        self.parts, self.o = read_species(o.data), o
+        self.labels = list(self.parts["train"])
+        self.batches = SpeciesBatches(self.parts["train"], o)
+        self.start = torch.load(o.start, weights_only=True)
+        self.config = Config(**self.start["config"] | {"n_labels": len(self.labels)})
+
+    def initialise(self, model):
+        """The pretrained backbone; the classifier is new."""
+        missing, unexpected = model.load_state_dict(self.start["model"], strict=False)
+        if missing != ["score.weight"] or unexpected:
+            sys.exit(f"train.py: --from {self.o.start}: expected the weights of a language model, missing {missing[:3]}, "
+                     f"unexpected {unexpected[:3]}")
+
+    def describe(self):
+        return [f"{part}: " + ", ".join(f"{name} {sum(map(len, chromosomes))}" for name, chromosomes in species.items())
+                for part, species in self.parts.items()]
+
+    @staticmethod
+    def loss(model, batch):
+        ids, labels = batch
+        return F.cross_entropy(model.classify(ids), labels)
+
+    @staticmethod
+    def in_unit(nats):
+        return nats
+
+    @torch.no_grad()
+    def scores(self, model, part):
+        """Accuracy by window length, in percent, each species weighing the same: windows of both strands at every eighth of
+        their length. And the mean loss of all of them, which picks the checkpoint."""
+        model.eval()
+        result, losses = {}, []
+        for length in self.o.length:
+            right = []
+            for label, chromosomes in enumerate(self.parts[part].values()):
+                windows = [w for c in chromosomes for i in range(0, len(c) - length + 1, max(1, length // 8))
+                           for w in (c[i:i + length], reverse_complement(c[i:i + length]))]
+                if not windows:
+                    continue
+                logits = torch.cat([model.classify(torch.from_numpy(np.stack(windows[i:i + 64]).astype(np.int64)))
+                                    for i in range(0, len(windows), 64)])
+                target = torch.full((len(windows),), label)
+                losses.append(F.cross_entropy(logits, target).item())
+                right.append((logits.argmax(-1) == target).double().mean().item())
+            if right:
+                result[f"right at {length}"] = 100 * np.mean(right)
+        model.train()
+        return result | {"nats": np.mean(losses)}
+
+    def show(self, model):
+        return []
+
+
+TASKS = {task.name: task for task in (TextTask, GenomeTask, SpeciesTask)}
+
+
+def count_contexts(pieces, order):
+    """Counts [4^order, 4] of the bases behind each context of `order` bases, on both strands. A context with an N counts
+    nowhere."""
+    counts = np.zeros(4 ** (order + 1), np.int64)
+    for piece in pieces:
+        for strand in (piece, reverse_complement(piece)):
+            code, clean = context_codes(strand, order)
+            counts += np.bincount(code[clean], minlength=len(counts))
+    return counts.reshape(-1, 4)
+
+
+def context_codes(ids, order):
+    """For each base from `order` on: context and base as one number in base 4, and whether all of them are A, C, G or T."""
+    count = len(ids) - order
+    code, clean = np.zeros(count, np.int64), np.ones(count, bool)
+    for i in range(order + 1):
+        letters = ids[i:i + count]
+        code = code * 4 + (letters.astype(np.int64) - A) % 4
+        clean &= letters != N
+    return code, clean
+
+
+def context_model_bits(parts, part, order, strengths):
+    """-log2 p per base of a context model with backoff, one figure for each of `strengths`: the estimate of order k is the
+    counts of order k plus `strength` times the estimate of order k - 1, and order 0 begins from the uniform one. (A
+    Dirichlet prior for each context, MacKay and Peto 1995.)"""
+    tables = [count_contexts(parts["train"], k) for k in range(order + 1)]
+    bits = np.zeros(len(strengths))
+    scored = 0
+    for piece in parts[part]:
+        at = [context_codes(piece, k) for k in range(order + 1)]
+        clean = np.flatnonzero(at[order][1])
+        scored += len(clean)
+        for i, strength in enumerate(strengths):
+            estimate = np.full(len(clean), 0.25)
+            for k, table in enumerate(tables):
+                code = at[k][0][clean + order - k]
+                context, base = code // 4, code % 4
+                estimate = (table[context, base] + strength * estimate) / (table[context].sum(1) + strength)
+            bits[i] -= np.log2(estimate).sum()
+    return bits / scored
+
+
+def baselines(o):
+    """Prints held-out bits per base of context models; their strength is the best one on the valid part."""
+    parts = read_genome(o.data)
+    strengths = [2 ** k for k in range(-1, 11)]
+    for order in o.order:
+        best = strengths[int(np.argmin(context_model_bits(parts, "valid", order, strengths)))]
+        valid, test = (context_model_bits(parts, part, order, [best])[0] for part in ("valid", "test"))
+        print(f"order {order}: valid {valid:.4f}, test {test:.4f} bits per base (strength {best})", flush=True)
+
+
+# ---- 7. Training -----------------------------------------------------------------------------------------------------
 
 def write_atomically(path, content):
     """Whole or not at all, also when the machine stops in between."""
@@ -624,8 +959,8 @@ def write_atomically(path, content):
 
 class Run:
     """Everything that a training run carries from step to step."""
-    def __init__(self, model, batches, options):
-        self.model, self.batches, self.o = model, batches, options
+    def __init__(self, model, task, options):
+        self.model, self.task, self.batches, self.o = model, task, task.batches, options
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("A_log")]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]  # norms, conv, A, D, biases: no decay
@@ -642,10 +977,10 @@ class Run:
         return self.o.lr * min(1, (self.step + 1) / self.o.warmup) * max(0.02, min(1, left))
 
     def train_step(self):
-        ids = self.batches.next()
+        batch = self.batches.next(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        loss = self.model.loss(ids[:, :-1], ids[:, 1:])
+        loss = self.task.loss(self.model, batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.o.clip)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
@@ -667,7 +1002,7 @@ class Run:
     def state(self):
         return {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
                 "step": self.step, "best": self.best, "seconds": self.seconds, "rng": torch.get_rng_state(),
-                "epoch": self.batches.epoch, "position": self.batches.position, "options": comparable(self.o)}
+                **self.batches.state(), "options": comparable(self.o)}
 
     def restore(self, state):
         for key, value in comparable(self.o).items():
@@ -678,89 +1013,109 @@ class Run:
         for average, saved in zip(self.average, state["average"]):
             average.copy_(saved)
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        self.batches.seek(state["epoch"], state["position"])
+        self.batches.restore(state)
         torch.set_rng_state(state["rng"])
 
 
 def comparable(options):
     """The options that decide the result; another value of one of them would not be the same run."""
-    free = ("command", "data", "out", "resume", "eval_every", "save_every", "threads", "ops", "precision", "stop_at", "steps")
+    free = ("command", "data", "out", "resume", "eval_every", "save_every", "threads", "start", "ops", "precision", "stop_at", "steps")
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
-def evaluate(run, corpora, out):
-    """Held-out bits per byte of the weights and of their average; best.pt keeps the better of the two, if it is the best so
-    far."""
+def evaluate(run, out):
+    """Held-out scores of the weights and of their average; best.pt keeps the better of the two, if it is the best so far."""
     scores = {}
     for kind in ("weights", "average"):
         if kind == "average":
             run.swap_average()
-        scores[kind] = bits_per_byte(run.model, corpora, "valid")
-        if scores[kind]["stories"] < run.best:
-            run.best = scores[kind]["stories"]
-            write_atomically(out / "best.pt", {"model": run.model.state_dict(), "step": run.step, "kind": kind,
-                                               "config": dataclasses.asdict(run.model.config), "valid": scores[kind]})
+        scores[kind] = run.task.scores(run.model, "valid")
+        if scores[kind][run.task.chooses] < run.best:
+            run.best = scores[kind][run.task.chooses]
+            write_atomically(out / "best.pt", {
+                "task": run.task.name, "model": run.model.state_dict(), "step": run.step, "kind": kind,
+                "config": dataclasses.asdict(run.model.config), "labels": run.task.labels, "valid": scores[kind]})
     run.swap_average()
     return scores
 
 
-def train(run, corpora, out, info):
+def train(run, out):
     """Steps, reports, checkpoints. SIGINT and SIGTERM end the run after the present step, ready for --resume."""
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(1))
-    weights = dict(parse_mix(run.o.mix))
-    bytes_a_token = (sum(info[n]["train"]["bytes"] * w for n, w in weights.items()) /
-                     sum(info[n]["train"]["tokens"] * w for n, w in weights.items()))
-    last = run.o.stop_at or run.o.steps
+    last = min(run.o.stop_at or run.o.steps, run.o.steps)
     losses = []
-    while run.step < min(last, run.o.steps) and not stop:
+    while run.step < last and not stop:
         began = time.perf_counter()
         losses.append(run.train_step())
         run.seconds += time.perf_counter() - began
         if run.step % run.o.eval_every == 0 or run.step == run.o.steps:
-            scores = evaluate(run, corpora, out)
-            epoch = run.batches.epoch + run.batches.position / len(run.batches.windows)
-            report = {"step": run.step, "epoch": round(epoch, 2),
-                      "lr": run.learning_rate(), "train_bits_per_byte": np.mean(losses) / math.log(2) / bytes_a_token,
-                      "valid": scores, "best": run.best, "seconds": round(run.seconds),
-                      "tokens_per_second": round(run.step * run.o.batch * run.o.length / run.seconds)}
+            scores = evaluate(run, out)
+            report = {"step": run.step, "epoch": round(run.batches.epochs(run.step), 2), "lr": run.learning_rate(),
+                      "train": run.task.in_unit(np.mean(losses)), "unit": run.task.unit, "valid": scores,
+                      "best": run.best, "seconds": round(run.seconds), "seconds_a_step": run.seconds / run.step}
             losses = []
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(report) + "\n")
-            short = lambda s: " ".join(f"{k} {v:.3f}" for k, v in s.items())
-            print(f"step {run.step}/{run.o.steps} epoch {report['epoch']} train {report['train_bits_per_byte']:.3f} | "
+            print(f"step {run.step}/{run.o.steps} epoch {report['epoch']} train {report['train']:.4f} {run.task.unit} | "
                   f"held-out: {short(scores['weights'])} | average: {short(scores['average'])} | best {run.best:.4f} | "
-                  f"{report['tokens_per_second']} tokens/s", flush=True)
+                  f"{report['seconds_a_step']:.2f} s a step", flush=True)
         if run.step % run.o.save_every == 0:
             write_atomically(out / "last.pt", run.state())
     write_atomically(out / "last.pt", run.state())
     return run.step == run.o.steps
 
 
-# ---- 7. Export -------------------------------------------------------------------------------------------------------
+def short(scores):
+    return " ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
-def export_hugging_face(model, tokenizer, folder):
-    """The folder that transformers' MambaForCausalLM.from_pretrained and convert_weights.py read."""
+
+# ---- 8. Export -------------------------------------------------------------------------------------------------------
+
+def export_hugging_face(model, folder, tokenizer=None, labels=None):
+    """The folder that transformers' MambaForCausalLM.from_pretrained and convert_weights.py read. (For nucleotides there is
+    no tokenizer: convert_weights.py --vocab dna. transformers has no Mamba classifier; the names are those it would have.)"""
     from safetensors.torch import save_file
     c = model.config
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, str(folder / "model.safetensors"),
               metadata={"format": "pt"})
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} if tokenizer else {}
+    classes = {"id2label": dict(enumerate(labels))} if labels else {}
     config = {
-        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": c.vocab_size, "hidden_size": c.d_model,
+        "architectures": ["MambaForSequenceClassification" if labels else "MambaForCausalLM"],
+        "model_type": "mamba", "vocab_size": c.vocab_size, "hidden_size": c.d_model,
         "num_hidden_layers": c.n_layer, "state_size": c.d_state, "expand": c.expand, "intermediate_size": c.d_inner,
         "conv_kernel": c.d_conv, "time_step_rank": c.dt_rank, "layer_norm_epsilon": c.eps, "hidden_act": "silu",
         "use_bias": False, "use_conv_bias": True, "residual_in_fp32": True, "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "torch_dtype": "float32"}
+        **ends, **classes, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_prefix_space": False, "bos_token": END,
-        "eos_token": END, "clean_up_tokenization_spaces": False}, indent=2) + "\n")
+    if tokenizer:
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_prefix_space": False, "bos_token": END,
+            "eos_token": END, "clean_up_tokenization_spaces": False}, indent=2) + "\n")
 
 
-# ---- 8. Check of the kernels -----------------------------------------------------------------------------------------
+def export_best(out, ops):
+    """Exports out/best.pt to out/hf. Returns its model and a report."""
+    if not (out / "best.pt").exists():
+        sys.exit(f"train.py: {out / 'best.pt'} does not exist: the run has not been evaluated yet, or failed")
+    best = torch.load(out / "best.pt", weights_only=True)
+    model = Mamba(Config(**best["config"]), ops)
+    model.load_state_dict(best["model"])
+    tokenizer = None
+    if (out / "data" / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+        tokenizer = Tokenizer.from_file(str(out / "data" / "tokenizer.json"))
+    export_hugging_face(model, out / "hf", tokenizer, best.get("labels"))
+    report = {"step": best["step"], "kind": best["kind"], "valid": best["valid"]}
+    print(f"step {report['step']} ({report['kind']}): valid {short(report['valid'])}", flush=True)
+    return model, report
+
+
+# ---- 9. Check of the kernels -----------------------------------------------------------------------------------------
 
 def relative_error(a, b):
     """Largest difference over largest magnitude (zero over zero is zero); a NaN stays one."""
@@ -807,7 +1162,7 @@ def check_ops():
     return all(passed)
 
 
-# ---- 9. Command line -------------------------------------------------------------------------------------------------
+# ---- 10. Command line -------------------------------------------------------------------------------------------------
 
 def parse_mix(text):
     """"v2=1,books=0.3" to pairs."""
@@ -820,7 +1175,7 @@ def parse_mix(text):
     return mix
 
 
-def command_text(o):
+def command_train(o):
     torch.set_num_threads(o.threads or os.cpu_count())
     torch.set_flush_denormal(True)
     torch.manual_seed(o.seed)
@@ -828,50 +1183,37 @@ def command_text(o):
     out.mkdir(parents=True, exist_ok=True)
     if (out / "last.pt").exists() and not o.resume:
         sys.exit(f"train.py: {out}: holds a run already; give --resume to go on with it or another --out")
-    mix = dict(parse_mix(o.mix))
-    corpora, tokenizer, info = prepare_text(o.data, out, mix, o.vocab)
-    for name, parts in info.items():
-        print(f"{name}: " + "; ".join(f"{part} {i['documents']} documents, {i['bytes']} bytes, {i['tokens']} tokens"
-                                      for part, i in parts.items()))
-    if o.d_model % LANES:
-        sys.exit(f"train.py: --d-model {o.d_model}: expected a multiple of {LANES}")
-    rows = -(-tokenizer.get_vocab_size() // LANES) * LANES  # a small corpus may have fewer merges than --vocab asks for
-    config = Config(vocab_size=rows, d_model=o.d_model, n_layer=o.n_layer)
+    if o.resume and not (out / "last.pt").exists():
+        sys.exit(f"train.py: --resume: {out / 'last.pt'} does not exist")
+    task = TASKS[o.command](o, out)
+    if task.config.d_model % LANES:
+        sys.exit(f"train.py: --d-model {task.config.d_model}: expected a multiple of {LANES}")
     ops = choose_ops(o.ops, o.precision)
-    model = Mamba(config, ops, o.dropout)
+    model = Mamba(task.config, ops, o.dropout)
+    if hasattr(task, "initialise"):
+        task.initialise(model)
+    print("\n".join(task.describe()))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {type(ops).__name__}, activations "
           f"{'bfloat16' if ops.half else 'float32'}, {torch.get_num_threads()} threads", flush=True)
-    run = Run(model, Batches(corpora, mix, o.batch, o.length, o.seed), o)
+    run = Run(model, task, o)
     if o.resume:
-        if not (out / "last.pt").exists():
-            sys.exit(f"train.py: --resume: {out / 'last.pt'} does not exist")
         run.restore(torch.load(out / "last.pt", weights_only=True))
-    if not train(run, corpora, out, info):
+    if not train(run, out):
         print(f"stopped after step {run.step}; --resume goes on")
         return
-    report = finish(out, ops, corpora)
-    report |= {"options": comparable(o) | {"steps": o.steps}, "seconds": round(run.seconds), "data": info}
+    best, report = export_best(out, ops)
+    report |= {"test": task.scores(best, "test"), "options": comparable(o) | {"steps": o.steps}, "seconds": round(run.seconds),
+               "data": task.describe()}
+    print(f"test {short(report['test'])}", *task.show(best), sep="\n", flush=True)
     write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
 
 
-def finish(out, ops, corpora=None):
-    """Exports out/best.pt to out/hf and prints samples of it."""
-    from tokenizers import Tokenizer
-    if not (out / "best.pt").exists():
-        sys.exit(f"train.py: {out / 'best.pt'} does not exist: the run has not been evaluated yet, or failed")
-    best = torch.load(out / "best.pt", weights_only=True)
-    tokenizer = Tokenizer.from_file(str(out / "data" / "tokenizer.json"))
-    model = Mamba(Config(**best["config"]), ops)
-    model.load_state_dict(best["model"])
-    export_hugging_face(model, tokenizer, out / "hf")
-    report = {"step": best["step"], "kind": best["kind"], "valid": best["valid"]}
-    if corpora:
-        report["test"] = bits_per_byte(model, corpora, "test")
-    for key, value in report.items():
-        print(f"{key}: " + (" ".join(f"{k} {v:.4f}" for k, v in value.items()) if isinstance(value, dict) else str(value)))
-    for seed in (1, 2):
-        print(f"--- sample {seed}:\n{sample(model, tokenizer, 'Once upon a time', seed=seed)}", flush=True)
-    return report
+def lengths(text):
+    """"256,1024" to a list; argparse reports what is none."""
+    values = [int(item) for item in text.split(",")]
+    if min(values) < 2:
+        raise ValueError
+    return values
 
 
 def main():
@@ -880,42 +1222,59 @@ def main():
     commands.add_parser("check-ops", help="compare the fused kernels with float64 autograd of the definitions")
     export = commands.add_parser("export", help="export the best weights so far of a run that may still be going on")
     export.add_argument("--out", required=True, help="folder of the run")
-    text = commands.add_parser("text", help="train the text model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = text.add_argument
-    add("--data", required=True, help="folder with the corpora, see TEXT_CORPORA")
-    add("--out", required=True, help="folder of the run")
-    add("--resume", action="store_true", help="go on from OUT/last.pt")
-    add("--mix", default="v2=1,v1=1,books=0.3", help="passes through each corpus per epoch")
-    add("--vocab", type=int, default=4096, help="tokens in the vocabulary")
-    add("--d-model", type=int, default=256)
-    add("--n-layer", type=int, default=8)
-    add("--steps", type=int, default=4000, help="may be changed with --resume")
-    add("--batch", type=int, default=8, help="windows a step")
-    add("--length", type=int, default=512, help="tokens a window")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--warmup", type=int, default=100, help="steps")
-    add("--decay", type=float, default=0.3, help="part of the steps over which the rate falls at the end")
-    add("--weight-decay", type=float, default=0.1, help="of the matrices")
-    add("--dropout", type=float, default=0.15)
-    add("--clip", type=float, default=1.0, help="norm of the gradient")
-    add("--ema", type=float, default=0.998, help="decay of the averaged weights")
-    add("--seed", type=int, default=0)
-    add("--eval-every", type=int, default=100, help="steps")
-    add("--save-every", type=int, default=100, help="steps")
-    add("--stop-at", type=int, default=0, help="stop after this step, for a later --resume (0: do not)")
-    add("--threads", type=int, default=0, help="0: all processors")
-    add("--ops", choices=["auto", "fused", "plain"], default="auto")
-    add("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the activations, with fused ops")
+    compare = commands.add_parser("baselines", help="held-out bits per base of context models on the split of dna")
+    compare.add_argument("--data", required=True, help="folder with FASTA files")
+    compare.add_argument("--order", type=lambda text: [int(k) for k in text.split(",")], default=[0, 12], metavar="K,K")
+    training = {name: commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                for name, summary in [("text", "train the text model"), ("dna", "train a model of nucleotides"),
+                                      ("species", "train a classifier of species from a model of nucleotides")]}
+    text, dna, species = training.values()
+    text.add_argument("--data", required=True, help="folder with the corpora, see TEXT_CORPORA")
+    text.add_argument("--mix", default="v2=1,v1=1,books=0.3", help="passes through each corpus per epoch")
+    text.add_argument("--vocab", type=int, default=4096, help="tokens in the vocabulary")
+    text.add_argument("--length", type=int, default=512, help="tokens a window")
+    dna.add_argument("--data", required=True, help="folder with FASTA files")
+    dna.add_argument("--length", type=lengths, default="1024", metavar="L,L",
+                     help="bases a window; several: one after the other, each for an equal part of the steps")
+    species.add_argument("--data", required=True, help="FASTA file, the first word of a record's name is its species")
+    species.add_argument("--from", dest="start", required=True, help="best.pt of a run of dna")
+    species.add_argument("--length", type=lengths, default="256,512,1024,2048,4096", metavar="L,L",
+                         help="bases a window, drawn for each step")
+    for command, d_model, n_layer in [(text, 256, 8), (dna, 128, 12)]:
+        command.add_argument("--d-model", type=int, default=d_model)
+        command.add_argument("--n-layer", type=int, default=n_layer)
+    for command, batch, rate, dropout in [(text, 8, 2e-3, 0.15), (dna, 16, 4e-3, 0.0), (species, 64, 5e-4, 0.1)]:
+        add = command.add_argument
+        add("--out", required=True, help="folder of the run")
+        add("--resume", action="store_true", help="go on from OUT/last.pt")
+        add("--steps", type=int, default=4000, help="may be changed with --resume")
+        add("--batch", type=int, default=batch, help="windows a step; of longer ones than the first --length as many fewer")
+        add("--lr", type=float, default=rate, help="highest learning rate")
+        add("--warmup", type=int, default=100, help="steps")
+        add("--decay", type=float, default=0.3, help="part of the steps over which the rate falls at the end")
+        add("--weight-decay", type=float, default=0.1, help="of the matrices")
+        add("--dropout", type=float, default=dropout)
+        add("--clip", type=float, default=1.0, help="norm of the gradient")
+        add("--ema", type=float, default=0.998, help="decay of the averaged weights")
+        add("--seed", type=int, default=0)
+        add("--eval-every", type=int, default=100, help="steps")
+        add("--save-every", type=int, default=100, help="steps")
+        add("--stop-at", type=int, default=0, help="stop after this step, for a later --resume (0: do not)")
+        add("--threads", type=int, default=0, help="0: all processors")
+        add("--ops", choices=["auto", "fused", "plain"], default="auto")
+        add("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the activations, with fused ops")
     o = parser.parse_args()
     if o.command == "check-ops":
         try:
             sys.exit(0 if check_ops() else 1)
         except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"train.py: the fused kernels could not be built: {getattr(error, 'stderr', '') or error}")
-    if o.command == "export":
-        finish(pathlib.Path(o.out), PlainOps())
-        return
-    command_text(o)
+    elif o.command == "export":
+        export_best(pathlib.Path(o.out), PlainOps())
+    elif o.command == "baselines":
+        baselines(o)
+    else:
+        command_train(o)
 
 
 if __name__ == "__main__":

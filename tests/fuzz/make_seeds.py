@@ -81,7 +81,7 @@ def state(path, pending, recent):
 
 
 def main():
-    for folder in ("gguf", "tokenizer", "state", "jsonl", "fasta"):
+    for folder in ("gguf", "tokenizer", "state", "jsonl", "fasta", "bed", "vcf"):
         (SEEDS / folder).mkdir(parents=True, exist_ok=True)
     kinds = gguf.GGMLQuantizationType
     model(SEEDS / "gguf/f32", None)
@@ -103,6 +103,15 @@ def main():
     records = [">one more words\nACGTNacgtn\nRYSW\n>two\n\n>three\nA", ">x\r\nAC GT\r\n\r\n>\r\nTT\r\n", ";old\n;comment\n\n>y\nACXGT\n>z\n>w\nAA\n"]
     for i, text in enumerate(records):
         (SEEDS / f"fasta/records{i}").write_bytes(text.encode())
+    regular = [">a b\nACGT\nACGT\nAC\n>c\nAC\n", ">a\r\nACG\r\nTTA\r\nA\r\n>b\r\nA", ">a\nACGTACGTACGTACGT\n>b\n>c\nA\nC\nG"]
+    for i, text in enumerate(regular):
+        (SEEDS / f"fasta/regular{i}").write_bytes(text.encode())
+    for i, line in enumerate(["chr1\t0\t100\tname\t0\t-", "chr1 5 9223372036854775807", "track name=x", "chr1\t5"]):
+        (SEEDS / f"bed/line{i}").write_text(line)
+    variants = ["chr1\t100\t.\tA\tC,<DEL>,GT\t50\tPASS\tDP=3;MAMBA_LLR=1,.,2;SOMATIC;MAMBA_ERROR=X\tGT\t0/1", "1\t0\trs1\tAC\t.\t.\t.\t.",
+                "##INFO=<ID=MAMBA_LLR,Number=A>", "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"]
+    for i, line in enumerate(variants):
+        (SEEDS / f"vcf/line{i}").write_text(line)
 
 
 if __name__ == "__main__":

@@ -4592,6 +4592,15 @@ static bool add_vcf_header(struct buffer *out, struct str line) {
     return is_last;
 }
 
+// A record in lines of 60 bases.
+static void add_fasta_record(struct buffer *out, const char *name, const char *bases, size_t n) {
+    buffer_printf(out, ">%s\n", name);
+    for (size_t i = 0; i < n; i += 60) {
+        buffer_add(out, bases + i, n - i < 60 ? n - i : 60);
+        buffer_add(out, "\n", 1);
+    }
+}
+
 static uint8_t complement(uint8_t base) {
     const char *letters = "ACGTacgt", *complements = "TGCAtgca", *at = strchr(letters, base);
     return base && at ? (uint8_t)complements[at - letters] : base;
@@ -4728,7 +4737,7 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
-    const char *fasta, *bed, *vcf, *track;
+    const char *fasta, *bed, *vcf, *track, *fasta_out;
     int window, stride;     // bases; 0: whole records, --vcf VCF_WINDOW; every window begins where the last one ended
     bool rc_average, case_sensitive, tsv;
     bool per_token;
@@ -5477,9 +5486,12 @@ static void generate_write(const struct session *s, struct request *r, struct em
     else if (token >= s->tokenizer.n_tokens || s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, token_text(s, token));
 }
 
+// generate: whether a request's letters become a record.
+static bool writes_fasta(const struct options *o) { return o->fasta_out || (o->command == GENERATE && o->fasta); }
+
 static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
-    struct buffer *to = s->o->jsonl ? &r->body : &r->out;
+    struct buffer *to = s->o->jsonl || writes_fasta(s->o) ? &r->body : &r->out;
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
     if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
@@ -5542,6 +5554,8 @@ static void generate_end(struct engine *en, struct request *r) {
         if (en->s->o->print_ids) add_json_ids(&r->answer, &r->generated);
         else add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
         buffer_printf(&r->answer, ", \"finish_reason\": \"%s\"", r->finish_reason);
+    } else if (writes_fasta(en->s->o)) {
+        add_fasta_record(&r->out, r->id, r->body.p, r->body.n);
     } else if (en->s->o->print_ids) {
         buffer_add(&r->out, "\n", 1);
     }
@@ -5832,20 +5846,22 @@ static void add_bases(const struct session *s, struct request *r, const uint8_t 
     for (size_t i = 0; i < n; i++) ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
 }
 
-// Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read.
+// Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read or
+// it is continued.
 static void read_bases(struct engine *en, struct request *r) {
     uint8_t piece[1 << 14];
     const size_t n_fed = r->n_fed - r->n_dropped;
+    const bool whole = en->s->o->rc_average || en->s->o->command == GENERATE;
     size_t got = sizeof piece;
     if (n_fed) memmove(r->tokens.p, r->tokens.p + n_fed, (r->tokens.n -= n_fed) * sizeof *r->tokens.p);
     r->n_dropped += n_fed;
-    for (bool more = true; more; more = en->s->o->rc_average && got == sizeof piece) {
+    for (bool more = true; more; more = whole && got == sizeof piece) {
         got = fasta_read(&en->fasta, piece, sizeof piece, &r->error);
         add_bases(en->s, r, piece, got);
     }
     r->streams = got == sizeof piece && !r->error.text[0];
     r->n_feed = n_tokens_of(r) - r->streams;
-    const bool is_long = r->tokens.n > sizeof piece;  // --rc-average keeps it whole: one at a time
+    const bool is_long = r->tokens.n > sizeof piece;  // kept whole: one at a time
     en->long_record = r->streams || is_long ? r : NULL;
 }
 
@@ -6589,8 +6605,9 @@ static int close_engine(struct engine *en) {
 static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
-    open_session(&s, o, o->save_state);
-    struct engine *en = open_engine(&s, stdout);
+    const bool to_file = o->fasta_out && strcmp(o->fasta_out, "-") != 0;
+    open_session(&s, o, to_file ? o->fasta_out : o->save_state);
+    struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
     bool cut = !o->jsonl && r && r->resume && r->n_fed == r->n_feed;
@@ -6598,7 +6615,7 @@ static int command_generate(const struct options *o) {
         request_end(en, r);
         write_answers(en);
     }
-    if (!o->quiet && !o->print_ids && !o->jsonl && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');
+    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');
     if (!en->reader_gone) check_stdout();
     if (!o->quiet && !o->jsonl && !en->n_failed)
         fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
@@ -6608,6 +6625,7 @@ static int command_generate(const struct options *o) {
         state_write(&s.out, &s.model, en->kept, en->kept_resume);
         if (!outfile_commit(&s.out, &e)) die("%s", e.text);
     }
+    if (to_file && !en->n_failed && !outfile_commit(&s.out, &e)) die("%s", e.text);
     int status = close_engine(en);
     close_session(&s);
     return status;
@@ -7281,8 +7299,10 @@ static const struct option {
      FIELD(unordered), 0, 0},
     {NULL, "--logprobs", "K", "--jsonl: log-probabilities of the tokens, and of the K likeliest beside each", INTEGER,
      ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
-    {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS, FIELD(fasta), 0, 0},
-    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS, FIELD(bed), 0, 0},
+    {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS | ON(GENERATE),
+     FIELD(fasta), 0, 0},
+    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS | ON(GENERATE), FIELD(bed), 0, 0},
+    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA (standard output, as letters)", TEXT, ON(GENERATE), FIELD(fasta_out), 0, 0},
     {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF; writes it with log-likelihood ratios, INFO/MAMBA_LLR", TEXT, ON(SCORE),
      FIELD(vcf), 0, 0},
     {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
@@ -7451,6 +7471,9 @@ static void check_options(struct options *o) {
     if (o->tsv && !o->vcf) usage_error("--tsv needs --vcf");
     if ((o->bed || o->vcf) && strcmp(o->fasta, "-") == 0) usage_error("%s needs a FASTA file that can be read at any place, not --fasta -", lines);
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
+    if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");
+    if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
+    if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
     if (!o->jsonl && o->unordered) usage_error("--unordered needs --jsonl");

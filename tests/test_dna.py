@@ -26,6 +26,39 @@ def test_generate_writes_letters(mamba, model):
     assert out and set(out) <= set("ACGTN")
 
 
+def letters(text):
+    """{name: bases} of FASTA; no line has more than 60."""
+    records = {}
+    for part in text.decode().split(">")[1:]:
+        name, *lines = part.splitlines()
+        assert all(len(line) == 60 for line in lines[:-1]) and (not lines or 0 < len(lines[-1]) <= 60)
+        records[name] = "".join(lines)
+    return records
+
+
+def test_generate_writes_fasta(mamba, model, tmp_path):
+    """The letters that plain output has, in lines of 60; a record for each record of --fasta, on standard output or in a file."""
+    options = ["-s", 3, "-n", 150, "--ignore-eos", "-q"]
+    plain = mamba(model, "-p", "ACGT", *options).stdout.decode()
+    assert len(plain) == 150 and mamba(model, "-p", "ACGT", *options, "--fasta-out", tmp_path / "o.fa").stdout == b""
+    assert letters((tmp_path / "o.fa").read_bytes()) == {"1": plain}
+    texts = {"one": "ACGT", "two": some_bases(100), "long": some_bases(20000), "last": "GG"}
+    path = fasta(tmp_path, write(texts))
+    out = mamba(model, "--fasta", path, *options, "--echo").stdout
+    assert letters(out) == {name: mamba(model, "-p", text, *options, "--echo").stdout.decode() for name, text in texts.items()}
+    assert mamba(model, "--fasta", path, *options, "--echo", "--fasta-out", "-", "-np", 1, "-ub", 9).stdout == out
+    (tmp_path / "r.bed").write_text("long\t5\t90\none\t0\t2\n")
+    regions = letters(mamba(model, "--fasta", path, "--bed", tmp_path / "r.bed", *options).stdout)
+    assert regions == {name: mamba(model, "-p", text, *options).stdout.decode() for name, text in
+                       (("long:6-90", texts["long"][5:90]), ("one:1-2", "AC"))}
+
+
+@pytest.mark.parametrize("options", [["--fasta", "x", "--print-ids"], ["--fasta-out", "x", "--save-state", "y"], ["--fasta-out", "x", "--jsonl"]])
+def test_what_is_no_fasta(mamba, model, options):
+    done = mamba(model, *options, check=False, input=b"")
+    assert done.returncode == 2 and b"does not apply" in done.stderr
+
+
 RECORDS = {"one": "ACGTACGTTTGACA", "two": "acgtNNNNryACGT", "empty": "", "four": some_bases(700), "five": "A"}
 
 

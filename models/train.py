@@ -878,9 +878,9 @@ class SpeciesTask:
                 losses.append(F.cross_entropy(logits, target).item())
                 right.append((logits.argmax(-1) == target).double().mean().item())
             if right:
-                result[f"right at {length}"] = 100 * np.mean(right)
+                result[f"right at {length}"] = 100 * float(np.mean(right))
         model.train()
-        return result | {"nats": np.mean(losses)}
+        return result | {"nats": float(np.mean(losses))}
 
     def show(self, model):
         return []

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from conftest import run_mamba
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "models" / "train.py"
 torch = pytest.importorskip("torch")
@@ -26,6 +28,11 @@ def train():
     sys.modules["train"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def convert(folder, path):
+    subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, path, "--type", "f32", "--vocab", "dna"], check=True, capture_output=True)
+    return path
 
 
 def has_extension(module):
@@ -66,6 +73,32 @@ def run(corpus, out, *more, steps=6):
                "--d-model", "32", "--n-layer", "2", "--length", "24", "--batch", "4", "--steps", str(steps),
                "--eval-every", "3", "--warmup", "2", "--threads", "2", *more]
     return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def genomes(tmp_path_factory):
+    """FASTA of a made-up genome rich in A and T, and of three species that differ in composition."""
+    folder = tmp_path_factory.mktemp("genomes")
+    rng = random.Random(1)
+    draw = lambda n, weights=(1, 1, 1, 1): "".join(rng.choices("ACGT", weights, k=n))
+    at_rich = (6, 1, 1, 6)  # 1.59 bits
+    (folder / "one.fa").write_text(f">a\n{draw(6000, at_rich)}\n>b\n{'n' * 2000}{draw(4000, at_rich).lower()}\n")
+    species = folder / "species"
+    species.mkdir()
+    with open(species / "mt.fa", "w") as file:
+        for name, weights in (("cat", (6, 1, 1, 6)), ("dog_big", (1, 6, 6, 1)), ("dog_small", (1, 6, 6, 1)), ("fox", (6, 6, 1, 1))):
+            file.write(f">{name} mitochondrion\n{draw(1600, weights)}\n")
+    return folder
+
+
+def run_dna(command, data, out, *more, steps=6):
+    words = [sys.executable, str(TRAIN), command, "--data", str(data), "--out", str(out), "--length", "32,64", "--batch", "8", "--steps", str(steps),
+             "--eval-every", "3", "--warmup", "2", "--threads", "2", *more]
+    if command == "dna":
+        words += ["--d-model", "32", "--n-layer", "2"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_cleaning(train):
@@ -137,3 +170,77 @@ def test_wrong_mix_is_one_line(corpus, tmp_path):
     command = [sys.executable, str(TRAIN), "text", "--data", str(corpus), "--out", str(tmp_path / "r"), "--mix", "v2=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "expected NAME=WEIGHT" in result.stderr
+
+
+def test_nucleotides(train, genomes, tmp_path):
+    (tmp_path / "x.fa").write_text(">a b\nacgtU\nRYN\n>\nT")
+    records = train.read_fasta(tmp_path / "x.fa")
+    assert [name for name, _ in records] == ["a", ""] and records[0][1].tolist() == [7, 8, 9, 10, 10, 11, 11, 11] and records[1][1].tolist() == [10]
+    assert train.reverse_complement(records[0][1]).tolist() == [11, 11, 11, 7, 7, 8, 9, 10]
+    parts = train.split_genome([np.arange(1000), np.arange(1000, 1007)])
+    assert sorted(np.concatenate([p for pieces in parts.values() for p in pieces])) == list(range(1007))
+    assert sum(map(len, parts["valid"])) == pytest.approx(50, abs=2) and [p[0] for p in parts["valid"]][:2] == [90, 290]
+    genome = train.ID_OF_LETTER[np.frombuffer(b"ACGTTT" + train.MITOCHONDRIAL_ORIGIN.encode() + b"AAC", np.uint8)]
+    assert train.rotate(genome).tolist() == np.roll(genome, -6).tolist() and train.rotate(np.roll(genome, -10)).tolist() == np.roll(genome, -6).tolist()
+
+
+def test_context_models(train):
+    """By hand: counts of both strands, and each order's estimate from the one below."""
+    ids = train.ID_OF_LETTER[np.frombuffer(b"ACGNACA", np.uint8)]
+    both = "ACGNACA", "TGTNCGT"
+    counts = train.count_contexts([ids], 1)
+    assert all(counts[a, b] == sum(s[i:i + 2] == "ACGT"[a] + "ACGT"[b] for s in both for i in range(6)) for a in range(4) for b in range(4))
+    zero = [sum(s.count(c) for s in both) for c in "ACGT"]
+    test = train.ID_OF_LETTER[np.frombuffer(b"ACNGT", np.uint8)]
+    bits = train.context_model_bits({"train": [ids], "test": [test]}, "test", 1, [2.0])[0]
+    order0 = [(z + 2 * 0.25) / (sum(zero) + 2) for z in zero]
+    expected = [-np.log2((counts[a, b] + 2 * order0[b]) / (counts[a].sum() + 2)) for a, b in ((0, 1), (2, 3))]
+    assert bits == pytest.approx(np.mean(expected))
+
+
+def test_dna_and_species(train, genomes, tmp_path):
+    """Pretraining resumes exactly and learns the composition; the classifier tells species apart that differ in composition."""
+    run_dna("dna", genomes, tmp_path / "whole", steps=40)
+    run_dna("dna", genomes, tmp_path / "parts", "--stop-at", "22", steps=40)
+    run_dna("dna", genomes, tmp_path / "parts", "--resume", steps=40)
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    assert json.loads((tmp_path / "whole" / "report.json").read_text())["test"]["bits"] < 1.8
+    run_dna("species", genomes / "species" / "mt.fa", tmp_path / "species", "--from", str(tmp_path / "whole" / "best.pt"), "--lr", "5e-3", steps=150)
+    report = json.loads((tmp_path / "species" / "report.json").read_text())
+    assert report["test"]["right at 64"] > 90, report
+    config = json.loads((tmp_path / "species" / "hf" / "config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "fox"} and config["architectures"] == ["MambaForSequenceClassification"]
+
+
+def test_the_program_agrees_about_nucleotides(train, genomes, tmp_path):
+    """Held-out bits of the report are those of score on the same windows; classify agrees with the definition."""
+    run_dna("dna", genomes, tmp_path / "dna", "--ops", "plain", steps=12)
+    report = json.loads((tmp_path / "dna" / "report.json").read_text())
+    parts = train.read_genome(genomes)
+    letters = np.array(list("?" * 7 + "ACGTN????"))
+    (tmp_path / "test.fa").write_text("".join(f">{i}\n{''.join(letters[p])}\n" for i, p in enumerate(parts["test"])))
+    model = convert(tmp_path / "dna" / "hf", tmp_path / "dna.bin")
+    rows = [line.split("\t") for line in run_mamba("score", model, "--fasta", tmp_path / "test.fa", "--window", 64).stdout.decode().splitlines()[1:]]
+    nats, bases = sum(float(r[2]) for r in rows), sum(int(r[1]) for r in rows)
+    assert nats / bases / np.log(2) == pytest.approx(report["test"]["bits"], abs=1e-4)
+    run_dna("species", genomes / "species" / "mt.fa", tmp_path / "species", "--from", str(tmp_path / "dna" / "best.pt"), "--ops", "plain")
+    classifier = convert(tmp_path / "species" / "hf", tmp_path / "species.bin")
+    best = torch.load(tmp_path / "species" / "best.pt", weights_only=True)
+    network = train.Mamba(train.Config(**best["config"]), train.PlainOps()).eval()
+    network.load_state_dict(best["model"])
+    table = [line.split("\t") for line in
+             run_mamba("classify", classifier, "--fasta", genomes / "species" / "mt.fa", "--window", 100).stdout.decode().splitlines()[1:]]
+    found = np.array([float(row[2]) for row in table]).reshape(-1, 3)
+    assert [row[1] for row in table[:3]] == ["cat", "dog", "fox"]
+    windows = [ids[i:i + 100] for _, ids in train.read_fasta(genomes / "species" / "mt.fa") for i in range(0, len(ids), 100)]
+    with torch.no_grad():
+        expected = torch.softmax(network.classify(torch.from_numpy(np.stack(windows).astype(np.int64))), -1).numpy()
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("words, expected", [(["dna", "--data", "."], "no FASTA file"), (["baselines", "--data", "."], "no FASTA file")])
+def test_no_data_is_one_line(tmp_path, words, expected):
+    more = ["--out", str(tmp_path / "r")] if words[0] == "dna" else []
+    result = subprocess.run([sys.executable, str(TRAIN), *words, *more], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and expected in result.stderr

@@ -345,22 +345,25 @@ def rotate(ids):
 
 
 def read_species(path):
-    """{part: {species: [ids]}}: of each genome the first 5/8 are train, the next 1/8 valid, the last 1/4 test. A record
+    """{part: {species: [ids]}}: of each genome the second quarter is test, the eighth behind it valid, the rest train. A record
     belongs to the species that its name's first word says, up to an underscore."""
     parts = {"train": {}, "valid": {}, "test": {}}
     for name, ids in read_fasta(path):
         ids = rotate(ids)
-        cuts = [len(ids) * i // 8 for i in (0, 5, 6, 8)]
-        for part, begin, end in zip(parts, cuts, cuts[1:]):
+        cuts = [len(ids) * i // 8 for i in (0, 2, 4, 5, 8)]
+        for part, begin, end in zip(("train", "test", "valid", "train"), cuts, cuts[1:]):
             parts[part].setdefault(name.split("_")[0], []).append(ids[begin:end])
     return parts
 
 
 class SpeciesBatches(GenomeBatches):
-    """A uniform species, one of its chromosomes, a window of it (E.3.4), of a length drawn from --length, on either strand."""
+    """A uniform species, a uniform place in its genomes (E.3.4), a window there of a length drawn from --length, on either
+    strand."""
     def __init__(self, species, o):
         self.species, self.o = list(species.values()), o
-        self.pieces = [p for chromosomes in self.species for p in chromosomes]
+        self.pieces = [p for pieces in self.species for p in pieces]
+        if min(max(map(len, pieces)) for pieces in self.species) < max(o.length):
+            sys.exit(f"train.py: --length {max(o.length)}: a species has no sequence of that length to train on")
 
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
@@ -368,10 +371,10 @@ class SpeciesBatches(GenomeBatches):
         count = max(1, self.o.batch * self.o.length[0] // length)
         labels, rows = rng.integers(len(self.species), size=count), []
         for label in labels:
-            chromosomes = [c for c in self.species[label] if len(c) >= length]
-            chromosome = chromosomes[rng.integers(len(chromosomes))]
-            start = rng.integers(len(chromosome) - length + 1)
-            window = chromosome[start:start + length]
+            places = np.array([max(0, len(piece) - length + 1) for piece in self.species[label]])
+            piece = self.species[label][rng.choice(len(places), p=places / places.sum())]
+            start = rng.integers(len(piece) - length + 1)
+            window = piece[start:start + length]
             rows.append(reverse_complement(window) if rng.integers(2) else window)
         return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(labels)
 
@@ -847,7 +850,7 @@ class SpeciesTask:
                      f"unexpected {unexpected[:3]}")
 
     def describe(self):
-        return [f"{part}: " + ", ".join(f"{name} {sum(map(len, chromosomes))}" for name, chromosomes in species.items())
+        return [f"{part}: " + ", ".join(f"{name} {sum(map(len, pieces))}" for name, pieces in species.items())
                 for part, species in self.parts.items()]
 
     @staticmethod
@@ -867,9 +870,9 @@ class SpeciesTask:
         result, losses = {}, []
         for length in self.o.length:
             right = []
-            for label, chromosomes in enumerate(self.parts[part].values()):
-                windows = [w for c in chromosomes for i in range(0, len(c) - length + 1, max(1, length // 8))
-                           for w in (c[i:i + length], reverse_complement(c[i:i + length]))]
+            for label, pieces in enumerate(self.parts[part].values()):
+                windows = [w for p in pieces for i in range(0, len(p) - length + 1, max(1, length // 8))
+                           for w in (p[i:i + length], reverse_complement(p[i:i + length]))]
                 if not windows:
                     continue
                 logits = torch.cat([model.classify(torch.from_numpy(np.stack(windows[i:i + 64]).astype(np.int64)))

@@ -5737,26 +5737,35 @@ static bool request_begin(struct engine *en, struct request *r) {
 // A line of VCF is answered by parts, which run like any request. The first reads what precedes the variant in its window;
 // one for each allele continues from there with the allele and what follows. With --rc-average so does the other strand.
 
-// One more part: of the bases that precede the alleles on its strand, or of an allele and what follows.
+// Appends the bases of a part, as its strand has them: what precedes the alleles, or an allele and what follows.
+static void add_part_bases(struct buffer *out, const struct variant *v, int allele, bool reversed, bool keep_case) {
+    const size_t behind = v->ref + v->alleles[0].n;
+    const struct str left = {(const char *)v->bases, v->ref}, right = {(const char *)v->bases + behind, v->n_bases - behind};
+    if (allele == PREFIX) {
+        buffer_add(out, reversed ? right.p : left.p, reversed ? right.n : left.n);
+    } else {
+        if (reversed) buffer_add(out, left.p, left.n);
+        for (size_t i = 0; i < v->alleles[allele].n; i++) {
+            const char base = (char)nucleotide((uint8_t)v->alleles[allele].p[i], keep_case);
+            buffer_add(out, &base, 1);
+        }
+        if (!reversed) buffer_add(out, right.p, right.n);
+    }
+    if (reversed) reverse_complement((uint8_t *)out->p, out->n);
+}
+
+// One more part of a variant, which continues the base.
 static void add_part(struct engine *en, struct request *whole, struct base *base, int allele, bool reversed) {
     const struct tokenizer *t = &en->s->tokenizer;
-    const struct variant *v = whole->variant;
-    const size_t behind = v->ref + v->alleles[0].n, n_behind = v->n_bases - behind;
     struct request *r = request_new(en->s, base);
-    struct buffer b = {0};
+    struct buffer bases = {0};
     r->whole = whole;
     r->allele = allele;
     r->reversed = reversed;
-    if (allele == PREFIX && !base && t->add_bos && t->bos >= 0) ids_add(&r->tokens, t->bos);
-    if (allele == PREFIX && !reversed) buffer_add(&b, v->bases, v->ref);
-    if (allele == PREFIX && reversed) buffer_add(&b, v->bases + behind, n_behind);
-    if (allele != PREFIX && reversed) buffer_add(&b, v->bases, v->ref);
-    for (size_t i = 0; allele != PREFIX && i < v->alleles[allele].n; i++)
-        buffer_add(&b, &(char){(char)nucleotide((uint8_t)v->alleles[allele].p[i], t->keep_case)}, 1);
-    if (allele != PREFIX && !reversed) buffer_add(&b, v->bases + behind, n_behind);
-    if (reversed) reverse_complement((uint8_t *)b.p, b.n);
-    for (size_t i = 0; i < b.n; i++) ids_add(&r->tokens, letter_token(t, (uint8_t)b.p[i]));
-    free(b.p);
+    if (!base && t->add_bos && t->bos >= 0) ids_add(&r->tokens, t->bos);
+    add_part_bases(&bases, whole->variant, allele, reversed, t->keep_case);
+    for (size_t i = 0; i < bases.n; i++) ids_add(&r->tokens, letter_token(t, (uint8_t)bases.p[i]));
+    free(bases.p);
     whole->variant->n_parts++;
     r->next = en->waiting;
     en->waiting = r;

@@ -4440,30 +4440,34 @@ static bool is_blank(struct str line) {
 
 // Comments and what tells a browser how to draw.
 static bool bed_is_comment(struct str line) {
-    const char *words[] = {"#", "track", "browser"};
-    bool comment = is_blank(line);
-    for (int i = 0; i < 3; i++) comment |= line.n >= strlen(words[i]) && memcmp(line.p, words[i], strlen(words[i])) == 0;
-    return comment;
+    struct str first;
+    if (split_line(line.p, line.n, true, &first, 1) == 0) return true;
+    return first.p[0] == '#' || str_is(first, "track") || str_is(first, "browser");
 }
 
-// The first three columns of a line of BED: a record, and bases [begin, end) of it, counted from 0.
-static bool bed_parse(struct str line, struct str *record, int64_t *begin, int64_t *end, struct error *e) {
+// The first three columns of a line of BED: bases [begin, end) of a record, counted from 0. NULL, with an error: it names none.
+static const struct fasta_record *bed_parse(const struct fasta *fa, struct str line, int64_t *begin, int64_t *end, struct error *e) {
     struct str f[3];
     uint64_t from, to;
-    if (split_line(line.p, line.n, true, f, 3) < 3) return fail(e, "fewer than three columns; expected record, start and end");
-    if (!parse_u64(f[1], &from) || !parse_u64(f[2], &to) || from > to || to > INT64_MAX)
-        return fail(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]), f[1].p,
-                    str_show(f[2]), f[2].p);
-    *record = f[0];
-    *begin = (int64_t)from;
-    *end = (int64_t)to;
-    return true;
+    if (split_line(line.p, line.n, true, f, 3) < 3) return set_error(e, "fewer than three columns; expected record, start and end"), NULL;
+    if (!parse_u64(f[1], &from) || !parse_u64(f[2], &to) || from > to) {
+        set_error(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]), f[1].p,
+                  str_show(f[2]), f[2].p);
+        return NULL;
+    }
+    const struct fasta_record *r = fasta_find(fa, f[0], e);
+    const uint64_t n = r ? (uint64_t)r->n_bases : 0;
+    if (r && (from > n || (from == n && to > n)))
+        return set_error(e, "begins at base %" PRIu64 " of %s, which has %" PRIu64, from, r->name, n), NULL;
+    *begin = (int64_t)(from < n ? from : n);
+    *end = (int64_t)(to < n ? to : n);  // cut there, as samtools does
+    return r;
 }
 
-// Letters only: no symbolic allele <DEL>, no break end, no '*' or '.'.
+// Letters that can be scored: no N, no symbolic allele <DEL>, no break end, no '*' or '.'.
 static bool is_sequence(struct str allele) {
     bool letters = allele.n > 0;
-    for (size_t i = 0; i < allele.n; i++) letters &= nucleotide((uint8_t)allele.p[i], false) > 0;
+    for (size_t i = 0; i < allele.n; i++) letters &= allele.p[i] && strchr("ACGTacgt", allele.p[i]);
     return letters;
 }
 
@@ -4471,6 +4475,7 @@ enum { VCF_CHROM, VCF_POS, VCF_ID, VCF_REF, VCF_ALT, VCF_QUAL, VCF_FILTER, VCF_I
 
 struct variant {            // a line of VCF, and what is found out about it; owner of all it points to
     char *line;
+    size_t n_line;
     struct str column[VCF_COLUMNS];  // in line
     int64_t position;       // of REF's first base in the record, from 0; -1: before it, where a telomere is
     struct str *alleles;    // [n_alleles] in line, REF first
@@ -4496,6 +4501,7 @@ static bool variant_parse(struct variant *v, struct str line, struct error *e) {
     struct str *c = v->column;
     uint64_t position;
     v->line = copy_text(line);
+    v->n_line = line.n;
     const int n = split_line(v->line, line.n, false, c, VCF_COLUMNS);
     if (n < VCF_COLUMNS) return fail(e, "%d columns between tabs; expected 8 or more", n);
     for (int i = 0; i < VCF_COLUMNS; i++)
@@ -4569,7 +4575,7 @@ static void add_variant_line(struct buffer *out, const struct variant *v) {
     }
     if (v->problem && v->n_alleles > 1) buffer_printf(out, ";MAMBA_ERROR=%s", v->problem);
     if (out->n == begin) buffer_add(out, ".", 1);
-    buffer_add(out, rest, strlen(rest));
+    buffer_add(out, rest, (size_t)(v->line + v->n_line - rest));
     buffer_add(out, "\n", 1);
 }
 
@@ -4579,7 +4585,7 @@ static bool add_vcf_header(struct buffer *out, struct str line) {
         "##INFO=<ID=MAMBA_LLR,Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
         "reference, in nats, by mamba\">\n",
         "##INFO=<ID=MAMBA_ERROR,Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\">\n"};
-    const bool is_last = line.n < 2 || line.p[1] != '#';
+    const bool is_last = line.n >= 6 && memcmp(line.p, "#CHROM", 6) == 0;
     bool is_ours = false;
     for (int i = 0; i < 2; i++) {
         const size_t n = (size_t)(strchr(ours[i], ',') - ours[i]) + 1;
@@ -4660,13 +4666,24 @@ static void fuzz_fasta(const uint8_t *data, size_t n) {
     free(all.p);
 }
 
-// Lines of BED from a stranger.
+// A line of BED from a stranger, about a file of ours: a region lies in its record, and its bases are there.
 static void fuzz_bed(const uint8_t *data, size_t n) {
-    struct str line = {(const char *)data, n}, record;
+    static struct fasta fa;
+    struct str line = {(const char *)data, n};
     struct error e = {""};
     int64_t begin, end;
-    if (bed_is_comment(line) || !bed_parse(line, &record, &begin, &end, &e)) return;
-    if (!record.n || record.p < line.p || record.p + record.n > line.p + n || begin < 0 || begin > end) abort();
+    uint8_t bases[32];
+    if (!fa.f) {
+        static char file[] = ">a\nACGTACGT\nACG\n>chr1\nACGTACG\nACGTACG\n>track1\nA\n>empty\n";
+        fa = (struct fasta){.f = fmemopen(file, sizeof file - 1, "rb"), .path = "fuzz", .line_begins = true};
+        if (!fa.f || !fasta_index(&fa, &e)) abort();
+    }
+    if (bed_is_comment(line)) return;
+    const struct fasta_record *r = bed_parse(&fa, line, &begin, &end, &e);
+    if (!r != !!e.text[0]) abort();
+    if (!r) return;
+    if (begin < 0 || begin > end || end > r->n_bases || !fasta_seek(&fa, r, begin, end, &e)) abort();
+    if (fasta_read(&fa, bases, sizeof bases, &e) != (size_t)(end - begin) || e.text[0]) abort();
 }
 
 // A line of VCF from a stranger. What is written is read again, and written as the same bytes.
@@ -4674,8 +4691,8 @@ static void fuzz_vcf(const uint8_t *data, size_t n) {
     struct buffer first = {0}, second = {0};
     struct error e = {""};
     struct str line = {(const char *)data, n};
-    if (n && !memchr(data, 0, n) && !memchr(data, '\n', n) && data[0] == '#') add_vcf_header(&first, line);
-    for (int run = 0; run < 2 && n && data[0] != '#' && !memchr(data, 0, n) && !memchr(data, '\n', n); run++) {
+    if (n && !memchr(data, '\n', n) && data[0] == '#') add_vcf_header(&first, line);
+    for (int run = 0; run < 2 && n && data[0] != '#' && !memchr(data, '\n', n); run++) {
         struct variant *v = xcalloc(1, sizeof *v);
         if (run) line = (struct str){first.p, first.n - 1};
         if (variant_parse(v, line, &e)) {
@@ -4754,8 +4771,12 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
 struct base {               // what requests continue: a text that was read once; owner of both
     struct sequence *seq;
     int32_t last;           // of its tokens: left to be fed by each of them, so that they know what is expected next; -1: none
-    int n_users;            // requests that are to copy it; nobody counts those of the session's base
     struct resume *resume;  // of the session's base only; NULL: none
+    // Of a variant's alleles, which begin behind it one after the other:
+    struct base *next;
+    struct request *whole;
+    int allele;             // the next one to begin
+    bool reversed;
 };
 
 struct session {            // what every command that runs a model has open
@@ -4788,7 +4809,19 @@ static void on_signal(int signal) {
     }
 }
 
-// A read or write that waits is cut short. (While prompts are read, a signal still does what it always does.)
+// Before anything runs there is nothing to end in good order.
+static void on_early_signal(int signal) {
+    if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+    _exit(128 + signal);
+}
+
+static void catch_early_signals(void) {
+    struct sigaction action = {.sa_handler = on_early_signal};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+// A read or write that waits is cut short.
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
@@ -5335,7 +5368,8 @@ struct engine {             // owner of all but s; requests leave it when they a
     struct session *s;
     struct context *ctx;
     struct request *first, **end;  // requests in the order of the input, unwritten ones only
-    struct request *waiting;  // parts of variants that are to run, the latest first, so that few bases are kept; owned
+    struct request *prefixes;  // parts of variants that are to run: what precedes the alleles; owned
+    struct base *bases;     // whose alleles are to run, the latest first; owned
     struct request **running;  // [n_slots]; parts of variants belong to the engine, too
     struct request **batch;  // [n_slots] of the step in progress, with their segments
     struct segment *segments;  // [n_slots]
@@ -5400,30 +5434,25 @@ static void base_free(struct base *b) {
     free(b);
 }
 
-// A part has its copy of the base, or needs none any more: the last one frees it, and its sequence can be used again.
-static void base_release(struct engine *en, struct request *r) {
-    if (r->base && r->base != en->s->base && --r->base->n_users == 0) {
-        en->idle[en->n_idle++] = r->base->seq;
-        r->base->seq = NULL;
-        base_free(r->base);
-    }
-    r->base = NULL;
-}
-
 static void engine_free(struct engine *en) {
+    struct request **lists[] = {&en->prefixes, &en->first};
     for (int i = 0; i < en->n_running; i++)
         if (en->running[i]->whole) {
             sequence_free(en->running[i]->seq);
             request_free(en->running[i]);
         }
-    for (struct request **list = &en->waiting; list; list = list == &en->waiting ? &en->first : NULL)
-        while (*list) {
-            struct request *r = *list;
-            *list = r->next;
-            base_release(en, r);
+    for (int i = 0; i < 2; i++)
+        while (*lists[i]) {
+            struct request *r = *lists[i];
+            *lists[i] = r->next;
             sequence_free(r->seq);
             request_free(r);
         }
+    while (en->bases) {
+        struct base *base = en->bases;
+        en->bases = base->next;
+        base_free(base);
+    }
     sequence_free(en->kept);
     for (int i = 0; i < en->n_idle; i++) sequence_free(en->idle[i]);
     for (int i = 0; i < en->ctx->n_threads; i++) sampler_free(&en->samplers[i]);
@@ -5754,8 +5783,8 @@ static void add_part_bases(struct buffer *out, const struct variant *v, int alle
     if (reversed) reverse_complement((uint8_t *)out->p, out->n);
 }
 
-// One more part of a variant, which continues the base.
-static void add_part(struct engine *en, struct request *whole, struct base *base, int allele, bool reversed) {
+// A part of a variant, which continues the base.
+static struct request *new_part(struct engine *en, struct request *whole, struct base *base, int allele, bool reversed) {
     const struct tokenizer *t = &en->s->tokenizer;
     struct request *r = request_new(en->s, base);
     struct buffer bases = {0};
@@ -5766,9 +5795,31 @@ static void add_part(struct engine *en, struct request *whole, struct base *base
     add_part_bases(&bases, whole->variant, allele, reversed, t->keep_case);
     for (size_t i = 0; i < bases.n; i++) ids_add(&r->tokens, letter_token(t, (uint8_t)bases.p[i]));
     free(bases.p);
-    whole->variant->n_parts++;
-    r->next = en->waiting;
-    en->waiting = r;
+    return r;
+}
+
+// The next part that is to run, NULL: there is none. The latest base comes first, so that few are kept.
+static struct request *next_part(struct engine *en) {
+    struct base *base = en->bases;
+    if (base) return new_part(en, base->whole, base, base->allele, base->reversed);
+    struct request *r = en->prefixes;
+    if (r) {
+        en->prefixes = r->next;
+        r->next = NULL;
+    }
+    return r;
+}
+
+// To the next allele that is a sequence; after the last one the base has served, and its sequence can be used again.
+static void next_allele(struct engine *en, struct base *base) {
+    const struct variant *v = base->whole->variant;
+    do base->allele++;
+    while (base->allele < v->n_alleles && isnan(v->nll[base->allele]));
+    if (base->allele < v->n_alleles) return;
+    en->bases = base->next;
+    en->idle[en->n_idle++] = base->seq;
+    base->seq = NULL;
+    base_free(base);
 }
 
 // A part has ended. Alleles wait for what precedes them. Returns the variant's request once all its parts have ended, else NULL.
@@ -5780,13 +5831,10 @@ static struct request *part_end(struct engine *en, struct request *r) {
         en->idle[en->n_idle++] = r->seq;
     } else {
         struct base *base = xcalloc(1, sizeof *base);
-        base->seq = r->seq;
-        base->last = r->tokens.n ? r->tokens.p[r->tokens.n - 1] : -1;
-        for (int i = 0; i < v->n_alleles; i++) {
-            if (isnan(v->nll[i])) continue;
-            base->n_users++;
-            add_part(en, whole, base, i, r->reversed);
-        }
+        *base = (struct base){.seq = r->seq, .last = r->tokens.n ? r->tokens.p[r->tokens.n - 1] : -1, .next = en->bases,
+                              .whole = whole, .reversed = r->reversed};
+        en->bases = base;
+        for (int i = 0; i < v->n_alleles; i++) v->n_parts += !isnan(v->nll[i]);
     }
     request_free(r);
     return --v->n_parts ? NULL : whole;
@@ -5878,7 +5926,8 @@ static void read_bases(struct engine *en, struct request *r) {
 static enum line next_genome_line(struct engine *en, struct str *line) {
     enum line kind = next_line(&en->lines, !en->first, line);
     if (kind == LINE && en->lines.n_lines == 1 && line->n > 1 && memcmp(line->p, "\x1f\x8b", 2) == 0)
-        die("%s is compressed; use: zcat FILE | mamba ... %s -", en->lines.path, en->s->o->bed ? "--bed" : "--vcf");
+        die("%s is compressed; use: %s", en->lines.path,
+            en->s->o->bed ? "zcat FILE | mamba ... --bed -" : "bcftools view FILE | mamba ... --vcf -");
     if (kind == LINE && line->n && line->p[line->n - 1] == '\r') line->n--;
     en->no_more = kind == NO_MORE_LINES;
     return kind;
@@ -5894,21 +5943,19 @@ static struct request *line_error(struct engine *en, const char *what) {
 // --bed: the next region, as if it were a record. False: there is none yet, or (r: an error of its own) it cannot be read.
 static bool next_region(struct engine *en, struct request **r) {
     struct error e = {""};
-    struct str line, name;
-    int64_t begin, end;
+    struct str line;
     enum line kind;
     *r = NULL;
     do {
         kind = next_genome_line(en, &line);
         if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return false;
     } while (kind == LINE && bed_is_comment(line));
-    if (kind == LINE_TOO_LONG) set_error(&e, "the line has more than %d bytes", MAX_LINE);
-    if (kind == LINE && bed_parse(line, &name, &begin, &end, &e)) {
-        const struct fasta_record *record = fasta_find(&en->fasta, name, &e);
-        if (record && begin >= record->n_bases && begin < end)
-            set_error(&e, "begins at base %" PRId64 " of %s, which has %" PRId64, begin, record->name, record->n_bases);
-        if (record && end > record->n_bases) end = record->n_bases;  // as samtools does
-        if (!e.text[0] && fasta_seek(&en->fasta, record, begin, end, &e)) return true;
+    if (kind == LINE_TOO_LONG) {
+        set_error(&e, "the line has more than %d bytes", MAX_LINE);
+    } else {
+        int64_t begin, end;
+        const struct fasta_record *record = bed_parse(&en->fasta, line, &begin, &end, &e);
+        if (record && fasta_seek(&en->fasta, record, begin, end, &e)) return true;
     }
     *r = line_error(en, e.text);
     return false;
@@ -5999,9 +6046,9 @@ static bool variant_window(struct engine *en, struct variant *v, struct error *e
     const struct fasta_record *record = fasta_find(&en->fasta, v->column[VCF_CHROM], e);
     const char **problem = &v->problem;
     if (!record) return *problem = "NO_REFERENCE", false;
-    if (!is_sequence(v->alleles[0])) return *problem = "BAD_REF", fail(e, "REF is no sequence of nucleotides");
     if (v->position < 0 || v->position > record->n_bases - n_ref)
         return *problem = "OUT_OF_RANGE", fail(e, "%s has %" PRId64 " bases", record->name, record->n_bases);
+    if (!is_sequence(v->alleles[0])) return *problem = "BAD_REF", fail(e, "REF is no sequence of A, C, G and T");
     if (n_ref > window) return *problem = "TOO_LONG", fail(e, "REF has %" PRId64 " bases, --window %" PRId64, n_ref, window);
     int64_t begin = v->position + n_ref / 2 - window / 2, end = begin + window;
     if (begin > v->position) begin = v->position;
@@ -6047,15 +6094,20 @@ static struct request *next_variant_request(struct engine *en) {
         request_free(r);
         return line_error(en, e.text);
     }
+    bool wanted = false;    // by an allele
+    for (int i = 1; i < v->n_alleles; i++) wanted |= !isnan(v->nll[i]);
+    if (!wanted) return r;
     if (!variant_window(en, v, &e)) {
         set_error(&r->error, "%s: line %" PRId64 ": %.*s:%" PRId64 ": %s", en->lines.path, en->lines.n_lines,
                   str_show(v->column[VCF_CHROM]), v->column[VCF_CHROM].p, v->position + 1, e.text);
         return r;
     }
-    bool wanted = false;    // by an allele
-    for (int i = 1; i < v->n_alleles; i++) wanted |= !isnan(v->nll[i]);
-    for (int strand = 0; wanted && strand <= (int)en->s->o->rc_average; strand++)
-        add_part(en, r, en->s->base, PREFIX, strand);
+    for (int strand = 0; strand <= (int)en->s->o->rc_average; strand++) {
+        struct request *part = new_part(en, r, en->s->base, PREFIX, strand);
+        part->next = en->prefixes;
+        en->prefixes = part;
+        v->n_parts++;
+    }
     return r;
 }
 
@@ -6097,18 +6149,17 @@ static void request_start(struct engine *en, struct request *r) {
         request_rewind(r, en->s);
         if (r->n_feed) en->running[en->n_running++] = r;
     }
-    base_release(en, r);
     if (!r->n_feed || r->error.text[0]) request_end(en, r);
 }
 
 // Lets requests in while there is room: first the parts of those that have begun.
 static void engine_admit(struct engine *en) {
     while (en->n_running < en->n_slots) {
-        struct request *r = en->waiting;
+        struct request *r = next_part(en);
         if (r) {
-            en->waiting = r->next;
-            r->next = NULL;
+            struct base *base = r->base != en->s->base ? r->base : NULL;
             request_start(en, r);
+            if (base) next_allele(en, base);
             continue;
         }
         if (en->no_more || en->held >= HELD_BYTES || !(r = next_request(en))) break;
@@ -6478,6 +6529,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
     *s = (struct session){.o = o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    catch_early_signals();
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
     if (o->sandbox) sandbox_enter(o, &s->out);
     if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
@@ -6609,6 +6661,14 @@ static int close_engine(struct engine *en) {
     return status;
 }
 
+// A file is whole or not there at all: what failed is missing in it.
+static void say_unwritten(const struct engine *en) {
+    struct error e = {""};
+    if (en->n_failed) set_error(&e, "%s: not written, because %" PRId64 " failed", en->s->out.path, en->n_failed);
+    else set_error(&e, "%s: not written: interrupted", en->s->out.path);
+    print_line(stderr, e.text);
+}
+
 // ---- generate ----
 
 static int command_generate(const struct options *o) {
@@ -6617,9 +6677,10 @@ static int command_generate(const struct options *o) {
     const bool to_file = o->fasta_out && strcmp(o->fasta_out, "-") != 0;
     open_session(&s, o, to_file ? o->fasta_out : o->save_state);
     struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
+    if (o->fasta_out && !s.tokenizer.characters) die("%s: the vocabulary is one of words; --fasta-out needs one of single letters", o->model);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
-    bool cut = !o->jsonl && r && r->resume && r->n_fed == r->n_feed;
+    bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed;
     if (cut) {
         request_end(en, r);
         write_answers(en);
@@ -6634,7 +6695,8 @@ static int command_generate(const struct options *o) {
         state_write(&s.out, &s.model, en->kept, en->kept_resume);
         if (!outfile_commit(&s.out, &e)) die("%s", e.text);
     }
-    if (to_file && !en->n_failed && !outfile_commit(&s.out, &e)) die("%s", e.text);
+    if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
+    else if (to_file && !outfile_commit(&s.out, &e)) die("%s", e.text);
     int status = close_engine(en);
     close_session(&s);
     return status;
@@ -6661,6 +6723,7 @@ static int run_requests(struct session *s, FILE *output) {
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
     if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
+    if (s->out.f != stdout && !whole && !en->reader_gone) say_unwritten(en);
     const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;
     int status = close_engine(en);
     if (cut_off) set_error(&e, "%s: not written, because the reader of standard output left before the end", s->out.path);
@@ -7316,7 +7379,9 @@ static const struct option {
      FIELD(vcf), 0, 0},
     {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
     {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records; --vcf: around each variant (1024)", INTEGER,
-     ON_RECORDS, FIELD(window), 1, 1 << 30},
+     ON(SCORE), FIELD(window), 1, 1 << 30},
+    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON(EMBED) | ON(CLASSIFY), FIELD(window), 1,
+     1 << 30},
     {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
     {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
     {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
@@ -7325,7 +7390,8 @@ static const struct option {
      MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
     {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
-    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED) | ON(CLASSIFY), FIELD(pool), 0, 0},
+    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
+    {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", TEXT, ON(CLASSIFY), FIELD(pool), 0, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
     {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
@@ -7478,6 +7544,7 @@ static void check_options(struct options *o) {
                         : o->per_token ? "--per-token" : o->logits ? "--logits" : NULL;
     if (o->vcf && not_vcf) usage_error("%s does not apply with --vcf", not_vcf);
     if (o->tsv && !o->vcf) usage_error("--tsv needs --vcf");
+    if (o->vcf && o->window == 1) usage_error("--vcf needs a --window of 2 or more: the first base has no score");
     if ((o->bed || o->vcf) && strcmp(o->fasta, "-") == 0) usage_error("%s needs a FASTA file that can be read at any place, not --fasta -", lines);
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");

@@ -253,7 +253,7 @@ class TextBatches:
 A, C, G, T, N, DNA_ROWS = 7, 8, 9, 10, 11, 16
 ID_OF_LETTER = np.full(256, N, np.uint8)  # IUPAC's other letters are N, lower case (soft masking) is upper case
 COMPLEMENT = np.arange(DNA_ROWS, dtype=np.uint8)
-for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C), (b"TtUu", T, A)]:
+for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C), (b"Tt", T, A)]:
     ID_OF_LETTER[list(letters)] = number
     COMPLEMENT[number] = complement
 
@@ -261,10 +261,10 @@ for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C),
 def read_fasta(path):
     """[(first word of the name or "", ids uint8 [bases])] of a file's records."""
     records = []
-    for part in pathlib.Path(path).read_bytes().split(b">")[1:]:
+    for part in re.split(rb"(?m)^>", pathlib.Path(path).read_bytes())[1:]:
         name, _, sequence = part.partition(b"\n")
         letters = np.frombuffer(sequence.translate(None, b" \t\r\n"), np.uint8)
-        records.append(((name.decode().split() or [""])[0], ID_OF_LETTER[letters]))
+        records.append(((name.decode(errors="replace").split() or [""])[0], ID_OF_LETTER[letters]))
     if not records:
         sys.exit(f"train.py: {path}: no FASTA record, expected a line that begins with >")
     return records
@@ -276,7 +276,8 @@ def reverse_complement(ids):
 
 def split_genome(sequences, blocks=100):
     """{"train" | "valid" | "test": pieces}. Of each sequence's hundred blocks every twentieth is valid and another twentieth
-    test: many short pieces, because a single satellite or cluster of repeats would make a long one easy or hard."""
+    test: many short pieces, because a single satellite or cluster of repeats would make a long one easy or hard. (By place
+    alone: sequences that are copies of each other, or of one species, belong in one folder only when that is meant.)"""
     parts = {"train": [], "valid": [], "test": []}
     for ids in sequences:
         begin = 0
@@ -304,12 +305,14 @@ def at_step(lengths, step, steps):
 
 
 class GenomeBatches:
-    """Windows at uniform places of either strand. A step's windows depend on (seed, step) alone: there is no state. The
-    tokens of a step stay the same while the windows grow."""
+    """Windows at uniform places of either strand. A step's windows depend on (seed, step, steps) alone: there is no state.
+    The tokens of a step stay the same while the windows grow."""
     def __init__(self, pieces, o):
         self.pieces, self.o = [p for p in pieces if len(p) > max(o.length)], o
         if not self.pieces:
             sys.exit(f"train.py: --length {max(o.length)}: no sequence is longer than that")
+        if np.mean(np.concatenate(self.pieces) == N) > 0.9:
+            sys.exit("train.py: nearly all bases are N")
 
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
@@ -905,7 +908,7 @@ def count_contexts(pieces, order):
 
 def context_codes(ids, order):
     """For each base from `order` on: context and base as one number in base 4, and whether all of them are A, C, G or T."""
-    count = len(ids) - order
+    count = max(0, len(ids) - order)
     code, clean = np.zeros(count, np.int64), np.ones(count, bool)
     for i in range(order + 1):
         letters = ids[i:i + count]

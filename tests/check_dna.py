@@ -155,3 +155,18 @@ def test_bcftools_reads_what_is_rated(genome):
     assert not ours
     checked = subprocess.run(["bcftools", "norm", "-c", "w", "-f", genome / "ref.fa", genome / "in.vcf"], capture_output=True, text=True)
     assert checked.stderr.count("REF_MISMATCH") == 1 and "4995" in checked.stderr
+
+
+def test_a_line_of_many_alleles(genome):
+    """They begin one after the other: memory is that of the line."""
+    bases = "".join((genome / "ref.fa").read_text().split(">")[1].splitlines()[1:]).upper()
+    pos = bases.index("ACG") + 1
+    alts = ",".join("A" + "".join("ACGT"[i >> 2 * k & 3] for k in range(8)) for i in range(20000))
+    (genome / "many.vcf").write_text(f"#CHROM\nchr1\t{pos}\t.\tA\t{alts}\t.\t.\t.\n")
+    run = subprocess.Popen([PROGRAM, "score", genome / "dna.bin", "-q", "--fasta", genome / "ref.fa", "--vcf", genome / "many.vcf", "--window", "1024", "--rc-average"],
+                           stdout=subprocess.DEVNULL)
+    time.sleep(4)
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{run.pid}/status").read_text())[1])
+    run.kill()
+    run.wait()
+    assert peak < 40000, peak

@@ -7,10 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+import nucleotides
 from conftest import FIXTURES, PROGRAM, ROOT, run_mamba
 
 TALES = ROOT / "models" / "tales.bin"
@@ -116,11 +118,44 @@ def test_timeout_signals_twice(tmp_path):
 def test_a_second_signal_ends_at_once_and_cleans_up(tmp_path):
     run = start("score", TALES, "-f", ROOT / "mamba.c", "-q", "-ub", 65536, "-t", 1, "--logits", tmp_path / "l.npy")  # one long step
     wait_until_it_catches(run, signal.SIGINT)
+    time.sleep(0.5)  # now it has the handler that waits for the step
     run.send_signal(signal.SIGINT)
     time.sleep(1.2)
     if run.poll() is None:
         run.send_signal(signal.SIGINT)
     assert run.wait(2) == 128 + signal.SIGINT and os.listdir(tmp_path) == []
+
+
+def test_an_early_signal_cleans_up(tmp_path):
+    """While the input is waited for, before anything runs."""
+    model = tmp_path / "dna.bin"
+    subprocess.run([sys.executable, ROOT / "convert_weights.py", nucleotides.checkpoint(tmp_path / "checkpoint"), model, "--type", "f32", "--vocab", "dna"],
+                   check=True, stderr=subprocess.DEVNULL)
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    run = start("score", model, "-q", "--fasta", tmp_path / "pipe", "--track", tmp_path / "out" / "t")
+    wait_until_it_catches(run, signal.SIGINT)
+    while not os.listdir(tmp_path / "out"):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == 128 + signal.SIGINT and os.listdir(tmp_path / "out") == []
+
+
+def test_a_signal_leaves_the_old_records(tmp_path):
+    """A record that is cut would look whole: of several none is written, and one continuation is what came so far."""
+    model, out = tmp_path / "dna.bin", tmp_path / "o.fa"
+    subprocess.run([sys.executable, ROOT / "convert_weights.py", nucleotides.checkpoint(tmp_path / "checkpoint"), model, "--type", "f32", "--vocab", "dna"],
+                   check=True, stderr=subprocess.DEVNULL)
+    (tmp_path / "x.fa").write_text("".join(f">{i}\nACGT\n" for i in range(40)))
+    for inputs, written in ((["--fasta", tmp_path / "x.fa"], False), (["-p", "ACGT"], True)):
+        out.write_text("precious")
+        run = start(model, *inputs, "-q", "-n", "100000000", "--ignore-eos", "--fasta-out", out)
+        wait_until_it_catches(run, signal.SIGINT)
+        time.sleep(1.5)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == 128 + signal.SIGINT and (out.read_text().startswith(">1\n") if written else out.read_text() == "precious")
+        assert (b"not written: interrupted" in errors) == (not written)
 
 
 def test_killed_while_saving(tmp_path):

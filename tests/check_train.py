@@ -173,10 +173,10 @@ def test_wrong_mix_is_one_line(corpus, tmp_path):
 
 
 def test_nucleotides(train, genomes, tmp_path):
-    (tmp_path / "x.fa").write_text(">a b\nacgtU\nRYN\n>\nT")
+    (tmp_path / "x.fa").write_text(">a m.3243A>G b\nacgtU\nRYN\n>\nT")
     records = train.read_fasta(tmp_path / "x.fa")
-    assert [name for name, _ in records] == ["a", ""] and records[0][1].tolist() == [7, 8, 9, 10, 10, 11, 11, 11] and records[1][1].tolist() == [10]
-    assert train.reverse_complement(records[0][1]).tolist() == [11, 11, 11, 7, 7, 8, 9, 10]
+    assert [name for name, _ in records] == ["a", ""] and records[0][1].tolist() == [7, 8, 9, 10, 11, 11, 11, 11] and records[1][1].tolist() == [10]
+    assert train.reverse_complement(records[0][1]).tolist() == [11, 11, 11, 11, 7, 8, 9, 10]
     parts = train.split_genome([np.arange(1000), np.arange(1000, 1007)])
     assert sorted(np.concatenate([p for pieces in parts.values() for p in pieces])) == list(range(1007))
     assert sum(map(len, parts["valid"])) == pytest.approx(50, abs=2) and [p[0] for p in parts["valid"]][:2] == [90, 290]
@@ -192,7 +192,8 @@ def test_context_models(train):
     assert all(counts[a, b] == sum(s[i:i + 2] == "ACGT"[a] + "ACGT"[b] for s in both for i in range(6)) for a in range(4) for b in range(4))
     zero = [sum(s.count(c) for s in both) for c in "ACGT"]
     test = train.ID_OF_LETTER[np.frombuffer(b"ACNGT", np.uint8)]
-    bits = train.context_model_bits({"train": [ids], "test": [test]}, "test", 1, [2.0])[0]
+    bits = train.context_model_bits({"train": [ids, ids[:1]], "test": [test, test[:1]]}, "test", 1, [2.0])[0]
+    zero = [z + (c in "AT") for c, z in zip("ACGT", zero)]  # the second piece, too short for a context, on both strands
     order0 = [(z + 2 * 0.25) / (sum(zero) + 2) for z in zero]
     expected = [-np.log2((counts[a, b] + 2 * order0[b]) / (counts[a].sum() + 2)) for a, b in ((0, 1), (2, 3))]
     assert bits == pytest.approx(np.mean(expected))

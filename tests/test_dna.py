@@ -53,6 +53,20 @@ def test_generate_writes_fasta(mamba, model, tmp_path):
                        (("long:6-90", texts["long"][5:90]), ("one:1-2", "AC"))}
 
 
+def test_a_record_that_cannot_be_continued(mamba, model, tmp_path):
+    """On standard output the others are there; a file is whole or is not written."""
+    path = fasta(tmp_path, ">a\nACGT\n>b\nACX\n>c\nAC\n")
+    done = mamba(model, "-q", "--fasta", path, "-n", 5, "--ignore-eos", check=False)
+    assert done.returncode == 1 and list(letters(done.stdout)) == ["a", "c"]
+    done = mamba(model, "-q", "--fasta", path, "-n", 5, "--fasta-out", tmp_path / "o.fa", check=False)
+    assert done.returncode == 1 and not (tmp_path / "o.fa").exists() and f"{tmp_path / 'o.fa'}: not written, because 1 failed" in done.stderr.decode()
+
+
+def test_words_are_no_fasta(mamba):
+    done = mamba(ROOT / "models" / "tales.bin", "-p", "Once", "--fasta-out", "-", check=False)
+    assert done.returncode == 1 and b"single letters" in done.stderr
+
+
 @pytest.mark.parametrize("options", [["--fasta", "x", "--print-ids"], ["--fasta-out", "x", "--save-state", "y"], ["--fasta-out", "x", "--jsonl"]])
 def test_what_is_no_fasta(mamba, model, options):
     done = mamba(model, *options, check=False, input=b"")
@@ -123,6 +137,17 @@ def test_both_strands(mamba, model, tmp_path):
         alone = [np.load(io.BytesIO(mamba("embed", model, *sum((["--ids", ids(f(b))] for b in bases), []), "--pool", pool).stdout))
                  for f in (str, reverse_complement)]
         assert np.allclose(both, (alone[0] + alone[1]) / 2, atol=1e-6)
+
+
+def test_both_strands_behind_a_prefix(mamba, model, tmp_path):
+    bases, prefix = some_bases(40, 11), "ACGTTGATTACAG"
+    path = fasta(tmp_path, write({"x": bases}))
+    mamba(model, "-p", prefix, "-n", 0, "--save-state", tmp_path / "s")
+    expected = np.mean([-sum(v for p, v in own_scores(mamba, model, prefix + strand).items() if p >= len(prefix))
+                        for strand in (bases, reverse_complement(bases))])
+    for base in (["--prefix", prefix], ["--load-state", tmp_path / "s"]):
+        row = rows(mamba("score", model, "--fasta", path, "--rc-average", *base).stdout)[0]
+        assert abs(float(row[2]) - expected) < 1e-4
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -270,3 +295,18 @@ def test_a_model_without_nucleotides(mamba, tmp_path):
 def test_wrong_combinations(mamba, model, options, words):
     done = mamba("score", model, *options, check=False)
     assert done.returncode == 2 and words in done.stderr.decode()
+
+
+def test_demo():
+    """models/demo_dna.sh: the Alu is foreseen, coin tosses are not; the cytochrome b is a human's; a CpG that becomes TG is the likeliest change."""
+    done = subprocess.run([ROOT / "models" / "demo_dna.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    bits = {row[0]: float(row[3]) for row in lines if len(row) == 5 and row[0] != "id"}
+    assert bits["random"] > 1.95 and bits["alu"] < bits["random"] - 0.2 and bits["reverse"] < bits["random"] - 0.2
+    bars = {line[:13].strip(): line[13:] for line in done.stdout.splitlines() if "\u2588" in line}
+    assert {len(bars[name]) for name in ("alu", "reverse")} == {90}
+    chance = {row[1]: float(row[2]) for row in lines if len(row) == 3 and row[0].startswith("cytochrome_b:")}
+    assert len(chance) == 5 and abs(sum(chance.values()) - 1) < 1e-5 and chance["human"] > 0.5
+    ratios = {row[4]: float(row[5]) for row in lines if row[:2] == ["alu", "330"]}
+    assert set(ratios) == set("AGT") and max(ratios, key=ratios.get) == "T"

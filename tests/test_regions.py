@@ -48,12 +48,26 @@ def test_bad_lines_of_bed(mamba, model, tmp_path):
     """File and line number; the others are scored, and the exit status tells."""
     path = fasta(tmp_path, write(GENOME))
     regions = [("chr1", 0, 10), ("chrX", 0, 10), ("chr1", 5), ("chr1", -5, 10), ("chr1", 10, 5), ("chr1", 3000, 3001), ("chr1", "a", "b"),
-               ("chr1", 0, 2 ** 64), ("chr1", 2 ** 62, 2 ** 63 - 1), ("last", 1, 3)]
+               ("chr1", 0, 2 ** 64), ("chr1", 2 ** 62, 2 ** 63 - 1), ("chr1", 5000, 5000), ("chr1", 2 ** 63 - 1, 2 ** 63 - 1), ("last", 1, 3)]
     done = mamba("score", model, "-q", "--fasta", path, "--bed", bed(tmp_path, *regions), check=False)
     assert done.returncode == 1 and [row[0] for row in rows(done.stdout)] == ["chr1:1-10", "last:2-3"]
     lines = done.stderr.decode().splitlines()
-    assert [line.split(":")[2] for line in lines] == [f" line {i}" for i in range(2, 10)]
+    assert [line.split(":")[2] for line in lines] == [f" line {i}" for i in range(2, 12)]
     assert "no record chrX" in lines[0] and "three columns" in lines[1] and "chr1, which has 3000" in lines[4]
+
+
+def test_an_empty_region_behind_the_end(mamba, model, tmp_path):
+    """It has no bases, with more of the file behind its record."""
+    path = fasta(tmp_path, write({"a": "ACGT" * 15, "b": some_bases(100000)}))
+    for more in ([], ["--window", 50]):
+        done = mamba("score", model, "-q", "--fasta", path, "--bed", bed(tmp_path, ("a", 61, 61), ("a", 60, 60), ("b", 0, 5)), *more, check=False)
+        assert done.returncode == 1 and b"begins at base 61 of a, which has 60" in done.stderr and rows(done.stdout)[-1][0] == "b:1-5"
+
+
+def test_records_that_look_like_comments(mamba, model, tmp_path):
+    path = fasta(tmp_path, write({"track1": "ACGT", "browser_x": "ACG"}))
+    done = mamba("score", model, "--fasta", path, "--bed", bed(tmp_path, ("track", "x"), ("track1", 0, 4), ("browser_x", 0, 3)))
+    assert [row[0] for row in rows(done.stdout)] == ["track1:1-4", "browser_x:1-3"]
 
 
 def test_commands_and_windows_of_regions(mamba, model, tmp_path):
@@ -110,7 +124,7 @@ def test_compressed_lines(mamba, model, tmp_path):
     path = fasta(tmp_path, write(GENOME))
     for option in ("--bed", "--vcf"):
         done = mamba("score", model, "-q", "--fasta", path, option, "-", input=b"\x1f\x8b\x08\0\0\n", check=False)
-        assert done.returncode == 1 and f"zcat FILE | mamba ... {option} -" in done.stderr.decode()
+        assert done.returncode == 1 and f"FILE | mamba ... {option} -" in done.stderr.decode()
 
 
 # ---- VCF ----
@@ -169,7 +183,10 @@ def test_ratios(mamba, model, tmp_path, window, both):
     if window != 64 or both:
         return
     prefixed = mamba("score", model, "--fasta", path, "--vcf", tmp_path / "x.vcf", "--window", 64, "--prefix", "ACGTTG")
-    assert len(entries(prefixed.stdout)) == len(variants) and prefixed.stdout != done.stdout
+    found = float(entries(prefixed.stdout)[0]["MAMBA_LLR"])
+    texts = ["ACGTTG" + bases[1467:1499] + base + bases[1500:1531] for base in (bases[1499], variants[0][2])]
+    total = [sum(v for p, v in own_scores(mamba, model, text).items() if p >= 6) for text in texts]
+    assert abs(found - (total[1] - total[0])) < 1e-4
 
 
 def test_an_n_is_not_scored(mamba, model, tmp_path):
@@ -200,6 +217,35 @@ def test_what_gets_no_ratio(mamba, model, tmp_path):
     assert [row[6] for row in table] == ["REF_MISMATCH", "NO_REFERENCE", "OUT_OF_RANGE", "OUT_OF_RANGE", "OUT_OF_RANGE", "TOO_LONG", "BAD_REF", *"....",
                                          "OUT_OF_RANGE"]
     assert table[0][:5] == ["chr1", "100", "v0", other(a), a] and [row[4] for row in table[8:10]] == ["*", other(a)] and float(table[9][5])
+
+
+def test_an_allele_with_other_letters_has_no_ratio(mamba, model, tmp_path):
+    """A term would be missing on one side only. Lines on which nothing is to be rated are not looked up."""
+    path, bases = fasta(tmp_path, write(GENOME)), GENOME["chr1"]
+    a = bases[99]
+    variants = [("chr1", 100, a, f"N,{other(a)},R,{a}N,U"), ("chr1", 100, "N", "<DEL>"), ("nowhere", 7, "A", "."), ("chr1", 100, other(a), "<NON_REF>"),
+                ("chr1", 100, a + "N", a)]
+    done = mamba("score", model, "-q", "--fasta", path, "--vcf", vcf(tmp_path, *variants), check=False)
+    found = entries(done.stdout)
+    assert [v == "." for v in found[0]["MAMBA_LLR"].split(",")] == [True, False, True, True, True]
+    assert [info.get("MAMBA_ERROR") for info in found] == [None, None, None, None, "BAD_REF"] and done.stderr.count(b"\n") == 1
+
+
+def test_comments_in_a_header(mamba, model, tmp_path):
+    path, bases = fasta(tmp_path, write(GENOME)), GENOME["chr1"]
+    header = [HEADER[0], "# a comment", *HEADER[1:]]
+    done = mamba("score", model, "--fasta", path, "--vcf", vcf(tmp_path, ("chr1", 9, bases[8], other(bases[8])), header=header)).stdout.decode()
+    lines = done.splitlines()
+    assert lines[:3] == header[:3] and done.count("##INFO") == 2 and lines[5] == header[3]
+    done = mamba("score", model, "-q", "--fasta", path, "--vcf", "-", input=b"# a comment\nchr1\t9\t.\tA\tC\t.\t.\t.\n", check=False)
+    assert done.returncode == 1 and b"no line #CHROM" in done.stderr
+
+
+def test_a_zero_byte_in_a_sample(mamba, model, tmp_path):
+    path, bases = fasta(tmp_path, write(GENOME)), GENOME["chr1"]
+    line = f"chr1\t9\t.\t{bases[8]}\t{other(bases[8])}\t.\t.\t.\tGT\ta\0b\tc\n".encode()
+    done = mamba("score", model, "--fasta", path, "--vcf", "-", input=b"#CHROM\n" + line)
+    assert done.stdout.endswith(b"\tGT\ta\0b\tc\n")
 
 
 def test_the_file_stays_as_it_is(mamba, model, tmp_path):
@@ -245,7 +291,7 @@ def test_many_variants(mamba, model, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--bed", "x"], "--bed needs --fasta"), (["--vcf", "x"], "--vcf needs --fasta"), (["--fasta", "x", "--bed", "y", "--vcf", "z"], "--bed does not apply"),
-    (["--fasta", "x", "--tsv"], "--tsv needs --vcf"), (["--fasta", "x", "--vcf", "y", "--track", "z"], "--track does not apply"),
+    (["--fasta", "x", "--tsv"], "--tsv needs --vcf"), (["--fasta", "x", "--vcf", "y", "--window", 1], "--vcf needs a --window of 2"), (["--fasta", "x", "--vcf", "y", "--track", "z"], "--track does not apply"),
     (["--fasta", "x", "--vcf", "y", "--window", 5, "--stride", 5], "--stride does not apply"), (["--fasta", "-", "--bed", "y"], "not --fasta -")])
 def test_wrong_combinations(mamba, model, options, words):
     done = mamba("score", model, *options, check=False)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains the models that this folder ships, on a CPU: tales.bin (text), dna.bin and apes.bin (DNA).
+"""Trains the models that this folder ships, on a CPU, and models of nucleotides.
 
     python train.py text --data FOLDER --out RUN      prepares the corpora, trains, exports RUN/hf (Hugging Face format)
     python train.py dna --data FOLDER --out RUN       next-nucleotide pretraining on the FASTA files of a folder

@@ -7378,7 +7378,7 @@ static const struct option {
     {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF, written with their ratios (INFO/MAMBA_LLR)", TEXT, ON(SCORE),
      FIELD(vcf), 0, 0},
     {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
-    {NULL, "--window", "W", "--fasta: windows of W bases, not whole records; --vcf: around each variant (1024)", INTEGER,
+    {NULL, "--window", "W", "--fasta: windows of W bases, not whole records; --vcf: around a variant (1024)", INTEGER,
      ON(SCORE), FIELD(window), 1, 1 << 30},
     {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON(EMBED) | ON(CLASSIFY), FIELD(window), 1,
      1 << 30},

@@ -6683,6 +6683,7 @@ static int command_generate(const struct options *o) {
     bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed;
     if (cut) {
         request_end(en, r);
+        en->n_running = 0;  // it was the only one
         write_answers(en);
     }
     if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');

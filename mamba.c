@@ -363,6 +363,11 @@ static void outfile_discard(struct outfile *o) {
     unfinished = NULL;
 }
 
+// For handlers of signals, which may not free.
+static void unlink_unfinished(void) {
+    if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+}
+
 static void discard_unfinished(void) {
     if (unfinished) outfile_discard(unfinished);
 }
@@ -607,6 +612,8 @@ static struct str cursor_str(struct cursor *c) {
 }
 
 static bool str_is(struct str s, const char *text) { return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0; }
+
+static bool str_begins(struct str s, const char *text) { return s.n >= strlen(text) && memcmp(s.p, text, strlen(text)) == 0; }
 
 // For "%.*s": names found in a file can be of any length.
 static int str_show(struct str s) { return s.n < 64 ? (int)s.n : 64; }
@@ -4246,7 +4253,8 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     *fa = (struct fasta){.path = is_stdin ? "standard input" : path, .keep_case = keep_case, .line_begins = true};
     fa->f = is_stdin ? stdin : fopen(path, "rb");
     if (!fa->f) return fail(e, "%s: %s", path, strerror(errno));
-    fa->n_read = ftello(fa->f) > 0 ? ftello(fa->f) : 0;
+    const off_t at = ftello(fa->f);  // of a pipe -1
+    fa->n_read = at > 0 ? at : 0;
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
     return true;
@@ -4549,7 +4557,7 @@ static bool is_our_entry(struct str entry) {
     bool ours = false;
     for (int k = 0; k < 2; k++) {
         const size_t n = strlen(vcf_entries[k]);
-        ours |= entry.n >= n && memcmp(entry.p, vcf_entries[k], n) == 0 && (entry.n == n || entry.p[n] == '=');
+        ours |= str_begins(entry, vcf_entries[k]) && (entry.n == n || entry.p[n] == '=');
     }
     return ours;
 }
@@ -4581,16 +4589,15 @@ static void add_variant_line(struct buffer *out, const struct variant *v) {
 
 // A line about the file goes on as it is; before the last of them stand those about our entries. Returns whether it is the last.
 static bool add_vcf_header(struct buffer *out, struct str line) {
-    static const char *const ours[] = {
-        "##INFO=<ID=MAMBA_LLR,Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
-        "reference, in nats, by mamba\">\n",
-        "##INFO=<ID=MAMBA_ERROR,Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\">\n"};
-    const bool is_last = line.n >= 6 && memcmp(line.p, "#CHROM", 6) == 0;
+    static const char *const about[] = {"Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
+                                        "reference, in nats, by mamba\"", "Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\""};
+    const bool is_last = str_begins(line, "#CHROM");
     bool is_ours = false;
     for (int i = 0; i < 2; i++) {
-        const size_t n = (size_t)(strchr(ours[i], ',') - ours[i]) + 1;
-        is_ours |= line.n >= n && memcmp(line.p, ours[i], n) == 0;
-        if (is_last) buffer_printf(out, "%s", ours[i]);
+        char begin[32];
+        snprintf(begin, sizeof begin, "##INFO=<ID=%s,", vcf_entries[i]);
+        is_ours |= str_begins(line, begin);
+        if (is_last) buffer_printf(out, "%s%s>\n", begin, about[i]);
     }
     if (is_ours) return false;
     buffer_add(out, line.p, line.n);
@@ -4626,7 +4633,7 @@ static void reverse_complement(uint8_t *bases, size_t n) {
 static void fuzz_fasta(const uint8_t *data, size_t n) {
     static struct fasta fa;
     struct error e = {""};
-    struct buffer all = {0};  // of each record the name, its bases, '\n'; a name without regions: two records have it, or a letter is wrong
+    struct buffer all = {0};  // of each record without a wrong letter: its name, a 0, its bases, '\n'
     const struct fasta start = {.path = "fuzz", .line_begins = true, .keep_case = n % 2};
     uint8_t bases[7];
     fa = start;
@@ -4795,6 +4802,11 @@ static volatile sig_atomic_t interrupted;  // the signal, once one came
 
 static struct timespec interrupted_at;
 
+static void end_at_once(int signal) {
+    unlink_unfinished();
+    _exit(128 + signal);
+}
+
 // The first Ctrl-C or kill ends a command at its next step, a second one ends the process. Several at once, as timeout(1)
 // sends them, are one.
 static void on_signal(int signal) {
@@ -4804,26 +4816,13 @@ static void on_signal(int signal) {
         interrupted_at = now;
         interrupted = signal;
     } else if (now.tv_sec - interrupted_at.tv_sec + (now.tv_nsec - interrupted_at.tv_nsec) * 1e-9 > 0.5) {
-        if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
-        _exit(128 + signal);
+        end_at_once(signal);
     }
 }
 
-// Before anything runs there is nothing to end in good order.
-static void on_early_signal(int signal) {
-    if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
-    _exit(128 + signal);
-}
-
-static void catch_early_signals(void) {
-    struct sigaction action = {.sa_handler = on_early_signal};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-}
-
-// A read or write that waits is cut short.
-static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal};
+// end_at_once() until something runs that is to end in good order, then on_signal(). A read or write that waits is cut short.
+static void catch_signals(void (*handler)(int signal)) {
+    struct sigaction action = {.sa_handler = handler};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
 }
@@ -5783,17 +5782,28 @@ static void add_part_bases(struct buffer *out, const struct variant *v, int alle
     if (reversed) reverse_complement((uint8_t *)out->p, out->n);
 }
 
+// A request for bases, which are still to come. It begins as the model's texts do, or continues the base.
+static struct request *new_bases_request(const struct session *s, struct base *base) {
+    const struct tokenizer *t = &s->tokenizer;
+    struct request *r = request_new(s, base);
+    if (t->add_bos && t->bos >= 0 && !base) ids_add(&r->tokens, t->bos);
+    r->n_carried = r->tokens.n;
+    return r;
+}
+
+static void add_bases(const struct session *s, struct request *r, const uint8_t *bases, size_t n) {
+    for (size_t i = 0; i < n; i++) ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
+}
+
 // A part of a variant, which continues the base.
 static struct request *new_part(struct engine *en, struct request *whole, struct base *base, int allele, bool reversed) {
-    const struct tokenizer *t = &en->s->tokenizer;
-    struct request *r = request_new(en->s, base);
+    struct request *r = new_bases_request(en->s, base);
     struct buffer bases = {0};
     r->whole = whole;
     r->allele = allele;
     r->reversed = reversed;
-    if (!base && t->add_bos && t->bos >= 0) ids_add(&r->tokens, t->bos);
-    add_part_bases(&bases, whole->variant, allele, reversed, t->keep_case);
-    for (size_t i = 0; i < bases.n; i++) ids_add(&r->tokens, letter_token(t, (uint8_t)bases.p[i]));
+    add_part_bases(&bases, whole->variant, allele, reversed, en->s->tokenizer.keep_case);
+    add_bases(en->s, r, (const uint8_t *)bases.p, bases.n);
     free(bases.p);
     return r;
 }
@@ -5887,20 +5897,13 @@ static struct request *next_input_request(struct engine *en) {
     return r;
 }
 
-// A request for the record at hand, or a part of it; its tokens are still to come. It begins as the model's texts do.
+// A request for the record at hand, or a part of it.
 static struct request *new_record_request(struct engine *en, char *id) {
-    const struct tokenizer *t = &en->s->tokenizer;
-    struct request *r = request_new(en->s, en->s->base);
+    struct request *r = new_bases_request(en->s, en->s->base);
     r->id = id;
     r->record = copy_text((struct str){en->fasta.name, strlen(en->fasta.name)});
     r->origin = en->fasta.origin;
-    if (t->add_bos && t->bos >= 0 && !en->s->base) ids_add(&r->tokens, t->bos);
-    r->n_carried = r->tokens.n;
     return r;
-}
-
-static void add_bases(const struct session *s, struct request *r, const uint8_t *bases, size_t n) {
-    for (size_t i = 0; i < n; i++) ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
 }
 
 // Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read or
@@ -5922,13 +5925,17 @@ static void read_bases(struct engine *en, struct request *r) {
     en->long_record = r->streams || is_long ? r : NULL;
 }
 
-// The next line of --bed or --vcf.
-static enum line next_genome_line(struct engine *en, struct str *line) {
-    enum line kind = next_line(&en->lines, !en->first, line);
-    if (kind == LINE && en->lines.n_lines == 1 && line->n > 1 && memcmp(line->p, "\x1f\x8b", 2) == 0)
-        die("%s is compressed; use: %s", en->lines.path,
-            en->s->o->bed ? "zcat FILE | mamba ... --bed -" : "bcftools view FILE | mamba ... --vcf -");
-    if (kind == LINE && line->n && line->p[line->n - 1] == '\r') line->n--;
+// The next line of --bed or --vcf that is not to be skipped; LINE_TOO_LONG with an error.
+static enum line next_genome_line(struct engine *en, bool (*skip)(struct str line), struct str *line, struct error *e) {
+    enum line kind;
+    do {
+        kind = next_line(&en->lines, !en->first, line);
+        if (kind == LINE && en->lines.n_lines == 1 && str_begins(*line, "\x1f\x8b"))
+            die("%s is compressed; use: %s", en->lines.path,
+                en->s->o->bed ? "zcat FILE | mamba ... --bed -" : "bcftools view FILE | mamba ... --vcf -");
+        if (kind == LINE && line->n && line->p[line->n - 1] == '\r') line->n--;
+    } while (kind == LINE && skip(*line));
+    if (kind == LINE_TOO_LONG) set_error(e, "the line has more than %d bytes", MAX_LINE);
     en->no_more = kind == NO_MORE_LINES;
     return kind;
 }
@@ -5944,15 +5951,10 @@ static struct request *line_error(struct engine *en, const char *what) {
 static bool next_region(struct engine *en, struct request **r) {
     struct error e = {""};
     struct str line;
-    enum line kind;
     *r = NULL;
-    do {
-        kind = next_genome_line(en, &line);
-        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return false;
-    } while (kind == LINE && bed_is_comment(line));
-    if (kind == LINE_TOO_LONG) {
-        set_error(&e, "the line has more than %d bytes", MAX_LINE);
-    } else {
+    const enum line kind = next_genome_line(en, bed_is_comment, &line, &e);
+    if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return false;
+    if (kind == LINE) {
         int64_t begin, end;
         const struct fasta_record *record = bed_parse(&en->fasta, line, &begin, &end, &e);
         if (record && fasta_seek(&en->fasta, record, begin, end, &e)) return true;
@@ -6073,13 +6075,10 @@ static bool variant_window(struct engine *en, struct variant *v, struct error *e
 // --vcf: the next line. A request that has parts is answered when they have ended; others are at once.
 static struct request *next_variant_request(struct engine *en) {
     struct str line;
-    enum line kind;
     struct error e = {""};
-    do {
-        kind = next_genome_line(en, &line);
-        if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
-    } while (kind == LINE && is_blank(line));
-    if (kind == LINE_TOO_LONG) return line_error(en, "longer than any line should be");
+    const enum line kind = next_genome_line(en, is_blank, &line, &e);
+    if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
+    if (kind == LINE_TOO_LONG) return line_error(en, e.text);
     struct request *r = request_new(en->s, NULL);
     if (!en->has_header) add_header(en, r);
     const size_t n_before = r->out.n;
@@ -6165,7 +6164,8 @@ static void engine_admit(struct engine *en) {
         if (en->no_more || en->held >= HELD_BYTES || !(r = next_request(en))) break;
         *en->end = r;
         en->end = &r->next;
-        if (!r->variant || !r->variant->n_parts) request_start(en, r);
+        if (!en->s->o->vcf) request_start(en, r);
+        else if (!r->variant || !r->variant->n_parts) request_end(en, r);  // a line of VCF does not run itself
     }
 }
 
@@ -6449,7 +6449,7 @@ static void on_bus_error(int signal, siginfo_t *info, void *context) {
         while (atomic_flag_test_and_set(&said)) pause();
         for (int i = 0; i < 3; i++)
             if (write(STDERR_FILENO, parts[i], strlen(parts[i])) < 0) break;
-        if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+        unlink_unfinished();
         _exit(1);
     }
     struct sigaction action = {.sa_handler = SIG_DFL};
@@ -6529,7 +6529,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
     *s = (struct session){.o = o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
-    catch_early_signals();
+    catch_signals(end_at_once);
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
     if (o->sandbox) sandbox_enter(o, &s->out);
     if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
@@ -6611,13 +6611,19 @@ static void open_lines(struct engine *en) {
     if (fstat(en->lines.fd, &st) == 0 && S_ISREG(st.st_mode)) en->input_size = st.st_size;
 }
 
+// Ends the program when the vocabulary is not one of single letters, as an option needs it.
+static void need_letters(const struct session *s, const char *option) {
+    struct error e = {""};
+    if (!need_tokenizer(s, &e)) die("%s", e.text);
+    if (!s->tokenizer.characters) die("%s: the vocabulary is one of words; %s needs one of single letters", s->o->model, option);
+}
+
 static void open_fasta(struct engine *en) {
     const struct options *o = en->s->o;
     struct stat st;
     struct error e = {""};
     const struct tokenizer *t = &en->s->tokenizer;
-    if (!need_tokenizer(en->s, &e)) die("%s", e.text);
-    if (!t->characters) die("%s: the vocabulary is one of words; --fasta needs one of single letters", o->model);
+    need_letters(en->s, "--fasta");
     for (const char *letter = o->case_sensitive ? "ACGTNacgtn" : "ACGTN"; *letter; letter++) {
         bool needed = strchr("ACGT", *letter) != NULL;  // the others may be the unknown token
         if ((needed ? t->byte_token[(uint8_t)*letter] : letter_token(t, (uint8_t)*letter)) < 0)
@@ -6642,7 +6648,7 @@ static struct engine *open_engine(struct session *s, FILE *output) {
     struct engine *en = engine_new(s, n_slots, bound_tokens(o), output);
     if (o->jsonl) open_lines(en);
     if (o->fasta) open_fasta(en);
-    catch_signals();
+    catch_signals(on_signal);
     read_base(s, en->ctx);
     en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
     return en;
@@ -6663,9 +6669,11 @@ static int close_engine(struct engine *en) {
 
 // A file is whole or not there at all: what failed is missing in it.
 static void say_unwritten(const struct engine *en) {
+    const char *path = en->s->out.path;
     struct error e = {""};
-    if (en->n_failed) set_error(&e, "%s: not written, because %" PRId64 " failed", en->s->out.path, en->n_failed);
-    else set_error(&e, "%s: not written: interrupted", en->s->out.path);
+    if (en->reader_gone) set_error(&e, "%s: not written, because the reader of standard output left before the end", path);
+    else if (en->n_failed) set_error(&e, "%s: not written, because %" PRId64 " failed", path, en->n_failed);
+    else set_error(&e, "%s: not written: interrupted", path);
     print_line(stderr, e.text);
 }
 
@@ -6676,8 +6684,8 @@ static int command_generate(const struct options *o) {
     struct error e = {""};
     const bool to_file = o->fasta_out && strcmp(o->fasta_out, "-") != 0;
     open_session(&s, o, to_file ? o->fasta_out : o->save_state);
+    if (o->fasta_out) need_letters(&s, "--fasta-out");
     struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
-    if (o->fasta_out && !s.tokenizer.characters) die("%s: the vocabulary is one of words; --fasta-out needs one of single letters", o->model);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
     bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed;
@@ -6724,11 +6732,9 @@ static int run_requests(struct session *s, FILE *output) {
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
     if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
-    if (s->out.f != stdout && !whole && !en->reader_gone) say_unwritten(en);
-    const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;
+    const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;  // by the reader of something else
+    if (s->out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
     int status = close_engine(en);
-    if (cut_off) set_error(&e, "%s: not written, because the reader of standard output left before the end", s->out.path);
-    if (cut_off) print_line(stderr, e.text);
     close_session(s);
     return cut_off ? 1 : status;
 }
@@ -7288,7 +7294,7 @@ static int command_bench(const struct options *o) {
     read_cpu_name(b.cpu, sizeof b.cpu);
     if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
     else bench_open(&b);
-    catch_signals();
+    catch_signals(on_signal);
     for (int i = 0; i < n_tests; i++) {
         struct bench_result *r = xcalloc(1, sizeof *r);
         if (o->bench_scan) scan_measure(o, &tests[i], r);

@@ -304,6 +304,18 @@ def at_step(lengths, step, steps):
     return lengths[min(len(lengths) - 1, step * len(lengths) // steps)]
 
 
+def uniform_window(rng, pieces, length):
+    """A window at one of all places where one of this length fits into a piece."""
+    places = np.array([max(0, len(piece) - length + 1) for piece in pieces])
+    piece = pieces[rng.choice(len(places), p=places / places.sum())]
+    start = rng.integers(len(piece) - length + 1)
+    return piece[start:start + length]
+
+
+def either_strand(rng, window):
+    return reverse_complement(window) if rng.integers(2) else window
+
+
 class GenomeBatches:
     """Windows at uniform places of either strand. A step's windows depend on (seed, step, steps) alone: there is no state.
     The tokens of a step stay the same while the windows grow."""
@@ -317,15 +329,16 @@ class GenomeBatches:
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
         length = at_step(self.o.length, step, self.o.steps)
-        places = np.array([len(p) - length for p in self.pieces])
         rows = []
-        while len(rows) < max(1, self.o.batch * self.o.length[0] // length):
-            piece = self.pieces[rng.choice(len(places), p=places / places.sum())]
-            start = rng.integers(len(piece) - length)
-            window = piece[start:start + length + 1]
+        while len(rows) < self.count(length):
+            window = uniform_window(rng, self.pieces, length + 1)
             if np.mean(window == N) < 0.5:  # a gap of the assembly teaches nothing
-                rows.append(reverse_complement(window) if rng.integers(2) else window)
+                rows.append(either_strand(rng, window))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def count(self, length):
+        """Windows a step, of this length."""
+        return max(1, self.o.batch * self.o.length[0] // length)
 
     def state(self):
         return {}
@@ -371,14 +384,8 @@ class SpeciesBatches(GenomeBatches):
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
         length = int(rng.choice(self.o.length))
-        count = max(1, self.o.batch * self.o.length[0] // length)
-        labels, rows = rng.integers(len(self.species), size=count), []
-        for label in labels:
-            places = np.array([max(0, len(piece) - length + 1) for piece in self.species[label]])
-            piece = self.species[label][rng.choice(len(places), p=places / places.sum())]
-            start = rng.integers(len(piece) - length + 1)
-            window = piece[start:start + length]
-            rows.append(reverse_complement(window) if rng.integers(2) else window)
+        labels = rng.integers(len(self.species), size=self.count(length))
+        rows = [either_strand(rng, uniform_window(rng, self.species[label], length)) for label in labels]
         return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(labels)
 
 
@@ -715,7 +722,18 @@ class Mamba(nn.Module):
 #
 # A task has: name; config; batches; describe(), lines about its data; loss(model, batch), in nats; unit and in_unit(nats), how
 # training losses are reported; scores(model, part), {name: value} with the value that picks the checkpoint, the lower the
-# better, under the key `chooses`; show(model), samples for the eye; and what export_hugging_face writes: tokenizer, labels.
+# better, under the key `chooses`; and what Task has a default of.
+
+class Task:
+    labels = None  # of a classifier
+
+    def initialise(self, model):
+        """What a new model begins with, other than random weights."""
+
+    def show(self, model):
+        """Samples for the eye."""
+        return []
+
 
 @torch.no_grad()
 def total_nats(model, documents, ignored=-1, tokens_a_batch=8192):
@@ -764,9 +782,9 @@ def sample(model, tokenizer, prompt, count=200, temperature=0.8, top_k=40, seed=
     return tokenizer.decode(ids)
 
 
-class TextTask:
+class TextTask(Task):
     """The next token of stories. Judged by held-out bits per UTF-8 byte."""
-    name, unit, chooses, labels = "text", "bits per byte", "stories", None
+    name, unit, chooses = "text", "bits per byte", "stories"
 
     def __init__(self, o, out):
         mix = dict(parse_mix(o.mix))
@@ -801,9 +819,9 @@ class TextTask:
         return [f"--- sample {seed}:\n{sample(model, self.tokenizer, 'Once upon a time', seed=seed)}" for seed in (1, 2)]
 
 
-class GenomeTask:
+class GenomeTask(Task):
     """The next nucleotide; N is read but neither predicted nor counted. Judged by held-out bits per base."""
-    name, unit, chooses, labels, tokenizer = "dna", "bits per base", "bits", None, None
+    name, unit, chooses = "dna", "bits per base", "bits"
 
     def __init__(self, o, out):
         self.parts, self.o = read_genome(o.data), o
@@ -830,13 +848,10 @@ class GenomeTask:
         nats, bases = total_nats(model, [w for w in windows if len(w) > 1], ignored=N, tokens_a_batch=16 * length)
         return {"bits": nats / math.log(2) / bases}
 
-    def show(self, model):
-        return []
 
-
-class SpeciesTask:
+class SpeciesTask(Task):
     """Which species a window of a genome is from (E.3.4). Judged by the held-out part of each genome."""
-    name, unit, chooses, tokenizer = "species", "nats", "nats", None
+    name, unit, chooses = "species", "nats", "nats"
 
     def __init__(self, o, out):
         self.parts, self.o = read_species(o.data), o
@@ -887,9 +902,6 @@ class SpeciesTask:
                 result[f"right at {length}"] = 100 * float(np.mean(right))
         model.train()
         return result | {"nats": float(np.mean(losses))}
-
-    def show(self, model):
-        return []
 
 
 TASKS = {task.name: task for task in (TextTask, GenomeTask, SpeciesTask)}
@@ -1196,8 +1208,7 @@ def command_train(o):
         sys.exit(f"train.py: --d-model {task.config.d_model}: expected a multiple of {LANES}")
     ops = choose_ops(o.ops, o.precision)
     model = Mamba(task.config, ops, o.dropout)
-    if hasattr(task, "initialise"):
-        task.initialise(model)
+    task.initialise(model)
     print("\n".join(task.describe()))
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {type(ops).__name__}, activations "
           f"{'bfloat16' if ops.half else 'float32'}, {torch.get_num_threads()} threads", flush=True)

@@ -1,10 +1,7 @@
 """DNA models of the paper's sizes against transformers and llama.cpp, and what a record of a million bases costs. Part of `make check`."""
-import pathlib
 import random
-import re
 import shutil
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,25 +9,10 @@ import pytest
 
 import reference
 from check_llama import close, llama, their_logits  # noqa: F401: llama is a fixture
-from conftest import PROGRAM, ROOT, run_mamba
+from conftest import PROGRAM, peak_rss, run_mamba
+from nucleotides import convert, random_checkpoint
 
 SIZES = {"250K": (8, 64), "700K": (10, 96), "1.4M": (12, 128), "3.5M": (14, 192), "7.0M": (16, 256), "19.3M": (20, 384), "40.7M": (24, 512)}  # E.3.2
-
-
-def random_checkpoint(folder, layers, width):
-    """transformers' own initialisation: (folder, model)."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(layers)
-    config = transformers.MambaConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=16, state_size=16, conv_kernel=4, expand=2)
-    model = transformers.MambaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    return folder, model
-
-
-def convert(folder, out):
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, out, "--type", "f32", "--vocab", "dna"], check=True, stderr=subprocess.DEVNULL)
-    return out
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -71,7 +53,7 @@ def test_a_million_bases_in_the_memory_of_a_thousand(tmp_path):
         run.stdin.write(f">long\n{unit * (n // 1024)}\n>next\nACGT".encode())
         run.stdin.flush()
         time.sleep(2)  # all but the last piece is through
-        peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{run.pid}/status").read_text())[1])
+        peak = peak_rss(run.pid)
         out, _ = run.communicate()
         row = out.splitlines()[1].split(b"\t")
         assert row[0] == b"long" and int(row[1]) == n - 1 and run.returncode == 0
@@ -166,7 +148,7 @@ def test_a_line_of_many_alleles(genome):
     run = subprocess.Popen([PROGRAM, "score", genome / "dna.bin", "-q", "--fasta", genome / "ref.fa", "--vcf", genome / "many.vcf", "--window", "1024", "--rc-average"],
                            stdout=subprocess.DEVNULL)
     time.sleep(4)
-    peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{run.pid}/status").read_text())[1])
+    peak = peak_rss(run.pid)
     run.kill()
     run.wait()
     assert peak < 40000, peak

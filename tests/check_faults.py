@@ -7,13 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-import nucleotides
 from conftest import FIXTURES, PROGRAM, ROOT, run_mamba
+from nucleotides import model  # noqa: F401: a fixture
 
 TALES = ROOT / "models" / "tales.bin"
 IDS_MODEL = FIXTURES / "mamba_tied.f32.bin"
@@ -126,11 +125,8 @@ def test_a_second_signal_ends_at_once_and_cleans_up(tmp_path):
     assert run.wait(2) == 128 + signal.SIGINT and os.listdir(tmp_path) == []
 
 
-def test_an_early_signal_cleans_up(tmp_path):
+def test_an_early_signal_cleans_up(model, tmp_path):
     """While the input is waited for, before anything runs."""
-    model = tmp_path / "dna.bin"
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", nucleotides.checkpoint(tmp_path / "checkpoint"), model, "--type", "f32", "--vocab", "dna"],
-                   check=True, stderr=subprocess.DEVNULL)
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "pipe")
     run = start("score", model, "-q", "--fasta", tmp_path / "pipe", "--track", tmp_path / "out" / "t")
@@ -141,11 +137,9 @@ def test_an_early_signal_cleans_up(tmp_path):
     assert run.wait(20) == 128 + signal.SIGINT and os.listdir(tmp_path / "out") == []
 
 
-def test_a_signal_leaves_the_old_records(tmp_path):
+def test_a_signal_leaves_the_old_records(model, tmp_path):
     """A record that is cut would look whole: of several none is written, and one continuation is what came so far."""
-    model, out = tmp_path / "dna.bin", tmp_path / "o.fa"
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", nucleotides.checkpoint(tmp_path / "checkpoint"), model, "--type", "f32", "--vocab", "dna"],
-                   check=True, stderr=subprocess.DEVNULL)
+    out = tmp_path / "o.fa"
     (tmp_path / "x.fa").write_text("".join(f">{i}\nACGT\n" for i in range(40)))
     for inputs, written in ((["--fasta", tmp_path / "x.fa"], False), (["-p", "ACGT"], True)):
         out.write_text("precious")

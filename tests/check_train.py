@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from conftest import run_mamba
+from nucleotides import convert
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "models" / "train.py"
@@ -28,11 +29,6 @@ def train():
     sys.modules["train"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-def convert(folder, path):
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, path, "--type", "f32", "--vocab", "dna"], check=True, capture_output=True)
-    return path
 
 
 def has_extension(module):

@@ -1,6 +1,7 @@
 """What the Python tests share: where the program is, and how to run it."""
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -21,6 +22,11 @@ def run_mamba(*args, input=None, check=True, env=None, binary=True, timeout=300)
     if check and done.returncode != 0:
         pytest.fail(f"mamba {' '.join(map(str, args))}: exit {done.returncode}: {done.stderr}")
     return done
+
+
+def peak_rss(pid):
+    """The largest resident set of a process that still runs, in KiB. (What wait4() reports begins at the size of its parent.)"""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
 
 
 @pytest.fixture

@@ -36,12 +36,26 @@ def checkpoint(folder, d_model=32, layers=2, vocab=16, seed=3):
     return folder
 
 
+def random_checkpoint(folder, layers, width):
+    """transformers' own initialisation: (folder, model)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(layers)
+    config = transformers.MambaConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=16, state_size=16, conv_kernel=4, expand=2)
+    model = transformers.MambaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def convert(folder, out):
+    subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, out, "--type", "f32", "--vocab", "dna"], check=True, stderr=subprocess.DEVNULL)
+    return out
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dna")
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", checkpoint(folder / "checkpoint"), folder / "dna.bin", "--type", "f32", "--vocab", "dna"],
-                   check=True, stderr=subprocess.DEVNULL)
-    return folder / "dna.bin"
+    return convert(checkpoint(folder / "checkpoint"), folder / "dna.bin")
 
 
 def ids(bases):

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import pathlib
 import random
 import re
 import subprocess
@@ -12,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from conftest import FIXTURES, PROGRAM, ROOT
+from conftest import FIXTURES, PROGRAM, ROOT, peak_rss
 
 TALES = ROOT / "models" / "tales.bin"
 IDS_MODEL = FIXTURES / "mamba_tied.f32.bin"  # no tokenizer
@@ -336,7 +335,7 @@ def test_memory_does_not_grow_with_the_lines(mamba):
         for _ in range(n):
             run.stdout.readline()
         writer.join()
-        peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{run.pid}/status").read_text())[1])
+        peak = peak_rss(run.pid)
         run.stdin.close()
         assert run.wait(60) == 0
         return peak

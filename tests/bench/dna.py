@@ -20,24 +20,15 @@ import tempfile
 import time
 
 import torch
-import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from nucleotides import convert, random_checkpoint  # noqa: E402
+
 MAMBA = ROOT / "mamba"
 SHAPES = {"1.4M": (12, 128), "7.0M": (16, 256)}
 TOTAL, BATCH, PATIENCE = 1 << 16, 1 << 14, 120
 WINDOW = 1024
-
-
-def make_model(folder, layers, d_model):
-    """(file, transformers' model)"""
-    torch.manual_seed(0)
-    config = transformers.MambaConfig(hidden_size=d_model, num_hidden_layers=layers, vocab_size=16, state_size=16, conv_kernel=4, expand=2)
-    model = transformers.MambaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    subprocess.run([sys.executable, ROOT / "convert_weights.py", folder, folder / "dna.bin", "--type", "f32", "--vocab", "dna"], check=True,
-                   stderr=subprocess.DEVNULL)
-    return folder / "dna.bin", model
 
 
 def run(*words):
@@ -134,7 +125,8 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         for name, shape in shapes.items():
             folder = pathlib.Path(temporary) / name
-            path, model = make_model(folder, *shape)
+            model = random_checkpoint(folder, *shape)[1]
+            path = convert(folder, folder / "dna.bin")
             results["bases_per_second"] += by_length(folder, name, path, model, lengths, 1 if short else 3)
             results["variants_per_second"].append(variants(folder, name, path, 20 if short else 200, 1 if short else 3))
     if not short:

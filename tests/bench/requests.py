@@ -8,7 +8,6 @@ the 130M shape in Q8_0 with random weights. --short runs a few requests of the f
 import argparse
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
+from conftest import peak_rss  # noqa: E402
+
 MAMBA = ROOT / "mamba"
 PARALLEL = (1, 8, 32, 128)
 
@@ -47,7 +48,7 @@ def resident_set(model, n, parallel=32):
     for _ in range(n):
         process.stdout.readline()
     writer.join()
-    peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    peak = peak_rss(process.pid) / 1024
     process.stdin.close()
     assert process.wait() == 0
     return peak

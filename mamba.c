@@ -27,6 +27,10 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // sched_getaffinity
 #endif
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#ifndef MAMBA_HEADER_ONLY  // mamba_cuda.cu wants the structs and the interface of the GPU, and is C++
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -38,9 +42,6 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,6 +70,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#endif  // not MAMBA_HEADER_ONLY
 
 #define MAMBA_VERSION "0.1"
 
@@ -184,6 +186,8 @@ struct sequence {              // one stream of tokens; owner of both buffers
     float *conv;               // [n_layer][d_conv-1][d_inner], the last inputs of the convolution, the oldest first
     float *ssm;                // [n_layer][d_inner/16][d_state][16], h of equation 2a
     int64_t n_past;            // tokens consumed
+    struct device *device;     // the GPU that holds both buffers, in its slot; they are not here then. NULL: the CPU
+    int slot;
 };
 
 // Activations, one row a token: floats, and for block-quantised weights the same numbers as int8 blocks of 32.
@@ -201,6 +205,52 @@ struct segment {               // the new tokens of one sequence in a batch
     int n_tokens;
     bool want_logits;          // of the last token
 };
+
+// ---- The GPU. mamba_cuda.cu implements these; a program built without it has no struct device (MAMBA_CUDA). ----
+// A function that returns false (or NULL) has filled the error, in one line without the file's name; what a device did before
+// is kept. All calls come from one thread. Sums have one order for all shapes, so results do not depend on the batch.
+
+struct device;                 // owner of a model's weights on a GPU, of all memory that a forward needs there, and of states
+
+struct device_shape {          // what memory is taken for
+    int max_tokens, max_rows, max_sequences;  // of a forward; logits of a call; states
+};
+
+struct device_facts {
+    char name[128];
+    uint64_t bytes;            // that this program takes there
+    double read_gb_per_s;      // what its memory gives, by its clock and width; 0: unknown
+};
+
+// q, scales and minima of a row of block-quantised weights: element k = scale[k / group] * (q[k] - zero) + min[k / group].
+typedef void unpack_row(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min);
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+bool device_usable(struct error *e);  // is there a GPU, with a driver that knows this program's code?
+bool device_runs(const struct model *m, struct error *e);  // can it run this model?
+struct device *device_open(const struct model *m, struct device_shape shape, unpack_row *unpack, struct error *e);
+void device_close(struct device *d);
+struct device_facts device_facts(const struct device *d);
+// x [n_tokens][ld_x]: rows of the embedding, one a token. Row i of logits [rows][ld_logits] belongs to the i-th segment that
+// wants logits, as in forward().
+bool device_forward(struct device *d, const struct segment *segments, int n_segments, int n_layers, const float *x, int ld_x,
+                    float *logits, int ld_logits, struct error *e);
+// Of the last forward: logits of n of its tokens; a row a token of the final norm's output, or of the residual stream.
+bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e);
+bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct error *e);
+int device_take_slot(struct device *d);  // -1: there is none left
+void device_leave_slot(struct device *d, int slot);
+bool device_reset_state(struct device *d, int slot, struct error *e);
+bool device_copy_state(struct device *d, int to, int from, struct error *e);
+bool device_read_state(struct device *d, int slot, float *conv, float *ssm, struct error *e);  // laid out as in struct sequence
+bool device_write_state(struct device *d, int slot, const float *conv, const float *ssm, struct error *e);
+#ifdef __cplusplus
+}
+#endif
+
+#ifndef MAMBA_HEADER_ONLY  // up to the end of the file
 
 // Progress of one phase of a forward: a cut of work whose items do not depend on each other.
 struct phase {
@@ -232,6 +282,8 @@ struct context {               // what a forward needs besides the model; owner 
     struct phase *phases;      // [PHASES_PER_LAYER * n_layer + PHASES_BESIDE] of a forward
     const struct segment *segments;  // the batch in progress
     int n_segments, n_tokens, n_rows, n_run_layers;
+    struct device *device;     // runs the forwards; NULL: the CPU does. Owned
+    bool wants_hidden;         // x and normed are read after a forward: a device copies them to here
 };
 
 // ====================================================================================================================
@@ -1106,6 +1158,7 @@ struct kernels {
     void (*matmul)(const struct matrix *w, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
                    int ldy, bool add);
     void (*dequantize)(enum format format, const uint8_t *row, int n, float *x);
+    unpack_row *unpack_weights;
     void (*quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum);  // n a multiple of 32
     void (*rms_norm)(const float *x, const float *w, float *y, int n, float eps);  // w NULL: no weight
     void (*conv_silu)(const struct conv_args *a);
@@ -1193,6 +1246,7 @@ struct kernels {
 #endif
 #define LANE static inline __attribute__((always_inline, unused))
 
+#endif  // not MAMBA_HEADER_ONLY
 #endif  // not MAMBA_ISA_PASS
 #ifdef MAMBA_ISA_PASS  // ---------------------------------------------------------------------- ISA PASS: begin --------
 
@@ -1866,6 +1920,18 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
     }
 }
 
+// Of block-quantised formats, for a device that lays its weights out in another way. min stays as it is in formats without.
+static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
+    const int block = formats[format].block, groups = block / formats[format].group;
+    for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
+        float s[16], m[16] = {0};
+        unpack_scales(format, row, s, m);
+        memcpy(scale, s, (size_t)groups * sizeof *s);
+        if (formats[format].has_min) memcpy(min, m, (size_t)groups * sizeof *m);
+        for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
+    }
+}
+
 // 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
     float scale[16][16];       // [group][row]
@@ -2288,7 +2354,7 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
-    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
+    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
     ISA_NAME(scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
@@ -2301,7 +2367,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef UNROLL
 
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------
-#ifndef MAMBA_ISA_PASS
+#if !defined(MAMBA_ISA_PASS) && !defined(MAMBA_HEADER_ONLY)
 
 #ifdef MAMBA_X86_KERNELS
 #define MAMBA_ISA_PASS avx512
@@ -2608,6 +2674,43 @@ static void act_free(struct act *a) {
     free(a->sum);
 }
 
+#ifndef MAMBA_CUDA  // a program without GPUs: context_use_device refuses, and what stands behind it is not reached
+bool device_usable(struct error *e) { return fail(e, "this program was built without CUDA; build it with: make cuda"); }
+bool device_runs(const struct model *m, struct error *e) { return m && device_usable(e); }
+struct device *device_open(const struct model *m, struct device_shape shape, unpack_row *unpack, struct error *e) {
+    (void)m, (void)shape, (void)unpack, device_usable(e);
+    return NULL;
+}
+void device_close(struct device *d) { (void)d; }
+struct device_facts device_facts(const struct device *d) { return (void)d, (struct device_facts){.bytes = 0}; }
+bool device_forward(struct device *d, const struct segment *segments, int n_segments, int n_layers, const float *x, int ld_x,
+                    float *logits, int ld_logits, struct error *e) {
+    (void)d, (void)segments, (void)n_segments, (void)n_layers, (void)x, (void)ld_x, (void)logits, (void)ld_logits;
+    return device_usable(e);
+}
+bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e) {
+    return (void)d, (void)tokens, (void)n, (void)logits, (void)ld_logits, device_usable(e);
+}
+bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct error *e) {
+    return (void)d, (void)normed, (void)rows, (void)ld, device_usable(e);
+}
+int device_take_slot(struct device *d) { return (void)d, -1; }
+void device_leave_slot(struct device *d, int slot) { (void)d, (void)slot; }
+bool device_reset_state(struct device *d, int slot, struct error *e) { return (void)d, (void)slot, device_usable(e); }
+bool device_copy_state(struct device *d, int to, int from, struct error *e) { return (void)d, (void)to, (void)from, device_usable(e); }
+bool device_read_state(struct device *d, int slot, float *conv, float *ssm, struct error *e) {
+    return (void)d, (void)slot, (void)conv, (void)ssm, device_usable(e);
+}
+bool device_write_state(struct device *d, int slot, const float *conv, const float *ssm, struct error *e) {
+    return (void)d, (void)slot, (void)conv, (void)ssm, device_usable(e);
+}
+#endif
+
+// A device that fails ends the program: what was written so far is kept.
+static void device_must(bool ok, const struct error *e) {
+    if (!ok) die("%s", e->text);
+}
+
 // max_tokens: the most tokens of one forward; max_rows: the most logit rows of one call.
 static struct context *context_new(const struct model *m, const struct kernels *k, int n_threads, int max_tokens,
                                    int max_rows) {
@@ -2644,6 +2747,7 @@ static struct context *context_new(const struct model *m, const struct kernels *
 
 static void context_free(struct context *ctx) {
     if (!ctx) return;
+    if (ctx->device) device_close(ctx->device);
     act_free(&ctx->normed);
     act_free(&ctx->u);
     act_free(&ctx->dt_low);
@@ -2665,23 +2769,66 @@ static struct sequence *sequence_new(const struct config *c) {
     return s;
 }
 
+// A sequence whose state is where the context's forwards run.
+static struct sequence *context_sequence(const struct context *ctx) {
+    if (!ctx->device) return sequence_new(&ctx->m->c);
+    struct sequence *s = xcalloc(1, sizeof *s);
+    struct error e = {""};
+    s->device = ctx->device;
+    s->slot = device_take_slot(ctx->device);
+    if (s->slot < 0) die("the GPU has no room for another sequence");
+    device_must(device_reset_state(s->device, s->slot, &e), &e);
+    return s;
+}
+
+// A device's state comes to the sequence's buffers to be saved, or goes back when it was loaded.
+static void sequence_fetch(struct sequence *s, const struct config *c) {
+    struct error e = {""};
+    if (!s->device) return;
+    struct sequence *copy = sequence_new(c);
+    s->conv = copy->conv;
+    s->ssm = copy->ssm;
+    free(copy);
+    device_must(device_read_state(s->device, s->slot, s->conv, s->ssm, &e), &e);
+}
+
+static void sequence_return(struct sequence *s) {
+    struct error e = {""};
+    if (!s->device) return;
+    device_must(device_write_state(s->device, s->slot, s->conv, s->ssm, &e), &e);
+    free(s->conv);
+    free(s->ssm);
+    s->conv = s->ssm = NULL;
+}
+
 // Back to the empty sequence: without this a state would leak into the next text.
 static void sequence_reset(struct sequence *s, const struct config *c) {
+    struct error e = {""};
+    s->n_past = 0;
+    if (s->device) {
+        device_must(device_reset_state(s->device, s->slot, &e), &e);
+        return;
+    }
     size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
     memset(s->conv, 0, channels * (size_t)(c->d_conv - 1) * sizeof(float));
     memset(s->ssm, 0, channels * (size_t)c->d_state * sizeof(float));
-    s->n_past = 0;
 }
 
 static void sequence_copy(struct sequence *to, const struct sequence *from, const struct config *c) {
+    struct error e = {""};
+    to->n_past = from->n_past;
+    if (to->device) {
+        device_must(device_copy_state(to->device, to->slot, from->slot, &e), &e);
+        return;
+    }
     size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
     memcpy(to->conv, from->conv, channels * (size_t)(c->d_conv - 1) * sizeof(float));
     memcpy(to->ssm, from->ssm, channels * (size_t)c->d_state * sizeof(float));
-    to->n_past = from->n_past;
 }
 
 static void sequence_free(struct sequence *s) {
     if (!s) return;
+    if (s->device) device_leave_slot(s->device, s->slot);
     free(s->conv);
     free(s->ssm);
     free(s);
@@ -2775,6 +2922,19 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
     ctx->token_seconds = (ended - start) / ctx->n_tokens;
 }
 
+// forward() where a GPU runs it. The embedding's rows are made here, so that the table itself, which may be large, need not be
+// there; it is the head as well in many models, and then it is.
+static void forward_on_device(struct context *ctx) {
+    struct error e = {""};
+    run_team(ctx, embed_phase);
+    device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, ctx->x, ctx->ld_model,
+                               ctx->logits, ctx->ld_vocab, &e), &e);
+    if (!ctx->wants_hidden) return;
+    const bool normed = ctx->n_run_layers == ctx->m->c.n_layer;
+    device_must(device_hidden(ctx->device, false, ctx->x, ctx->ld_model, &e), &e);
+    device_must(!normed || device_hidden(ctx->device, true, ctx->normed.f, ctx->normed.ld, &e), &e);
+}
+
 // Feeds every segment's tokens to its sequence. Afterwards row i of ctx->logits belongs to the i-th segment that wants
 // logits, and ctx->normed (all layers) or ctx->x (the first n_layers) holds a row a token. Tokens must lie in the
 // vocabulary, and all segments together hold at most max_tokens of them.
@@ -2788,11 +2948,17 @@ static void forward(struct context *ctx, const struct segment *segments, int n_s
         ctx->n_rows += segments[i].want_logits;
         segments[i].seq->n_past += segments[i].n_tokens;
     }
-    if (ctx->n_tokens) run_team(ctx, forward_team);
+    if (ctx->n_tokens && ctx->device) forward_on_device(ctx);
+    else if (ctx->n_tokens) run_team(ctx, forward_team);
 }
 
 // Logits of n of the last forward's tokens, at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
 static void logits_of(struct context *ctx, const int *tokens, int n) {
+    struct error e = {""};
+    if (ctx->device) {
+        device_must(device_logits(ctx->device, tokens, n, ctx->logits, ctx->ld_vocab, &e), &e);
+        return;
+    }
     for (int i = 0; i < n; i++) gather_row(ctx, tokens[i], i);
     ctx->n_rows = n;
     run_team(ctx, head_phase);
@@ -4761,6 +4927,7 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
+    const char *device;     // NULL: cuda where there is a GPU that runs the model
     const char *fasta, *bed, *vcf, *track, *fasta_out;
     int window, stride;     // bases; 0: whole records, --vcf VCF_WINDOW; every window begins where the last one ended
     bool rc_average, case_sensitive, tsv;
@@ -5398,6 +5565,20 @@ struct engine {             // owner of all but s; requests leave it when they a
     double prompt_seconds, sample_seconds;  // of steps before and after something was first sampled
 };
 
+// Forwards run on the GPU where there is one, or as --device says.
+static void context_use_device(struct context *ctx, const struct options *o, int n_sequences) {
+    struct error e = {""};
+    const bool wanted = o->device && strcmp(o->device, "cuda") == 0;
+    const struct device_shape shape = {ctx->max_tokens, ctx->max_rows, n_sequences};
+    if ((o->device && !wanted) || (o->sandbox && !wanted)) return;  // the driver opens files and devices of its own
+    if (!device_usable(&e) || !device_runs(ctx->m, &e)) {
+        if (wanted) die("--device cuda: %s", e.text);
+        return;
+    }
+    ctx->device = device_open(ctx->m, shape, ctx->k->unpack_weights, &e);
+    if (!ctx->device) die("%s: %s", o->model, e.text);
+}
+
 static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tokens, FILE *output) {
     struct engine *en = xcalloc(1, sizeof *en);
     const struct options *o = s->o;
@@ -5411,6 +5592,9 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
         n_rows = min_int(n_tokens, n_slots > many_rows ? n_slots : many_rows);
     en->s = s;
     en->ctx = context_new(&s->model, k, n_threads, n_tokens, n_rows);
+    en->ctx->wants_hidden = o->command == EMBED || o->command == CLASSIFY;
+    // Sequences: of requests, of --vcf's bases, of what every request continues, and one that is kept to be saved.
+    context_use_device(en->ctx, o, n_slots * (o->vcf ? 2 : 1) + 2);
     en->end = &en->first;
     en->n_slots = n_slots;
     en->running = xcalloc((size_t)n_slots, sizeof(void *));
@@ -6144,7 +6328,7 @@ static struct request *next_request(struct engine *en) {
 // It gets a sequence and runs, if there is anything to run.
 static void request_start(struct engine *en, struct request *r) {
     if (!r->error.text[0] && request_begin(en, r)) {
-        r->seq = en->n_idle ? en->idle[--en->n_idle] : sequence_new(&en->s->model.c);
+        r->seq = en->n_idle ? en->idle[--en->n_idle] : context_sequence(en->ctx);
         request_rewind(r, en->s);
         if (r->n_feed) en->running[en->n_running++] = r;
     }
@@ -6563,9 +6747,13 @@ static void read_base(struct session *s, struct context *ctx) {
     struct buffer file = {0};
     struct progress progress = progress_new("prefix", o->quiet);
     if (!o->load_state && !o->prefix) return;
-    struct sequence *base = sequence_new(&s->model.c);
+    struct sequence *base = context_sequence(ctx);
     struct resume *r = xcalloc(1, sizeof *r);
-    if (o->load_state && !state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
+    if (o->load_state) {
+        sequence_fetch(base, &s->model.c);
+        if (!state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
+        sequence_return(base);
+    }
     for (int i = 0; i < r->n_pending; i++) ids_add(&tokens, r->pending[i]);
     size_t n_pending = tokens.n;
     if (o->prefix) {
@@ -6663,6 +6851,8 @@ static int close_engine(struct engine *en) {
                 "; %.1f requests/s, %.1f tokens/s\n", interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, en->n_fed,
                 en->n_sampled, (double)en->n_requests / seconds, (double)(en->n_fed + en->n_sampled) / seconds);
     int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
+    base_free(en->s->base);  // its state may be on the engine's device
+    en->s->base = NULL;
     engine_free(en);
     return status;
 }
@@ -6701,6 +6891,7 @@ static int command_generate(const struct options *o) {
                 "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled,
                 en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0, o->settings.sampling.seed);
     if (en->kept) {
+        sequence_fetch(en->kept, &s.model.c);
         state_write(&s.out, &s.model, en->kept, en->kept_resume);
         if (!outfile_commit(&s.out, &e)) die("%s", e.text);
     }
@@ -6927,6 +7118,7 @@ struct bench {
     char cpu[96], title[48];  // of the processor; of what is measured
     uint64_t n_params, model_size, step_bytes;  // step_bytes: weights that one decoding step reads
     double read_gb_per_s;
+    struct device_facts gpu;   // bytes 0: the CPU is measured
 };
 
 // "512,2048": numbers from min to max.
@@ -7039,7 +7231,9 @@ static void bench_measure(struct bench *b, const struct bench_test *t, struct be
     struct context *ctx = context_new(&b->model, choose_kernels(), t->n_threads, pass > t->n_parallel ? pass : t->n_parallel,
                                       t->n_parallel);
     struct sequence **seqs = xcalloc((size_t)t->n_parallel, sizeof(void *));
-    for (int s = 0; s < t->n_parallel; s++) seqs[s] = sequence_new(&b->model.c);
+    context_use_device(ctx, b->o, t->n_parallel);
+    if (ctx->device) b->gpu = device_facts(ctx->device);
+    for (int s = 0; s < t->n_parallel; s++) seqs[s] = context_sequence(ctx);
     double ignored;
     struct bench_test warm_up = *t;
     warm_up.n_prompt = pass;
@@ -7106,7 +7300,7 @@ struct field {              // of a row of results
     char value[160];
 };
 
-enum { MAX_FIELDS = 24 };
+enum { MAX_FIELDS = 32 };
 
 __attribute__((format(printf, 4, 5))) static void add_field(struct field *f, int *n, const char *name, const char *format, ...) {
     va_list args;
@@ -7137,6 +7331,7 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     time_t now = time(NULL);
     struct tm utc;
     strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    const double read_gb_per_s = b->gpu.bytes ? b->gpu.read_gb_per_s : b->read_gb_per_s, rate = mean_of(gb, n_runs);
     int n = 0;
     add_field(f, &n, "build", "%s", MAMBA_VERSION);
     add_field(f, &n, "cpu_info", "%s", b->cpu);
@@ -7156,9 +7351,13 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     add_field(f, &n, "avg_ts", "%.2f", mean_of(ts, n_runs));
     add_field(f, &n, "stddev_ts", "%.2f", deviation_of(ts, n_runs));
     add_field(f, &n, "gen_ts", "%.2f", mean_of(gen_ts, n_runs));
-    add_field(f, &n, "weight_gb_per_s", "%.2f", mean_of(gb, n_runs));
-    add_field(f, &n, "read_gb_per_s", "%.2f", b->read_gb_per_s);
+    add_field(f, &n, "weight_gb_per_s", "%.2f", rate);
+    add_field(f, &n, "read_gb_per_s", "%.2f", read_gb_per_s);
+    add_field(f, &n, "bandwidth_percent", "%.1f", read_gb_per_s > 0 ? 100 * rate / read_gb_per_s : 0.0);
     add_field(f, &n, "peak_rss", "%ld", peak_resident_set());
+    add_field(f, &n, "device", "%s", b->gpu.bytes ? "cuda" : "cpu");
+    add_field(f, &n, "gpu_info", "%s", b->gpu.name);
+    add_field(f, &n, "gpu_memory", "%" PRIu64, b->gpu.bytes);
     add_field(f, &n, "logits_hash", "%s%016" PRIx64, "", r->logits_hash);
     return n;
 }
@@ -7197,7 +7396,8 @@ static void print_md_row(const struct bench *b, const struct bench_test *t, cons
     else snprintf(test, sizeof test, "%s%d", t->n_gen ? "tg" : "pp", t->n_gen ? t->n_gen : t->n_prompt);
     snprintf(speed, sizeof speed, "%.2f ± %.2f", avg, deviation);
     printf("| %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->title, (double)b->model_size / 1048576,
-           (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, bandwidth, b->read_gb_per_s);
+           (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, bandwidth,
+           b->gpu.bytes ? b->gpu.read_gb_per_s : b->read_gb_per_s);
 }
 
 static void bench_print(const struct bench *b, const struct bench_test *t, const struct bench_result *r, bool first, bool last) {
@@ -7226,10 +7426,11 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
 // All combinations: prompts and generation apart, or (--paper) one after the other in one test.
 static int bench_tests(const struct options *o, struct bench_test **tests) {
     char default_list[16];
+    const bool cuda = o->device && strcmp(o->device, "cuda") == 0;
     snprintf(default_list, sizeof default_list, "%d", default_threads());
 #define GIVEN(list, otherwise) (o->list ? o->list : (otherwise))
     struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
-    struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper ? "1,2,4,8,16,32,64,128" : "1"), 1, MAX_SLOTS);
+    struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper || cuda ? "1,2,4,8,16,32,64,128" : "1"), 1, MAX_SLOTS);
     struct bench_list prompts = parse_list("-p", GIVEN(bench_prompts, o->paper ? "2048" : "512"), 0, 1 << 24);
     struct bench_list gens = parse_list("-n", GIVEN(bench_gens, "128"), 0, 1 << 24);
 #undef GIVEN
@@ -7417,6 +7618,7 @@ static const struct option {
      FIELD(paper), 0, 0},
     {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", OPERATION, ON(BENCH),
      FIELD(bench_scan), 0, 0},
+    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH), FIELD(device), 0, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
@@ -7531,6 +7733,10 @@ static void check_options(struct options *o) {
     if (!o->model && !o->bench_scan) usage_error("no model file; the first argument names it");
     if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
         usage_error("--pool %s: expected last, mean or none", o->pool);
+    const bool cuda = o->device && strcmp(o->device, "cuda") == 0;
+    if (o->device && !cuda && strcmp(o->device, "cpu") != 0) usage_error("--device %s: expected cpu or cuda", o->device);
+    if (cuda && o->sandbox) usage_error("--sandbox does not apply with --device cuda: its driver opens other files");
+    if (cuda && o->bench_scan) usage_error("--op scan does not apply with --device cuda");
     int from_stdin = 0;
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
@@ -7643,4 +7849,4 @@ int main(int argc, char **argv) {
 }
 #endif
 
-#endif  // not MAMBA_ISA_PASS
+#endif  // not MAMBA_ISA_PASS, not MAMBA_HEADER_ONLY

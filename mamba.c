@@ -1,4 +1,4 @@
-// mamba: selective state space models (Mamba, arXiv 2312.00752) on the CPU, in one file.
+// mamba: selective state space models (Mamba, arXiv 2312.00752) of text, DNA and sound, in one file.
 //
 //   cc -std=gnu11 -O2 -ffp-contract=off -fopenmp mamba.c -o mamba -lm
 //
@@ -14,13 +14,13 @@
 //
 //    0  structs                                  9  sampler
 //    1  errors, memory, threads, half floats    10  JSON
-//    2  GGUF                                    11  FASTA
-//    3  configuration, tensor binding           12  requests
-//    4  kernels, once per instruction set       13  engine: many sequences at once
-//    5  layers                                  14  commands
-//    6  forward over a ragged batch             15  bench
-//    7  sequence state: save and load           16  command line
-//    8  Unicode and tokenizer
+//    2  GGUF                                    11  genomes: FASTA, BED, VCF
+//    3  configuration, tensor binding           12  sound: WAV, mu-law
+//    4  kernels, once per instruction set       13  requests
+//    5  layers                                  14  engine: many sequences at once
+//    6  forward over a ragged batch             15  commands
+//    7  sequence state: save and load           16  bench
+//    8  Unicode and tokenizer                   17  command line
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
 
@@ -452,6 +452,7 @@ struct outfile {
     FILE *f;
     const char *path;          // the caller's
     char *temporary;           // owned; NULL when written directly
+    struct outfile *next;      // of those that are unfinished
 };
 
 static struct outfile *unfinished;  // removed at exit, so that an error leaves nothing half-written
@@ -462,16 +463,21 @@ static void outfile_discard(struct outfile *o) {
     free(o->temporary);
     o->f = NULL;
     o->temporary = NULL;
-    unfinished = NULL;
+    for (struct outfile **at = &unfinished; *at; at = &(*at)->next)
+        if (*at == o) {
+            *at = o->next;
+            return;
+        }
 }
 
 // For handlers of signals, which may not free.
 static void unlink_unfinished(void) {
-    if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+    for (const struct outfile *o = unfinished; o; o = o->next)
+        if (o->temporary) unlink(o->temporary);
 }
 
 static void discard_unfinished(void) {
-    if (unfinished) outfile_discard(unfinished);
+    while (unfinished) outfile_discard(unfinished);
 }
 
 // path NULL or "-": standard output.
@@ -501,6 +507,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         outfile_discard(o);
         return false;
     }
+    o->next = unfinished;
     unfinished = o;
     return true;
 }
@@ -3519,7 +3526,13 @@ static void logits_of(struct context *ctx, const int *tokens, int n) {
 // conv [n_layer][d_conv-1][d_inner], ssm [n_layer][d_inner][d_state][R], pool as in struct pooling.
 // ====================================================================================================================
 
-enum { RECENT_MAX = 4096, STATE_VERSION = 1 };
+enum { RECENT_MAX = 4096, STATE_VERSION = 2 };
+
+struct clip_scale {         // of sound: a sample of -1 to 1 is -1 + 2 (x - low) / range of its clip
+    double low, range;
+};
+
+static const struct clip_scale FULL_SCALE = {-1, 2};
 
 struct resume {             // what a run needs besides the recurrent state to go on exactly
     int32_t pending[1];     // the last token, sampled but not fed to the model yet
@@ -3528,9 +3541,10 @@ struct resume {             // what a run needs besides the recurrent state to g
     int n_recent;
     char bytes[4];          // of a character that the tokens so far leave incomplete
     int n_bytes;
+    struct clip_scale scale;  // of sound
 };
 
-struct state_header {       // 80 bytes at the start of the file; the hash of all that precedes it ends the file
+struct state_header {       // 96 bytes at the start of the file; the hash of all that precedes it ends the file
     char magic[8];
     uint32_t version, header_bytes;
     uint64_t fingerprint;
@@ -3539,9 +3553,10 @@ struct state_header {       // 80 bytes at the start of the file; the hash of al
     uint32_t n_pending, n_recent, n_bytes;
     int32_t pending;
     char bytes[8];
+    struct clip_scale scale;
     uint64_t file_bytes;
 };
-_Static_assert(sizeof(struct state_header) == 80, "the file's layout, without padding");
+_Static_assert(sizeof(struct state_header) == 96, "the file's layout, without padding");
 
 static const char state_magic[8] = "MAMBAST";
 
@@ -3562,7 +3577,7 @@ static struct state_header state_header_of(const struct model *m, const struct s
         .n_layer = (uint32_t)c->n_layer, .d_inner = (uint32_t)c->d_inner, .d_state = (uint32_t)c->d_state,
         .d_conv = (uint32_t)c->d_conv, .n_past = (uint64_t)s->n_past, .n_pending = (uint32_t)r->n_pending,
         .n_recent = (uint32_t)r->n_recent, .n_bytes = (uint32_t)r->n_bytes,
-        .pending = r->n_pending ? r->pending[0] : 0};
+        .pending = r->n_pending ? r->pending[0] : 0, .scale = r->scale};
     memcpy(h.magic, state_magic, sizeof h.magic);
     memcpy(h.bytes, r->bytes, (size_t)r->n_bytes);
     h.file_bytes = sizeof h + 4 * ((uint64_t)r->n_recent + state_floats(m)) + 8;
@@ -3622,7 +3637,9 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
                     PRIu32 "; this model has %d, %d, %d, %d", h.n_layer, h.d_inner, h.d_state, h.d_conv, c->n_layer,
                     c->d_inner, c->d_state, c->d_conv);
     if (h.fingerprint != m->fingerprint) return fail(e, "the state of another model file with the same shape");
-    if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3) return fail(e, "the state file's header is damaged");
+    if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3 ||
+        !isfinite(h.scale.low) || !(h.scale.range >= 0 && h.scale.range < 1e9))
+        return fail(e, "the state file's header is damaged");
     size_t expected = sizeof h + 4 * (h.n_recent + state_floats(m)) + 8;
     if (n != expected || h.file_bytes != n)
         return fail(e, "the state file has %zu bytes; expected %zu: is it cut off?", n, expected);
@@ -3636,7 +3653,7 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
             return fail(e, "the state file names token %" PRId32 "; the vocabulary has %d", id, c->n_vocab);
     }
     *r = (struct resume){.pending = {h.pending}, .n_pending = (int)h.n_pending, .n_recent = (int)h.n_recent,
-                         .n_bytes = (int)h.n_bytes};
+                         .n_bytes = (int)h.n_bytes, .scale = h.scale};
     memcpy(r->recent, recent, h.n_recent * sizeof *recent);
     memcpy(r->bytes, h.bytes, sizeof r->bytes);
     s->n_past = (int64_t)h.n_past;
@@ -4633,7 +4650,7 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by section 13.
+// Calls sections 1 and 4; called by section 14.
 // ====================================================================================================================
 
 struct sampling {
@@ -4698,6 +4715,15 @@ static void select_best(struct choice *c, int n, int k) {
     qsort(c, (size_t)k, sizeof *c, better_first);
 }
 
+static void best_to_front(struct choice *c, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (c[i].logit > c[best].logit) best = i;
+    const struct choice first = c[0];
+    c[0] = c[best];
+    c[best] = first;
+}
+
 // p = softmax over the first n choices, in float; returns the sum in double, added in order.
 static double choice_probabilities(struct sampler *s, int n, float scale) {
     for (int i = 0; i < n; i++) s->p[i] = s->choices[i].logit * scale;
@@ -4724,7 +4750,8 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
     if (n == 0) return -1;
     bool greedy = how->greedy || how->temperature < 1e-5f;  // so cold that nothing else has a chance, and 1/T could overflow
     int k = greedy ? 1 : how->top_k > 0 ? min_int(how->top_k, n) : n;
-    select_best(c, n, k);
+    if (k == n && how->top_p >= 1 && !(how->min_p > 0)) best_to_front(c, n);  // all may be drawn: no order is needed
+    else select_best(c, n, k);
     if (greedy) return c[0].id;
 
     if (how->top_p < 1.0f) {
@@ -4776,7 +4803,7 @@ static void sampler_free(struct sampler *s) {
 
 // ====================================================================================================================
 // 10. JSON.
-// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 12
+// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 13
 // and by bench.
 // ====================================================================================================================
 
@@ -4932,7 +4959,7 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 // 11. Genomes: FASTA, BED, VCF.
 // Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
 // kind, white space inside. From a file whose lines are equally long, regions too. Lines of BED and VCF name such regions.
-// Calls sections 1 and 8; called by sections 12 and 13.
+// Calls sections 1 and 8; called by sections 13 and 14.
 // ====================================================================================================================
 
 struct fasta_record {       // where a record lies in its file; owner of name
@@ -5452,16 +5479,199 @@ static void fuzz_vcf(const uint8_t *data, size_t n) {
 #endif
 
 // ====================================================================================================================
-// 12. Requests.
+// 12. Sound: WAV and mu-law.
+// A clip becomes codes from 0 to 255, which are the tokens of an audio model, and back. WAV files come from anywhere. Calls
+// section 1; called by sections 13 to 15.
+// ====================================================================================================================
+
+struct wav {                // a clip, all channels in one; owner of samples
+    float *samples;         // [n] from -1 to 1
+    size_t n;
+    int sample_rate;
+};
+
+enum wav_coding { WAV_PCM = 1, WAV_FLOAT = 3, WAV_MU_LAW = 7, WAV_EXTENSIBLE = 0xfffe };
+
+struct wav_format {
+    unsigned coding, channels, bits;
+    uint32_t sample_rate;
+};
+
+static uint32_t read_u16(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
+
+// G.711's mu-law, which WAV calls by that name: a sign, three bits of exponent, four of mantissa, all inverted.
+static float g711_decode(uint8_t byte) {
+    const int code = ~byte & 0xff, magnitude = (((code & 15) << 3) + 132) << (code >> 4 & 7);
+    return (float)(code & 128 ? 132 - magnitude : magnitude - 132) / 32768;
+}
+
+static uint8_t g711_encode(int sample) {
+    const int magnitude = min_int(sample < 0 ? -sample : sample, 32635) + 132;
+    int exponent = 7;
+    while (exponent && !(magnitude >> (exponent + 7))) exponent--;
+    return (uint8_t)~((sample < 0 ? 128 : 0) | exponent << 4 | (magnitude >> (exponent + 3) & 15));
+}
+
+// One sample of any format that wav_format_read() lets through.
+static float wav_sample(const struct wav_format *f, const uint8_t *p) {
+    union {
+        uint32_t u;
+        float f;
+    } four;
+    double wide;
+    if (f->coding == WAV_MU_LAW) return g711_decode(*p);
+    if (f->bits == 8) return ((float)*p - 128) / 128;  // the only unsigned one
+    if (f->bits == 64) return memcpy(&wide, p, 8), (float)wide;
+    four.u = f->bits == 16 ? read_u16(p) << 16 : f->bits == 24 ? read_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
+    return f->coding == WAV_FLOAT ? four.f : (float)((double)(int32_t)four.u / 2147483648.0);
+}
+
+static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
+    if (n < 16) return fail(e, "its format has %zu bytes; expected 16 or more", n);
+    *f = (struct wav_format){read_u16(p), read_u16(p + 2), read_u16(p + 14), load_u32(p + 4)};
+    if (f->coding == WAV_EXTENSIBLE && n >= 26) f->coding = read_u16(p + 24);
+    const bool known = (f->coding == WAV_PCM && (f->bits == 8 || f->bits == 16 || f->bits == 24 || f->bits == 32)) ||
+                       (f->coding == WAV_FLOAT && (f->bits == 32 || f->bits == 64)) || (f->coding == WAV_MU_LAW && f->bits == 8);
+    if (!known)
+        return fail(e, "samples of coding %u with %u bits; expected PCM (8, 16, 24, 32), float (32, 64) or mu-law (8): sox can convert "
+                    "it", f->coding, f->bits);
+    if (!f->channels || !f->sample_rate || f->sample_rate > INT_MAX)
+        return fail(e, "%u channels at %" PRIu32 " Hz", f->channels, f->sample_rate);
+    return true;
+}
+
+// The data chunk's frames, each the mean of its channels.
+static bool wav_data_read(struct wav *w, const struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
+    const size_t bytes = f->bits / 8, frame = bytes * f->channels;
+    if (n % frame) return fail(e, "the last of its frames of %zu bytes has %zu: is it cut off?", frame, n % frame);
+    w->n = n / frame;
+    w->sample_rate = (int)f->sample_rate;
+    w->samples = xmalloc(w->n * sizeof *w->samples);
+    for (size_t i = 0; i < w->n; i++) {
+        double sum = 0;
+        for (unsigned c = 0; c < f->channels; c++, p += bytes) sum += (double)wav_sample(f, p);
+        w->samples[i] = (float)(sum / f->channels);
+        if (!isfinite(w->samples[i])) return fail(e, "sample %zu is %g; expected a finite number", i, (double)w->samples[i]);
+    }
+    return true;
+}
+
+// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one there: it then ends with the file.
+static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e) {
+    struct wav_format f = {0};
+    *w = (struct wav){0};
+    if (n < 12 || memcmp(p, "RIFF", 4) != 0 || memcmp(p + 8, "WAVE", 4) != 0)
+        return fail(e, "not a WAV file (%zu bytes): sox can make one", n);
+    for (size_t at = 12; n - at >= 8;) {
+        const uint8_t *chunk = p + at;
+        size_t size = load_u32(chunk + 4);
+        const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size >= 0x7ff00000;
+        at += 8;
+        if (is_data && unknown) size = n - at;
+        if (is_data && unknown && f.coding) size -= size % (f.bits / 8 * f.channels);
+        if (size > n - at) return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk, size, n - at);
+        if (memcmp(chunk, "fmt ", 4) == 0 && !wav_format_read(&f, chunk + 8, size, e)) return false;
+        if (is_data) return f.coding ? wav_data_read(w, &f, chunk + 8, size, e) : fail(e, "its data come before their format");
+        at += size;
+        at += size % 2 && at < n;  // chunks begin at even places
+    }
+    return fail(e, "it holds no chunk 'data'");
+}
+
+// How a clip is scaled before it is encoded. Its own span (minmax) is what SaShiMi's code takes, which moves silence away from 0; its
+// peak does not. A clip without any change is silence, of code 128, not 0 as by the formula.
+static struct clip_scale clip_scale(const float *x, size_t n, enum loudness loudness) {
+    double min = n ? (double)x[0] : 0, max = min;
+    for (size_t i = 0; i < n; i++) {
+        min = fmin(min, (double)x[i]);
+        max = fmax(max, (double)x[i]);
+    }
+    const double peak = fmax(fabs(min), fabs(max));
+    if (loudness == LOUDNESS_NONE || peak == 0) return FULL_SCALE;
+    if (loudness == LOUDNESS_PEAK) return (struct clip_scale){-peak, 2 * peak};
+    return min == max ? (struct clip_scale){min - 1, 2} : (struct clip_scale){min, max - min + 1e-6};
+}
+
+// The code of a sample x of a clip (SaShiMi's mu-law of 8 bits, with its epsilons; it is not G.711's), and back.
+static int32_t mu_law_encode(double x, const struct clip_scale *s) {
+    const double a = -1 + 2 * (x - s->low) / s->range, sign = (a > 0) - (a < 0);
+    const double companded = sign * log1p(255 * fabs(a + 1e-8)) / log(256);
+    const double code = (companded + 1) / 2 * 255.99 + 0.005;
+    return code < 0 ? 0 : code > 255 ? 255 : (int32_t)code;
+}
+
+static double mu_law_decode(int32_t code, const struct clip_scale *s) {
+    const double v = code / 128.0 - 1, a = copysign((pow(256, fabs(v)) - 1) / 255, v);
+    return s->low + (a + 1) / 2 * s->range;
+}
+
+enum sound_format { SOUND_WAV, SOUND_MU_LAW, SOUND_RAW };  // 16-bit PCM in a WAV file; 8-bit mu-law; 16-bit PCM without a header
+
+static void add_u32(struct buffer *b, uint32_t v) { buffer_add(b, &v, 4); }
+
+// Of n samples; -1: nobody knows how many.
+static void add_wav_header(struct buffer *b, enum sound_format format, int sample_rate, int64_t n) {
+    if (format == SOUND_RAW) return;
+    const bool mu_law = format == SOUND_MU_LAW;
+    const uint32_t bytes = mu_law ? 1 : 2, head = mu_law ? 4 + 8 + 18 + 8 + 4 + 8 : 4 + 8 + 16 + 8;
+    const bool known = n >= 0 && n * (int64_t)bytes + head + 1 <= UINT32_MAX;
+    const uint32_t data = known ? (uint32_t)n * bytes : UINT32_MAX, samples = known ? (uint32_t)n : UINT32_MAX;
+    buffer_add(b, "RIFF", 4);
+    add_u32(b, known ? head + data + data % 2 : UINT32_MAX);
+    buffer_add(b, "WAVEfmt ", 8);
+    add_u32(b, mu_law ? 18 : 16);
+    add_u32(b, (mu_law ? WAV_MU_LAW : WAV_PCM) | 1 << 16);  // one channel
+    add_u32(b, (uint32_t)sample_rate);
+    add_u32(b, (uint32_t)sample_rate * bytes);
+    add_u32(b, bytes | (8 * bytes) << 16);
+    if (mu_law) {           // what is not PCM has an extension, of no bytes here, and a count of samples
+        buffer_add(b, "\0\0fact", 6);
+        add_u32(b, 4);
+        add_u32(b, samples);
+    }
+    buffer_add(b, "data", 4);
+    add_u32(b, data);
+}
+
+static void add_sound(struct buffer *b, enum sound_format format, const uint8_t *codes, size_t n, const struct clip_scale *scale) {
+    for (size_t i = 0; i < n; i++) {
+        const double x = mu_law_decode(codes[i], scale) * 32768;
+        const int16_t sample = (int16_t)lrint(x < -32768 ? -32768 : x > 32767 ? 32767 : x);
+        const uint8_t byte = g711_encode(sample);
+        if (format == SOUND_MU_LAW) buffer_add(b, &byte, 1);
+        else buffer_add(b, &sample, 2);
+    }
+}
+
+#ifdef MAMBA_FUZZ
+// A WAV file from a stranger. What comes out is finite, and its codes are codes.
+static void fuzz_wav(const uint8_t *data, size_t n) {
+    struct wav w;
+    struct error e = {""};
+    bool ok = wav_parse(&w, data, n, &e);
+    if (ok == (e.text[0] != 0)) abort();  // refused without a word
+    for (int loudness = LOUDNESS_MINMAX; ok && loudness <= LOUDNESS_NONE; loudness++) {
+        const struct clip_scale scale = clip_scale(w.samples, w.n, (enum loudness)loudness);
+        for (size_t i = 0; i < w.n; i++) {
+            const int32_t code = mu_law_encode((double)w.samples[i], &scale);
+            if (code < 0 || code > 255 || !isfinite(mu_law_decode(code, &scale))) abort();
+        }
+    }
+    free(w.samples);
+}
+#endif
+
+// ====================================================================================================================
+// 13. Requests.
 // A request is a text that a command works on: of the command line, of a line of --jsonl, of a record of --fasta. Here is
-// what it is made from and how it is answered. Calls everything above; called by section 13.
+// what it is made from and how it is answered. Calls everything above; called by section 14.
 // ====================================================================================================================
 
 enum command { GENERATE, SCORE, EMBED, CLASSIFY, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
 
 static const char *const command_names[N_COMMANDS] = {"generate", "score", "embed", "classify", "tokenize", "bench", "inspect"};
 
-enum source { FROM_TEXT, FROM_FILE, FROM_IDS };  // -p, -f, --ids
+enum source { FROM_TEXT, FROM_FILE, FROM_IDS, FROM_WAV };  // -p, -f, --ids, --wav
 
 struct input {              // one text of the command line, in its order
     enum source source;
@@ -5484,7 +5694,10 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     const char *model;
     struct input *inputs;   // [n_inputs], owned
     int n_inputs;
+    bool input_implied;     // standard input, which nobody named
     struct settings settings;  // owner of stops
+    float seconds;          // of sound; 0: settings.n_predict samples
+    const char *sound_format;
     int n_threads, ubatch, n_parallel;  // n_parallel 0: as many as the input is worth
     bool seed_given;
     bool ignore_eos, print_ids, parse_special, quiet;
@@ -5517,8 +5730,12 @@ struct base {               // what requests continue: a text that was read once
 };
 
 struct session {            // what every command that runs a model has open
-    const struct options *o;
-    struct outfile out;     // the one file that the command writes; standard output when it writes none
+    const struct options *o;  // own
+    struct options own;     // the command line, with defaults that depend on the model
+    struct outfile out;     // the file that the command writes; standard output when it writes none
+    struct outfile state;   // of --save-state
+    bool sound;             // the command writes sound, in this format
+    enum sound_format sound_format;
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
@@ -5585,11 +5802,12 @@ static void check_finite(const struct session *s, float max_logit, int64_t posit
 struct progress {
     const char *what;
     double start, shown;
+    double sample_rate;        // of sound that is being made; 0: none
     bool on, visible;
 };
 
 static struct progress progress_new(const char *what, bool quiet) {
-    return (struct progress){what, now_seconds(), 0, !quiet && isatty(STDERR_FILENO), false};
+    return (struct progress){.what = what, .start = now_seconds(), .on = !quiet && isatty(STDERR_FILENO)};
 }
 
 static void progress_clear(struct progress *p) {
@@ -5606,7 +5824,9 @@ static void progress_show(struct progress *p, double fraction, int64_t n_request
     fprintf(stderr, "\r%s", p->what);
     if (fraction >= 0) fprintf(stderr, " %3d %%", (int)(100 * fraction));
     if (n_requests >= 0) fprintf(stderr, " %" PRId64 " requests", n_requests);
-    fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
+    if (p->sample_rate > 0)
+        fprintf(stderr, " %.0f samples/s, %.2f times real time  ", (double)n_tokens / elapsed, (double)n_tokens / elapsed / p->sample_rate);
+    else fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
 }
 
 // ---- Reading texts ----
@@ -5662,8 +5882,32 @@ static bool read_text(const struct session *s, struct str text, bool continues, 
 }
 
 // Appends the tokens of one input of the command line.
-static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct error *e) {
+// The samples of a WAV file, behind the token that begins a clip.
+static bool read_clip(const struct session *s, const char *path, bool continues, struct ids *out, struct clip_scale *scale, struct error *e) {
+    const struct config *c = &s->model.c;
+    struct buffer b = {0};
+    struct error inner = {""};
+    struct wav w = {0};
+    if (!c->sample_rate) return fail(e, "%s is no audio model: --wav does not apply", s->o->model);
+    const char *name = strcmp(path, "-") == 0 ? "standard input" : path;
+    bool ok = read_all(path, &b, e);
+    if (ok && !wav_parse(&w, (const uint8_t *)b.p, b.n, &inner)) ok = fail(e, "%s: %s", name, inner.text);
+    free(b.p);
+    if (ok && w.sample_rate != c->sample_rate)
+        ok = fail(e, "%s has %d samples a second, the model %d; convert it: sox %s -r %d OUT.wav", name, w.sample_rate, c->sample_rate, path, c->sample_rate);
+    if (ok) *scale = clip_scale(w.samples, w.n, c->loudness);
+    if (ok && !continues) ids_add(out, c->start_token);
+    for (size_t i = 0; ok && i < w.n; i++) ids_add(out, mu_law_encode((double)w.samples[i], scale));
+    free(w.samples);
+    return ok;
+}
+
+// scale: of a clip, where the input is one.
+static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct clip_scale *scale,
+                       struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
+    if (in->source == FROM_WAV) return read_clip(s, in->value, continues, out, scale, e);
+    if (s->model.c.sample_rate) return fail(e, "%s is an audio model: it reads --wav FILE, or codes with --ids", s->o->model);
     if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
     struct buffer b = {0};
     bool ok = need_tokenizer(s, e) && read_all(in->value, &b, e);
@@ -5752,7 +5996,7 @@ struct request {            // one text; owner of all it points to but seq, base
     char *line;             // bytes of stop texts
     struct settings settings;
     struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
-    size_t n_carried;       // of tokens: those that are not its own: the base's last one, or what begins a record
+    size_t n_carried;       // of tokens: those that are not its own: the base's last one, or what begins a record or clip
     size_t n_dropped;       // tokens before tokens.p[0] that were forgotten: those of a long record
     size_t n_feed, n_fed;   // tokens that are to be fed, and are; after them comes resume->pending, drawn from the logits
     bool streams;           // more tokens are to be read: the last one known is not fed before the next is
@@ -5761,6 +6005,7 @@ struct request {            // one text; owner of all it points to but seq, base
     struct sequence *seq;   // lent while it runs
     struct base *base;      // what it continues; NULL: nothing
     struct resume *resume;  // generate only
+    struct clip_scale scale;  // of the clip that it continues
     struct emitter text;    // generate: writes to body, or to out when that is text
     struct ids generated;   // generate --jsonl --print-ids: the answer
     int64_t n_out_ids;      // generate --print-ids: ids written
@@ -5789,6 +6034,7 @@ static struct request *request_new(const struct session *s, struct base *base) {
     if (defaults->n_stops)
         memcpy(r->settings.stops, defaults->stops, (size_t)defaults->n_stops * sizeof *r->settings.stops);
     r->base = base;
+    r->scale = base && base->resume ? base->resume->scale : FULL_SCALE;
     if (base && base->last >= 0) ids_add(&r->tokens, base->last);
     r->n_carried = r->tokens.n;
     return r;
@@ -6070,7 +6316,7 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
 }
 
 // ====================================================================================================================
-// 13. Engine.
+// 14. Engine.
 // Up to -np requests run at once, each in a sequence of its own: a step gives every one its next tokens in one forward,
 // those that end leave, and others enter before the next step. Calls everything above; called by the commands.
 // ====================================================================================================================
@@ -6125,6 +6371,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     struct progress progress;
     int64_t n_requests, n_failed;  // ended
     int64_t n_fed, n_sampled;  // tokens
+    int64_t n_samples;      // of sound that were written
     double prompt_seconds, sample_seconds;  // of steps before and after something was first sampled
 };
 
@@ -6254,9 +6501,24 @@ static void remember(struct resume *r, int32_t token) {
     r->recent[r->n_recent++] = token;
 }
 
-// A token on its way out: as text, as an id, or kept for the answer.
-static void generate_write(const struct session *s, struct request *r, struct emitter *text, int32_t token) {
-    if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
+enum { SOUND_BLOCK = 256 };  // samples that are written together
+
+// The codes so far become sound; `all`, or there are enough of them.
+static void write_sound(struct engine *en, struct request *r, bool all) {
+    if (!r->body.n || (!all && r->body.n < SOUND_BLOCK)) return;
+    en->n_samples += (int64_t)r->body.n;
+    add_sound(&r->out, en->s->sound_format, (const uint8_t *)r->body.p, r->body.n, &r->resume->scale);
+    r->body.n = 0;
+}
+
+// A token on its way out: as text, as a sample, as an id, or kept for the answer.
+static void generate_write(struct engine *en, struct request *r, struct emitter *text, int32_t token) {
+    const struct session *s = en->s;
+    const char code = (char)token;
+    if (s->sound) {
+        buffer_add(&r->body, &code, 1);
+        write_sound(en, r, false);
+    } else if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
     else if (s->o->print_ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
     else if (token >= s->tokenizer.n_tokens || s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, token_text(s, token));
 }
@@ -6268,21 +6530,30 @@ static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     struct buffer *to = s->o->jsonl || writes_fasta(s->o) ? &r->body : &r->out;
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
-    if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
+    if (s->model.c.sample_rate) first = s->model.c.start_token;
+    if (!s->o->print_ids && !s->sound && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
     if (s->base) *r->resume = *s->base->resume;
+    r->resume->scale = r->scale;
     r->resume->n_pending = 0;  // it is the first of r->tokens
     // Nothing to begin from: the token that begins a text, or the one that separates texts.
     if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
     if (!r->tokens.n && first < 0)
         return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
-    if (!r->tokens.n) ids_add(&r->tokens, first);
+    if (!r->tokens.n) {
+        ids_add(&r->tokens, first);
+        if (s->model.c.sample_rate) r->n_carried = 1;
+    }
     r->n_feed = r->tokens.n;
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
+    if (s->sound) {
+        const int64_t echoed = r->settings.echo ? (int64_t)(r->tokens.n - r->n_carried) : 0;
+        add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate, r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
+    }
     r->text = (struct emitter){.to = to, .stops = r->settings.stops, .n_stops = r->settings.n_stops};
     if (r->settings.echo) {
         struct emitter echo = {.to = to};  // stop texts do not apply to the prompt
-        for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(s, r, &echo, r->tokens.p[i]);
+        for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(en, r, &echo, r->tokens.p[i]);
         if (echo.held.n) emit_bytes(&echo, echo.held.n);
         free(echo.held.p);
     }
@@ -6311,7 +6582,7 @@ static void generate_token(struct engine *en, struct request *r, int32_t token) 
     r->n_generated++;
     en->n_sampled++;
     bool eos = s->has_tokenizer && token == s->tokenizer.eos;
-    if (!eos) generate_write(s, r, &r->text, token);
+    if (!eos) generate_write(en, r, &r->text, token);
     if (eos || r->text.stopped) r->finish_reason = "stop";
     else if (r->settings.n_predict >= 0 && r->n_generated >= r->settings.n_predict) r->finish_reason = "length";
 }
@@ -6324,7 +6595,9 @@ static void generate_end(struct engine *en, struct request *r) {
     if (keep) memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);
     r->resume->n_bytes = (int)keep;
     if (!text->stopped && text->held.n > keep) emit_bytes(text, text->held.n - keep);
-    if (en->s->o->jsonl) {
+    if (en->s->sound) {
+        write_sound(en, r, true);
+    } else if (en->s->o->jsonl) {
         buffer_printf(&r->answer, en->s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
         if (en->s->o->print_ids) add_json_ids(&r->answer, &r->generated);
         else add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
@@ -6633,13 +6906,16 @@ static struct request *next_input_request(struct engine *en) {
     if (en->no_more) return NULL;
     struct request *r = request_new(s, s->base);
     struct buffer id = {0};
-    bool named = !together && o->inputs[en->next_input].source == FROM_FILE && strcmp(o->inputs[en->next_input].value, "-") != 0;
+    const enum source source = together ? FROM_TEXT : o->inputs[en->next_input].source;
+    bool named = (source == FROM_FILE || source == FROM_WAV) && strcmp(o->inputs[en->next_input].value, "-") != 0;
     if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
     else buffer_printf(&id, "%d", en->next_input + 1);
     r->id = id.p;
     do {
         bool continues = s->base || (together && en->next_input > 0);
-        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->error);
+        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->scale, &r->error);
+        if (en->next_input < o->n_inputs && o->inputs[en->next_input].source == FROM_WAV && !continues && r->tokens.n)
+            r->n_carried = 1;  // what begins a clip is no sample of it
         en->next_input++;
     } while (together && en->next_input < o->n_inputs);
     return r;
@@ -7082,12 +7358,14 @@ static double engine_fraction(const struct engine *en) {
         return en->input_size ? (double)done / (double)en->input_size : -1;
     }
     if (!r || !r->tokens.n) return -1;
+    if (en->s->sound && en->n_sampled)
+        return r->settings.n_predict > 0 ? (double)r->n_generated / (double)r->settings.n_predict : -1;
     return ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / (o->command == GENERATE ? 1 : o->n_inputs);
 }
 
 static void engine_progress(struct engine *en) {
     const struct options *o = en->s->o;
-    if (o->command == GENERATE && !o->jsonl && en->n_sampled) return;  // the text itself shows how far it is
+    if (o->command == GENERATE && !o->jsonl && !en->s->sound && en->n_sampled) return;  // the text itself shows how far it is
     progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, en->n_fed + en->n_sampled);
 }
 
@@ -7109,8 +7387,8 @@ static void engine_run(struct engine *en) {
 }
 
 // ====================================================================================================================
-// 14. Commands.
-// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 16. Standard output carries
+// 15. Commands.
+// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 17. Standard output carries
 // data only; what is for people goes to standard error.
 // ====================================================================================================================
 
@@ -7241,7 +7519,7 @@ static bool sandbox_sockets(void) {
 
 // From here on the process can open the files that its command line names, and nothing else: no file, no socket. Called
 // before anything of a model or request is looked at, when the output is open, and before any thread is started.
-static void sandbox_enter(const struct options *o, const struct outfile *out) {
+static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
     long abi = syscall(LANDLOCK_CREATE_RULESET, NULL, (size_t)0, 1);  // the kernel's version of the interface
     if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
     uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows
@@ -7249,15 +7527,16 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta, o->bed, o->vcf};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
     for (int i = 0; i < o->n_inputs; i++)
-        if (o->inputs[i].source == FROM_FILE) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
+        if (o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
     for (int i = 0; i < 3; i++) {
         char path[PATH_MAX + 64];
         if (default_tokenizer_path(o, i, path, sizeof path)) sandbox_allow(ruleset, path, FILES_READ);
     }
-    if (out->temporary) {  // its folder, where it gets its name: not to open what is there
+    for (int i = 0; i < 2; i++) {  // their folders, where they get their names: not to open what is there
+        const char *temporary = i ? state->temporary : out->temporary, *slash = temporary ? strrchr(temporary, '/') : NULL;
         char folder[PATH_MAX];
-        const char *slash = strrchr(out->temporary, '/');
-        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - out->temporary) + 1 : 1, slash ? out->temporary : ".");
+        if (!temporary) continue;
+        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - temporary) + 1 : 1, slash ? temporary : ".");
         sandbox_allow(ruleset, folder, FILES_READ_DIR | FILES_REMOVE | FILES_MAKE);
     }
     if (ruleset < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0 ||
@@ -7266,25 +7545,53 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     close(ruleset);
 }
 #else
-static void sandbox_enter(const struct options *o, const struct outfile *out) {
-    (void)o;
-    (void)out;
+static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
+    (void)o, (void)out, (void)state;
     die("--sandbox needs Linux");
 }
 #endif
 
+// Defaults that depend on the model: llama.cpp's for text; for sound those of the paper's experiments, which sample from the model
+// as it is.
+static void fill_defaults(struct session *s) {
+    struct options *o = &s->own;
+    struct sampling *how = &o->settings.sampling;
+    const bool audio = s->model.c.sample_rate != 0;
+    if (isnan(how->temperature)) how->temperature = audio ? 1.0f : 0.8f;
+    if (how->top_k < 0) how->top_k = audio ? 0 : 40;
+    if (isnan(how->top_p)) how->top_p = audio ? 1.0f : 0.95f;
+    if (isnan(how->min_p)) how->min_p = audio ? 0.0f : 0.05f;
+    if (!audio && (o->seconds > 0 || o->sound_format)) die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
+    if (o->settings.n_predict < -1) {
+        const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
+        o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)n;
+    }
+    if (audio && o->input_implied) o->n_inputs = 0;
+    if (audio && !o->n_inputs && o->command != GENERATE && !o->jsonl) die("%s: no sound; use --wav FILE", command_names[o->command]);
+    if (audio && o->layer >= 0) die("--layer does not apply to an audio model: its layers have different rates");
+    if (!audio || o->command != GENERATE || o->print_ids) return;
+    if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
+    if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
+    if (o->settings.n_stops) die("--stop does not apply to sound");
+    s->sound = true;
+    s->sound_format = !o->sound_format || strcmp(o->sound_format, "wav") == 0 ? SOUND_WAV : strcmp(o->sound_format, "raw") == 0 ? SOUND_RAW : SOUND_MU_LAW;
+}
+
 // output: the file that the command writes besides standard output; NULL: none.
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
-    *s = (struct session){.o = o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    *s = (struct session){.own = *o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    s->o = &s->own;
     catch_signals(end_at_once);
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
-    if (o->sandbox) sandbox_enter(o, &s->out);
+    if (o->save_state && !outfile_open(&s->state, o->save_state, &e)) die("%s", e.text);
+    if (o->sandbox) sandbox_enter(o, &s->out, &s->state);
     if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
+    fill_defaults(s);
     mapped = &s->model.file;
     struct sigaction action = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &action, NULL);
-    open_tokenizer(s);
+    if (!s->model.c.sample_rate) open_tokenizer(s);
     s->banned = banned_tokens(s);
     s->tokenizer.keep_case = o->case_sensitive;
     const bool is_dna = s->has_tokenizer && (s->tokenizer.nucleotides || o->fasta);
@@ -7294,6 +7601,7 @@ static void open_session(struct session *s, const struct options *o, const char 
 static void close_session(struct session *s) {
     mapped = NULL;
     if (s->out.temporary) outfile_discard(&s->out);  // it has not become whole
+    if (s->state.temporary) outfile_discard(&s->state);
     base_free(s->base);
     free(s->banned.p);
     tokenizer_close(&s->tokenizer);
@@ -7313,6 +7621,7 @@ static void read_base(struct session *s, struct context *ctx) {
     if (!o->load_state && !o->prefix) return;
     struct sequence *base = context_sequence(ctx);
     struct resume *r = xcalloc(1, sizeof *r);
+    r->scale = FULL_SCALE;
     if (o->load_state) {
         sequence_fetch(base, &s->model.c);
         if (!state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
@@ -7343,7 +7652,7 @@ static int64_t bound_tokens(const struct options *o) {
     if (o->jsonl || o->prefix || o->fasta) return o->ubatch;
     for (int i = 0; i < o->n_inputs; i++) {
         const char *value = o->inputs[i].value;
-        if (o->inputs[i].source != FROM_FILE) n += (int64_t)strlen(value);
+        if (o->inputs[i].source == FROM_TEXT || o->inputs[i].source == FROM_IDS) n += (int64_t)strlen(value);
         else n += strcmp(value, "-") != 0 && stat(value, &st) == 0 && S_ISREG(st.st_mode) ? st.st_size : o->ubatch;
         if (n > o->ubatch) return o->ubatch;
     }
@@ -7402,7 +7711,8 @@ static struct engine *open_engine(struct session *s, FILE *output) {
     if (o->fasta) open_fasta(en);
     catch_signals(on_signal);
     read_base(s, en->ctx);
-    en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
+    en->progress = progress_new(o->command == GENERATE && !o->jsonl && !s->sound ? "prompt" : command_names[o->command], o->quiet);
+    en->progress.sample_rate = s->model.c.sample_rate;
     return en;
 }
 
@@ -7433,12 +7743,39 @@ static void say_unwritten(const struct engine *en) {
 
 // ---- generate ----
 
+// What is written at the end of sound: a file's header says how much of it there is, also when fewer samples came than were to.
+static void finish_sound(const struct session *s, int64_t n) {
+    struct buffer header = {0};
+    add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
+    if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, s->out.f);  // chunks have an even length
+    if (s->out.f != stdout && fflush(s->out.f) == 0 && fseeko(s->out.f, 0, SEEK_SET) == 0) {
+        fwrite(header.p, 1, header.n, s->out.f);
+        fseeko(s->out.f, 0, SEEK_END);
+    }
+    free(header.p);
+}
+
+static void say_generated(const struct engine *en) {
+    const struct options *o = en->s->o;
+    const double speed = en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0;
+    const int rate = en->s->model.c.sample_rate;
+    if (o->quiet || o->jsonl || en->n_failed) return;
+    if (rate)
+        fprintf(stderr, "mamba: prompt %" PRId64 " samples, generated %" PRId64 ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %"
+                PRIu64 "\n", en->n_fed, en->n_sampled, (double)en->n_sampled / rate, speed, speed / rate, o->settings.sampling.seed);
+    else
+        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
+                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
+}
+
 static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
-    const bool to_file = o->fasta_out && strcmp(o->fasta_out, "-") != 0;
-    open_session(&s, o, to_file ? o->fasta_out : o->save_state);
+    const char *output = o->fasta_out ? o->fasta_out : o->output;
+    const bool to_file = output && strcmp(output, "-") != 0;
+    open_session(&s, o, to_file ? output : NULL);
     if (o->fasta_out) need_letters(&s, "--fasta-out");
+    if (s.sound && !to_file && isatty(STDOUT_FILENO)) die("sound is no text for a terminal: use -o FILE, or a pipe");
     struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
@@ -7448,16 +7785,15 @@ static int command_generate(const struct options *o) {
         en->n_running = 0;  // it was the only one
         write_answers(en);
     }
-    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');
+    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !to_file && !s.sound && !en->reader_gone && isatty(STDOUT_FILENO))
+        putchar('\n');
+    if (s.sound && !en->n_failed && !en->reader_gone) finish_sound(&s, en->n_samples);
     if (!en->reader_gone) check_stdout();
-    if (!o->quiet && !o->jsonl && !en->n_failed)
-        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
-                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled,
-                en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0, o->settings.sampling.seed);
+    say_generated(en);
     if (en->kept) {
         sequence_fetch(en->kept, &s.model.c);
-        state_write(&s.out, &s.model, en->kept, en->kept_resume);
-        if (!outfile_commit(&s.out, &e)) die("%s", e.text);
+        state_write(&s.state, &s.model, en->kept, en->kept_resume);
+        if (!outfile_commit(&s.state, &e)) die("%s", e.text);
     }
     if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
     else if (to_file && !outfile_commit(&s.out, &e)) die("%s", e.text);
@@ -7545,7 +7881,7 @@ static bool read_ids(const struct session *s, const struct input *in, struct ids
 static int command_tokenize(const struct options *o) {
     struct error e = {""};
     struct session s = {.o = o, .has_tokenizer = true};
-    if (o->sandbox) sandbox_enter(o, &s.out);
+    if (o->sandbox) sandbox_enter(o, &s.out, &s.state);
     if (!gguf_open(&s.model.file, o->tokenizer ? o->tokenizer : o->model, &e)) die("%s", e.text);
     const struct gguf *g = &s.model.file;
     if (gguf_has_tokenizer(g)) {
@@ -7562,7 +7898,7 @@ static int command_tokenize(const struct options *o) {
     for (int i = 0; i < o->n_inputs; i++) {
         struct ids ids = {0};
         const struct input *in = &o->inputs[i];
-        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, &e))) die("%s", e.text);
+        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, NULL, &e))) die("%s", e.text);
         if (o->decode) print_decoded(&s.tokenizer, &ids);
         else {
             for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
@@ -7610,7 +7946,7 @@ static int command_inspect(const struct options *o) {
     struct gguf g;
     struct error e = {""};
     struct buffer out = {0};
-    if (o->sandbox) sandbox_enter(o, &(struct outfile){0});
+    if (o->sandbox) sandbox_enter(o, &(struct outfile){0}, &(struct outfile){0});
     if (!gguf_open(&g, o->model, &e)) die("%s", e.text);
     buffer_printf(&out, "file\t%s\nbytes\t%zu\nversion\t%" PRIu32 "\n", o->model, g.size, g.version);
     for (uint64_t i = 0; i < g.n_kv; i++) {
@@ -7657,8 +7993,8 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 15. Bench.
-// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 16.
+// 16. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 17.
 // ====================================================================================================================
 
 enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
@@ -8073,9 +8409,9 @@ static int command_bench(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 16. Command line.
+// 17. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls sections 14 and 15.
+// from the same table. Calls sections 15 and 16.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
@@ -8101,7 +8437,7 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, OPERATION, HELP, VERSION };
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, INPUT_WAV, STOP_TEXT, OPERATION, HELP, VERSION };
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
@@ -8114,16 +8450,22 @@ static const struct option {
     {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
     {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
+    {NULL, "--wav", "FILE", "the text is sound, of an audio model; - is standard input; may be repeated", INPUT_WAV,
+     ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
-    {"-n", "--n-predict", "N", "tokens to generate (128); -1: to the end of the text", INTEGER, ON(GENERATE),
+    {"-n", "--n-predict", "N", "tokens to generate (128; of sound 5 seconds); -1: to the end of the text", INTEGER, ON(GENERATE),
      FIELD(settings.n_predict), -1, 1e9},
+    {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
+    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output), 0, 0},
+    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
+     ON(GENERATE), FIELD(sound_format), 0, 0},
     {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
-    {NULL, "--temp", "T", "temperature (0.8); 0: always the likeliest token", NUMBER, ON(GENERATE),
+    {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
-    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
-    {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95); 1: all", NUMBER, ON(GENERATE),
+    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
+    {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95; of sound 1); 1: all", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.top_p), 0, 1},
-    {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05)", NUMBER, ON(GENERATE),
+    {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05; of sound 0)", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.min_p), 0, 1},
     {NULL, "--repeat-penalty", "X", "make tokens that came lately less likely (1.0: off)", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.repeat_penalty), 0.01, 100},
@@ -8253,6 +8595,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case INPUT_TEXT: add_input(o, FROM_TEXT, value); break;
     case INPUT_FILE: add_input(o, FROM_FILE, value); break;
     case INPUT_IDS: add_input(o, FROM_IDS, value); break;
+    case INPUT_WAV: add_input(o, FROM_WAV, value); break;
     case STOP_TEXT:
         if (!*value) usage_error("--stop: the text is empty");
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
@@ -8289,6 +8632,8 @@ static const struct option *find_option(const char *arg, enum command command, c
 static void default_input(struct options *o) {
     bool continues = o->load_state && o->command == GENERATE && !o->jsonl;
     if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || continues) return;
+    if (o->command == GENERATE && (o->seconds > 0 || o->sound_format)) return;  // sound, which needs no prompt
+    o->input_implied = !o->jsonl;
     if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
@@ -8303,6 +8648,7 @@ static void check_options(struct options *o) {
     if (cuda && o->bench_scan) usage_error("--op scan does not apply with --device cuda");
     int from_stdin = 0;
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
+    for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_WAV && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
     if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
     const char *files[] = {o->save_state, o->logits, o->track}, *names[] = {"--save-state", "--logits", "--track"};
@@ -8312,7 +8658,7 @@ static void check_options(struct options *o) {
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
-                            : o->command == EMBED && o->output ? "--output" : NULL;
+                            : o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
     const char *of_fasta = o->bed ? "--bed" : o->vcf ? "--vcf" : o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
     if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);
@@ -8326,6 +8672,11 @@ static void check_options(struct options *o) {
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
+    if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
+    if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
+    const char *sound = o->sound_format;
+    if (sound && strcmp(sound, "wav") != 0 && strcmp(sound, "mulaw") != 0 && strcmp(sound, "raw") != 0)
+        usage_error("--sound-format %s: expected wav, mulaw or raw", sound);
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
@@ -8383,8 +8734,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 static struct options default_options(void) {
     return (struct options){
         .ubatch = 512, .pool = "last", .layer = -1, .bench_format = "md", .repeats = 3,
-        .settings = {.n_predict = 128, .logprobs = -1,
-                     .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f,
+        .settings = {.n_predict = -2, .logprobs = -1,  // -2, NaN and top_k -1: fill_defaults() knows
+                     .sampling = {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repeat_penalty = 1.0f,
                                   .repeat_last_n = 64}}};
 }
 

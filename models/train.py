@@ -876,12 +876,8 @@ class Mamba(nn.Module):
 
     def classify(self, ids):
         """Logits [batch, n_labels]: the classifier reads the last position (E.3.4)."""
-        return self.classify_prefixes(ids, ids.shape[1])[:, -1]
+        return self.hidden(ids)[:, -1].float() @ self.score.weight.t()
 
-    def classify_prefixes(self, ids, step):
-        """Logits [batch, time / step, n_labels] of the windows that end at every step-th position: all of them in one pass, since the
-        model is causal."""
-        return self.hidden(ids)[:, step - 1::step].float() @ self.score.weight.t()
 
 
 @dataclasses.dataclass
@@ -1126,10 +1122,15 @@ class SpeciesTask(Task):
 
     @staticmethod
     def loss(model, batch):
-        """Of every 128th prefix of each window, which is a window itself: the last position alone gives little to learn from."""
+        """Of the species, which is asked for at every 128th position: each prefix of a window is a window, and the last position
+        alone gives little to learn from. Beside it the loss of the next nucleotide, or the model does not come to know the
+        genomes' differences."""
         ids, labels = batch
-        logits = model.classify_prefixes(ids, math.gcd(ids.shape[1], 128))
-        return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]))
+        hidden, target = model.hidden(ids), ids[:, 1:].masked_fill(ids[:, 1:] == N, -100)
+        step = math.gcd(ids.shape[1], 128)
+        logits = hidden[:, step - 1::step].float() @ model.score.weight.t()
+        return (F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1])) +
+                model.ops.cross_entropy(hidden[:, :-1].flatten(0, 1), model.backbone.embeddings.weight, target.flatten()))
 
     @staticmethod
     def in_unit(nats):
@@ -1332,7 +1333,7 @@ class Run:
 
 def comparable(options):
     """The options that decide the result; another value of one of them would not be the same run."""
-    free = ("command", "data", "out", "resume", "eval_every", "save_every", "threads", "start", "ops", "precision", "stop_at", "steps")
+    free = ("command", "data", "out", "resume", "eval_every", "save_every", "threads", "start", "ops", "precision", "stop_at", "steps", "keep")
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
@@ -1343,7 +1344,7 @@ def evaluate(run, out):
         if kind == "average":
             run.swap_average()
         scores[kind] = run.task.scores(run.model, "valid")
-        if scores[kind][run.task.chooses] < run.best:
+        if scores[kind][run.task.chooses] < run.best or (run.o.keep == "last" and kind == "average"):
             run.best = scores[kind][run.task.chooses]
             write_atomically(out / "best.pt", {
                 "task": run.task.name, "model": run.model.state_dict(), "step": run.step, "kind": kind,
@@ -1615,6 +1616,8 @@ def main():
         add("--clip", type=float, default=1.0, help="norm of the gradient")
         add("--ema", type=float, default=0.998, help="decay of the averaged weights")
         add("--seed", type=int, default=0)
+        add("--keep", choices=["best", "last"], default="last" if command is species else "best",
+            help="which weights become the model: those with the lowest held-out loss, or the averaged ones at the end")
         add("--eval-every", type=int, default=100, help="steps")
         add("--save-every", type=int, default=100, help="steps")
         add("--stop-at", type=int, default=0, help="stop after this step, for a later --resume (0: do not)")

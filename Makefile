@@ -1,5 +1,6 @@
 # make            builds ./mamba (CPU)
 # make demo       builds it and tells a story
+# make demo-dna   scores, classifies and draws the DNA of models/demo.fa
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
 # make fuzz       mutated files and requests in every parser, SECONDS=60 each     (clang with libFuzzer)
@@ -27,6 +28,9 @@ mamba: mamba.c Makefile
 
 demo: mamba
 	./mamba models/tales.bin -p "Once upon a time" -n 300 --temp 0.6 -s 21 --echo
+
+demo-dna: mamba
+	models/demo_dna.sh
 
 test: mamba tests/unit $(VENV)/quick
 	$(VENV)/bin/python tests/run.py quick
@@ -63,4 +67,4 @@ install: mamba
 clean:
 	rm -f mamba tests/unit
 
-.PHONY: all demo test check fuzz bench install clean
+.PHONY: all demo demo-dna test check fuzz bench install clean

@@ -191,9 +191,9 @@ def config_unet(c, path):
     config = UNetConfig(**{key: value for key, value in c.items() if key != "model_type"})
     kinds = [[ssm, numbers] for ssm in ("s4", "s6") for numbers in ("real", "complex")]
     words = {"discretization": ("zoh", "delta_b"), "norm": ("layernorm", "rmsnorm"), "normalization": ("minmax", "peak", "none")}
-    for key in ("d_model", "n_blocks", "sample_rate", "d_state", "d_conv", "expand"):
+    for key in ("d_model", "n_blocks", "sample_rate", "d_state", "d_conv", "expand", "vocab_size", "start_token"):
         value = getattr(config, key)
-        if not isinstance(value, int) or not 0 < value < 2**24:
+        if type(value) is not int or not (key != "start_token") <= value < 2**24:
             raise ConvertError(f"{path}: {key} is {value!r}, expected a positive integer")
     for key, allowed in words.items():
         if getattr(config, key) not in allowed:

@@ -223,7 +223,7 @@ struct sequence {              // one stream of tokens; owner of its buffers
     float *ssm;                // of each layer: [d_inner/16][d_state][R][16], h of equation 2a
     float *pool;               // of each pooling of a U-Net: struct pooling
     int64_t n_past;            // tokens consumed
-    struct device *device;     // the GPU that holds both buffers, in its slot; they are not here then. NULL: the CPU
+    struct device *device;     // the GPU that holds the buffers, in its slot; they are not here then. NULL: the CPU
     int slot;
 };
 
@@ -962,14 +962,17 @@ static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
 // sections 1 and 2; called by the commands.
 // ====================================================================================================================
 
-// One of the words, as its place among them; -1: the value is none of them.
-static int gguf_word(const struct gguf *g, const char *key, const char *const *words, int otherwise) {
-    struct str s;
-    if (!gguf_find(g, key)) return otherwise;
-    if (!gguf_str(g, key, &s)) return -1;
+static int word_among(struct str s, const char *const *words) {
     for (int i = 0; words[i]; i++)
         if (str_is(s, words[i])) return i;
     return -1;
+}
+
+// The value of a key as its place among the words; -1: it is none of them.
+static int gguf_word(const struct gguf *g, const char *key, const char *const *words, int otherwise) {
+    struct str s;
+    if (!gguf_find(g, key)) return otherwise;
+    return gguf_str(g, key, &s) ? word_among(s, words) : -1;
 }
 
 // What an audio U-Net has besides (section 4.4 of the paper, E.4): levels, each half as many times as wide as the one before it.
@@ -979,8 +982,10 @@ static bool unet_config_read(const struct gguf *g, struct config *c, struct erro
     int64_t rate = 0, start = -1, n_blocks = 0, tokens_a_step = 1;
     if (n_pools < 1 || gguf_ints(g, "mamba.unet.time_step_ranks", ranks, MAX_LEVELS) != n_pools + 1)
         return fail(e, "expected 1 to %d numbers in 'mamba.unet.pool', and one more in 'mamba.unet.time_step_ranks'", MAX_POOLS);
-    if (!gguf_int(g, "mamba.unet.blocks_per_stage", &n_blocks) || n_blocks < 1 || n_blocks * (2 * n_pools + 1) != c->n_layer)
+    if (!gguf_int(g, "mamba.unet.blocks_per_stage", &n_blocks) || n_blocks < 1 || n_blocks > c->n_layer || n_blocks * (2 * n_pools + 1) != c->n_layer)
         return fail(e, "mamba.unet.blocks_per_stage is %" PRId64 "; %d blocks in %d stages were expected", n_blocks, c->n_layer, 2 * n_pools + 1);
+    if (ranks[0] != c->dt_rank || c->dt_b_c_rms)
+        return fail(e, "a U-Net's mamba.ssm.time_step_rank is its first time_step_ranks, %d, and it has no norms of dt, B and C", ranks[0]);
     for (int i = 0; i <= n_pools; i++) {
         if (ranks[i] < 1 || ranks[i] > 1 << 20 || c->d_inner > (1 << 20) >> i || c->d_model > (1 << 20) >> i)
             return fail(e, "level %d of the U-Net is wider than %d, or its time_step_rank %d is none", i, 1 << 20, ranks[i]);
@@ -1151,9 +1156,10 @@ static void bind_a(struct binder *b, struct layer *l, const char *name, const st
             a2[to] = *from * 0x1.715476p+0f;
             if (l->is_complex) a2[to + 16] = (float)((double)im * 0.15915494309189535);
             if (!inverse) continue;
-            if (squared < 1e-20) set_error(b->error, "tensor '%s' holds a zero at [%zu, %zu], which zero-order hold divides by", name, ch, n);
             inverse[to] = (float)((double)*from / squared);
             if (l->is_complex) inverse[to + 16] = (float)(-(double)im / squared);
+            if (!isfinite(inverse[to]) || (l->is_complex && !isfinite(inverse[to + 16])))
+                set_error(b->error, "tensor '%s' holds nearly 0 at [%zu, %zu], which zero-order hold divides by", name, ch, n);
         }
     l->a2 = a2;
     l->a_inverse = inverse;
@@ -1180,8 +1186,10 @@ static void bind_fixed(struct binder *b, struct layer *l, const char *const name
             decay[to] = (float)creal(power);
             weight[to] = (float)creal(w);
             if (l->is_complex) decay[to + 16] = (float)cimag(power), weight[to + 16] = (float)cimag(w);
-            if (!isfinite(cabs(power)) || !isfinite(cabs(w)) || cabs(power) > 1)
-                set_error(b->error, "tensor '%s' gives a state that grows, at [%zu, %zu]; expected a negative real part", names[0], ch, n);
+            if (creal(v[0]) > 0)
+                set_error(b->error, "tensor '%s' has a positive real part at [%zu, %zu]: its state would grow without end", names[0], ch, n);
+            if (!isfinite(weight[to]) || !isfinite(weight[to + 16 * (parts - 1)]))
+                set_error(b->error, "tensor '%s' gives a state that is no finite number, at [%zu, %zu]", names[2], ch, n);
         }
     }
     for (int i = 0; i < 3; i++) free(abc[i]);
@@ -1334,7 +1342,8 @@ static bool model_bind(struct model *m, struct error *e) {
     if (e->text[0]) return false;
     m->arena = xcalloc(b.used, sizeof *m->arena);
     b = (struct binder){g, m->arena, 0, e};
-    bind_all(&b, m);
+    bind_all(&b, m);        // values are looked at only now
+    if (e->text[0]) return false;
     m->fingerprint = model_fingerprint(g);
     return true;
 }
@@ -3655,7 +3664,7 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
                     c->d_inner, c->d_state, c->d_conv);
     if (h.fingerprint != m->fingerprint) return fail(e, "the state of another model file with the same shape");
     if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3 ||
-        !isfinite(h.scale.low) || !(h.scale.range >= 0 && h.scale.range < 1e9))
+        !isfinite(h.scale.low) || !isfinite(h.scale.range))
         return fail(e, "the state file's header is damaged");
     size_t expected = sizeof h + 4 * (h.n_recent + state_floats(m)) + 8;
     if (n != expected || h.file_bytes != n)
@@ -4628,7 +4637,7 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
         sequence_free(s);
         context_free(ctx);
     }
-    if (!ok && !e.text[0]) abort();  // refused without a word
+    if (ok == (e.text[0] != 0)) abort();  // refused without a word, or accepted with one
     m.file.map = NULL;               // not mapped
     model_close(&m);
 }
@@ -5573,7 +5582,7 @@ static bool wav_data_read(struct wav *w, const struct wav_format *f, const uint8
     return true;
 }
 
-// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one there: it then ends with the file.
+// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one there, or 0: it then ends with the file.
 static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e) {
     struct wav_format f = {0};
     *w = (struct wav){0};
@@ -5582,8 +5591,8 @@ static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e
     for (size_t at = 12; n - at >= 8;) {
         const uint8_t *chunk = p + at;
         size_t size = load_u32(chunk + 4);
-        const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size >= 0x7ff00000;
         at += 8;
+        const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size == 0 || (size >= 0x7ff00000 && size > n - at);
         if (is_data && unknown) size = n - at;
         if (is_data && unknown && f.coding) size -= size % (f.bits / 8 * f.channels);
         if (size > n - at) return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk, size, n - at);
@@ -5623,6 +5632,8 @@ static double mu_law_decode(int32_t code, const struct clip_scale *s) {
 }
 
 enum sound_format { SOUND_WAV, SOUND_MU_LAW, SOUND_RAW };  // 16-bit PCM in a WAV file; 8-bit mu-law; 16-bit PCM without a header
+
+static const char *const sound_formats[] = {"wav", "mulaw", "raw", NULL};
 
 static void add_u32(struct buffer *b, uint32_t v) { buffer_add(b, &v, 4); }
 
@@ -5881,6 +5892,7 @@ static bool parse_ids(const char *text, int n_vocab, struct ids *out, struct err
 
 static bool need_tokenizer(const struct session *s, struct error *e) {
     if (s->has_tokenizer) return true;
+    if (s->model.c.sample_rate) return fail(e, "%s is an audio model: it reads --wav FILE, or codes with --ids", s->o->model);
     return fail(e, "%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
 }
 
@@ -5898,7 +5910,6 @@ static bool read_text(const struct session *s, struct str text, bool continues, 
     return true;
 }
 
-// Appends the tokens of one input of the command line.
 // The samples of a WAV file, behind the token that begins a clip.
 static bool read_clip(const struct session *s, const char *path, bool continues, struct ids *out, struct clip_scale *scale, struct error *e) {
     const struct config *c = &s->model.c;
@@ -5908,6 +5919,7 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     if (!c->sample_rate) return fail(e, "%s is no audio model: --wav does not apply", s->o->model);
     const char *name = strcmp(path, "-") == 0 ? "standard input" : path;
     bool ok = read_all(path, &b, e);
+    if (ok && !b.n && s->o->input_implied && s->o->command == GENERATE) return true;  // nobody meant standard input
     if (ok && !wav_parse(&w, (const uint8_t *)b.p, b.n, &inner)) ok = fail(e, "%s: %s", name, inner.text);
     free(b.p);
     if (ok && w.sample_rate != c->sample_rate)
@@ -5919,12 +5931,12 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     return ok;
 }
 
+// Appends the tokens of one input of the command line.
 // scale: of a clip, where the input is one.
 static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct clip_scale *scale,
                        struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
     if (in->source == FROM_WAV) return read_clip(s, in->value, continues, out, scale, e);
-    if (s->model.c.sample_rate) return fail(e, "%s is an audio model: it reads --wav FILE, or codes with --ids", s->o->model);
     if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
     struct buffer b = {0};
     bool ok = need_tokenizer(s, e) && read_all(in->value, &b, e);
@@ -6791,7 +6803,7 @@ static bool request_begin(struct engine *en, struct request *r) {
         return fail(&r->error, "--pool none writes the rows of one record, and %s is another", r->id);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
     if (command == EMBED || command == CLASSIFY) {
-        if (!n_own) return fail(&r->error, "%s: the text is empty: nothing stands for it", r->id);
+        if (!n_own) return fail(&r->error, "%s is empty: nothing stands for it", r->id);
         r->sum = xcalloc(d, sizeof *r->sum);
         r->pooled = xcalloc(d, sizeof *r->pooled);
     }
@@ -7383,7 +7395,12 @@ static double engine_fraction(const struct engine *en) {
 static void engine_progress(struct engine *en) {
     const struct options *o = en->s->o;
     if (o->command == GENERATE && !o->jsonl && !en->s->sound && en->n_sampled) return;  // the text itself shows how far it is
-    progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, en->n_fed + en->n_sampled);
+    const bool draws = en->s->sound && en->n_sampled;  // the speed of drawing is not that of reading a prompt
+    if (draws && en->progress.what != command_names[GENERATE]) {
+        en->progress.what = command_names[GENERATE];
+        en->progress.start = now_seconds();
+    }
+    progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, draws ? en->n_sampled : en->n_fed + en->n_sampled);
 }
 
 // Runs all requests. Ends early when a signal came or the output's reader has gone.
@@ -7581,17 +7598,17 @@ static void fill_defaults(struct session *s) {
     if (!audio && (o->seconds > 0 || o->sound_format)) die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
     if (o->settings.n_predict < -1) {
         const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
-        o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)n;
+        o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)lrint(n);
     }
-    if (audio && o->input_implied) o->n_inputs = 0;
-    if (audio && !o->n_inputs && o->command != GENERATE && !o->jsonl) die("%s: no sound; use --wav FILE", command_names[o->command]);
+    if (audio && o->input_implied) o->inputs[0].source = FROM_WAV;
     if (audio && o->layer >= 0) die("--layer does not apply to an audio model: its layers have different rates");
     if (!audio || o->command != GENERATE || o->print_ids) return;
     if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
     if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
     if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
-    s->sound_format = !o->sound_format || strcmp(o->sound_format, "wav") == 0 ? SOUND_WAV : strcmp(o->sound_format, "raw") == 0 ? SOUND_RAW : SOUND_MU_LAW;
+    if (o->sound_format)
+        s->sound_format = (enum sound_format)word_among((struct str){o->sound_format, strlen(o->sound_format)}, sound_formats);
 }
 
 // output: the file that the command writes besides standard output; NULL: none.
@@ -7728,7 +7745,7 @@ static struct engine *open_engine(struct session *s, FILE *output) {
     if (o->fasta) open_fasta(en);
     catch_signals(on_signal);
     read_base(s, en->ctx);
-    en->progress = progress_new(o->command == GENERATE && !o->jsonl && !s->sound ? "prompt" : command_names[o->command], o->quiet);
+    en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
     en->progress.sample_rate = s->model.c.sample_rate;
     return en;
 }
@@ -7760,14 +7777,19 @@ static void say_unwritten(const struct engine *en) {
 
 // ---- generate ----
 
-// What is written at the end of sound: a file's header says how much of it there is, also when fewer samples came than were to.
+// What is written at the end of n samples of sound: the header of a file says how many there are, also when fewer came than were
+// to. (A pipe's cannot be changed, nor that of a file that sound was appended to.)
 static void finish_sound(const struct session *s, int64_t n) {
     struct buffer header = {0};
+    struct stat st;
+    FILE *f = s->out.f;
     add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
-    if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, s->out.f);  // chunks have an even length
-    if (s->out.f != stdout && fflush(s->out.f) == 0 && fseeko(s->out.f, 0, SEEK_SET) == 0) {
-        fwrite(header.p, 1, header.n, s->out.f);
-        fseeko(s->out.f, 0, SEEK_END);
+    if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
+    const int64_t bytes = s->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
+    if (fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size == (int64_t)header.n + bytes &&
+        fseeko(f, 0, SEEK_SET) == 0) {
+        fwrite(header.p, 1, header.n, f);
+        fseeko(f, 0, SEEK_END);
     }
     free(header.p);
 }
@@ -7779,7 +7801,7 @@ static void say_generated(const struct engine *en) {
     if (o->quiet || o->jsonl || en->n_failed) return;
     if (rate)
         fprintf(stderr, "mamba: prompt %" PRId64 " samples, generated %" PRId64 ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %"
-                PRIu64 "\n", en->n_fed, en->n_sampled, (double)en->n_sampled / rate, speed, speed / rate, o->settings.sampling.seed);
+                PRIu64 "\n", en->n_fed - (o->load_state || o->prefix ? 0 : 1), en->n_sampled, (double)en->n_sampled / rate, speed, speed / rate, o->settings.sampling.seed);
     else
         fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
                 "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
@@ -7807,13 +7829,13 @@ static int command_generate(const struct options *o) {
     if (s.sound && !en->n_failed && !en->reader_gone) finish_sound(&s, en->n_samples);
     if (!en->reader_gone) check_stdout();
     say_generated(en);
-    if (en->kept) {
+    if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
+    else if (to_file && !en->reader_gone && !outfile_commit(&s.out, &e)) die("%s", e.text);
+    if (en->kept) {         // last: a state is never ahead of what was written
         sequence_fetch(en->kept, &s.model.c);
         state_write(&s.state, &s.model, en->kept, en->kept_resume);
         if (!outfile_commit(&s.state, &e)) die("%s", e.text);
     }
-    if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
-    else if (to_file && !outfile_commit(&s.out, &e)) die("%s", e.text);
     int status = close_engine(en);
     close_session(&s);
     return status;
@@ -8034,6 +8056,7 @@ struct bench {
     struct model model;
     char cpu[96], title[48];  // of the processor; of what is measured
     uint64_t n_params, model_size, step_bytes;  // step_bytes: weights that one decoding step reads
+    double state_bytes;        // of a sequence, that a step reads
     double read_gb_per_s;
     struct device_facts gpu;   // bytes 0: the CPU is measured
 };
@@ -8238,7 +8261,7 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     double ts[MAX_REPEATS], gen_ts[MAX_REPEATS], ns[MAX_REPEATS], gb[MAX_REPEATS];
     for (int i = 0; i < n_runs; i++) {
         double gen_seconds = r->seconds[i] - r->prompt_seconds[i];
-        double state = is_scan ? 0 : (double)state_floats(&b->model) * sizeof(float) * t->n_parallel;
+        double state = b->state_bytes * t->n_parallel;
         ns[i] = r->seconds[i] * 1e9;
         ts[i] = tokens / r->seconds[i];
         gen_ts[i] = t->n_gen ? tokens / gen_seconds : 0;
@@ -8385,6 +8408,24 @@ static double read_bandwidth_apart(int n_threads) {
     return rate;
 }
 
+// Bytes of weights and of a sequence's state that a token takes in the mean: those of a U-Net's inner levels are read every `period`.
+static void unet_bytes(const struct model *m, double *weights, double *state) {
+    const struct config *c = &m->c;
+    *weights = (double)m->embd.row_bytes + (double)m->head.rows * (double)m->head.row_bytes;
+    *state = 0;
+    for (int i = 0; i < c->n_layer; i++) {
+        const struct layer *l = &m->layers[i];
+        const struct matrix *parts[] = {&l->in, &l->x, &l->dt, &l->out};
+        const double period = c->level[l->level].period;
+        for (int p = 0; p < 4; p++) *weights += (double)parts[p]->rows * (double)parts[p]->row_bytes / period;
+        *state += 4.0 * c->level[l->level].d_inner * (c->d_conv - 1 + c->d_state * (1 + l->is_complex)) / period;
+    }
+    for (int i = 0; i < c->n_pools; i++) {
+        const struct matrix *parts[] = {&m->pools[i].down, &m->pools[i].up};
+        for (int p = 0; p < 2; p++) *weights += (double)parts[p]->rows * (double)parts[p]->row_bytes / c->level[i + 1].period;
+    }
+}
+
 static void bench_open(struct bench *b) {
     struct error e = {""};
     if (!model_open(&b->model, b->o->model, &e)) die("%s", e.text);
@@ -8397,6 +8438,13 @@ static void bench_open(struct bench *b) {
         // Of an embedding that is not also the head, a step reads one row.
         bool one_row = t->data == b->model.embd.data && b->model.head.data != b->model.embd.data;
         b->step_bytes += one_row ? b->model.embd.row_bytes : t->n_bytes;
+    }
+    b->state_bytes = (double)(state_floats(&b->model) * sizeof(float));
+    if (c->n_pools) {
+        double weights;
+        unet_bytes(&b->model, &weights, &b->state_bytes);
+        b->step_bytes = (uint64_t)weights;
+        memcpy(b->title, "u-net", 5);
     }
 }
 
@@ -8467,10 +8515,10 @@ static const struct option {
     {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
     {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
-    {NULL, "--wav", "FILE", "the text is sound, of an audio model; - is standard input; may be repeated", INPUT_WAV,
+    {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input; may be repeated, but not to continue it", INPUT_WAV,
      ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
-    {"-n", "--n-predict", "N", "tokens to generate (128; of sound 5 seconds); -1: to the end of the text", INTEGER, ON(GENERATE),
+    {"-n", "--n-predict", "N", "tokens to generate (128), or samples (5 seconds); -1: to the end of the text, and sound has none", INTEGER, ON(GENERATE),
      FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
     {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output), 0, 0},
@@ -8644,15 +8692,14 @@ static const struct option *find_option(const char *arg, enum command command, c
     return other;
 }
 
-// A text that came by none of -p, -f, --ids is on standard input, unless that is a terminal. A run that continues a state
+// A text that came by none of -p, -f, --ids, --wav is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
     bool continues = o->load_state && o->command == GENERATE && !o->jsonl;
     if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || continues) return;
-    if (o->command == GENERATE && (o->seconds > 0 || o->sound_format)) return;  // sound, which needs no prompt
-    o->input_implied = !o->jsonl;
-    if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
-    else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
+    o->input_implied = !o->jsonl && !isatty(STDIN_FILENO);
+    if (o->input_implied || o->jsonl) add_input(o, FROM_FILE, "-");
+    else if (o->command != GENERATE) usage_error("%s: no input; use -p TEXT, -f FILE, --wav FILE or a pipe", command_names[o->command]);
 }
 
 static void check_options(struct options *o) {
@@ -8663,17 +8710,21 @@ static void check_options(struct options *o) {
     if (o->device && !cuda && strcmp(o->device, "cpu") != 0) usage_error("--device %s: expected cpu or cuda", o->device);
     if (cuda && o->sandbox) usage_error("--sandbox does not apply with --device cuda: its driver opens other files");
     if (cuda && o->bench_scan) usage_error("--op scan does not apply with --device cuda");
-    int from_stdin = 0;
-    for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
-    for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_WAV && strcmp(o->inputs[i].value, "-") == 0;
-    if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
-    if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
+    int from_stdin = 0, clips = 0;
+    for (int i = 0; i < o->n_inputs; i++) {
+        const enum source source = o->inputs[i].source;
+        from_stdin += (source == FROM_FILE || source == FROM_WAV) && strcmp(o->inputs[i].value, "-") == 0;
+        clips += source == FROM_WAV;
+    }
+    if (from_stdin > 1) usage_error("-: standard input can be read once only");
+    if (o->command == GENERATE && clips > 1) usage_error("--wav: a clip is continued at its own level, and there are %d", clips);
+    if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f, --ids and --wav do not apply");
     const char *files[] = {o->save_state, o->logits, o->track}, *names[] = {"--save-state", "--logits", "--track"};
     for (int i = 0; i < 3; i++)
         if (files[i] && strcmp(files[i], "-") == 0) usage_error("%s -: standard output has something else to carry", names[i]);
     if (o->command == CLASSIFY && strcmp(o->pool, "none") == 0) usage_error("--pool none does not apply to classify");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
-    if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
+    if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p, --ids and --wav do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
                             : o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
@@ -8691,9 +8742,9 @@ static void check_options(struct options *o) {
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
     if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
     if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
-    const char *sound = o->sound_format;
-    if (sound && strcmp(sound, "wav") != 0 && strcmp(sound, "mulaw") != 0 && strcmp(sound, "raw") != 0)
-        usage_error("--sound-format %s: expected wav, mulaw or raw", sound);
+    if (o->sound_format && word_among((struct str){o->sound_format, strlen(o->sound_format)}, sound_formats) < 0)
+        usage_error("--sound-format %s: expected wav, mulaw or raw", o->sound_format);
+    if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0) usage_error("--output and --save-state name the same file");
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");

@@ -155,14 +155,15 @@ def test_embed(mamba, unet, tmp_path):
 
 
 def test_seconds_and_defaults(mamba, unet):
-    assert len(samples_of(mamba(unet[0], "-o", "-", "--seconds", "0.25", "-s", "1").stdout)) == RATE // 4
+    for seconds in ("0.25", "0.7", "0.0011"):  # as samples; 0.7 is less than 0.7 as a float
+        assert len(samples_of(mamba(unet[0], "-o", "-", "--seconds", seconds, "-s", "1").stdout)) == round(float(seconds) * RATE)
     out = mamba(unet[0], "-o", "-", "-n", "9", "-s", "1").stdout
     assert len(samples_of(out)) == 9 and out == mamba(unet[0], "-o", "-", "-n", "9", "-s", "1", "--temp", "1", "--top-k", "0", "--top-p", "1", "--min-p", "0").stdout
     assert out != mamba(unet[0], "-o", "-", "-n", "9", "-s", "2").stdout
 
 
 def test_default_temperature_draws_from_the_model_itself(mamba, unet):
-    """With 2,000 first samples each code comes as often as the model says."""
+    """In 400 first samples each code comes as often as the model says."""
     path, c, w = unet
     p = np.exp(log_softmax(sounds.UNet(c, w).logits([START])))[0]
     counts = np.bincount([int(mamba(path, "--print-ids", "-n", "1", "-s", str(s)).stdout) for s in range(400)], minlength=256)
@@ -226,6 +227,7 @@ READABLE = {
     "extensible": sounds.wav(sounds.pcm(X), extensible=True),
     "odd chunk": sounds.wav(sounds.pcm(X), before=sounds.chunk(b"LIST", b"abc")),
     "from a pipe": sounds.wav(sounds.pcm(X), size=0xFFFFFFFF),
+    "from a pipe, with 0": sounds.wav(sounds.pcm(X), size=0),
     "from sox's pipe": sounds.wav(sounds.pcm(X), size=0x7FFFFFFF - 36),
     "a chunk behind": sounds.wav(sounds.pcm(X)) + sounds.chunk(b"LIST", b"abcd"),
 }
@@ -336,12 +338,102 @@ def test_codes_without_sound(mamba, unet):
     assert str(list(map(int, ids.split()))).encode() in answer
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda k, w: w.update({"down.1.blocks.0.mixer.A_log": np.full_like(w["down.1.blocks.0.mixer.A_log"], -90)}), None),  # exp(A dt) = 1: legal, and slow
+    (lambda k, w: w.update({"center.blocks.0.mixer.A_log": np.full_like(w["center.blocks.0.mixer.A_log"], -200),
+                            "center.blocks.0.mixer.A_imag": 0 * w["center.blocks.0.mixer.A_imag"]}), "nearly 0 at [0, 0]"),
+    (lambda k, w: w.update({"up.0.blocks.0.mixer.C": np.full_like(w["up.0.blocks.0.mixer.C"], 3e38),
+                            "up.0.blocks.0.mixer.B": np.full_like(w["up.0.blocks.0.mixer.B"], 3e38)}), "is no finite number")])
+def test_extreme_states(mamba, tmp_path, change, words):
+    """What cannot be computed is refused when the model is opened."""
+    c = sounds.config(n_blocks=1)
+    w = sounds.random_weights(c)
+    change(c, w)
+    path = sounds.convert(sounds.write_checkpoint(tmp_path / "c", c, w), tmp_path / "m.bin")
+    done = mamba("score", path, "--ids", "1 2 3", "-q", check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == ((1, 1) if words else (0, 0)) and (words or "").encode() in done.stderr, done.stderr
+
+
+def patched(path, out, old, new):
+    """The file with the bytes `old`, which it holds once, replaced."""
+    data = path.read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    out.write_bytes(data.replace(old, new))
+    return out
+
+
+def u32(key, value):
+    return key + struct.pack("<II", 4, value)
+
+
+@pytest.mark.parametrize("key, old, new, words", [
+    (b"mamba.unet.blocks_per_stage", 2, 3, "blocks_per_stage is 3"), (b"mamba.unet.blocks_per_stage", 2, 0, "blocks_per_stage is 0"),
+    (b"mamba.unet.blocks_per_stage", 2, 0x33333334, "blocks_per_stage is"), (b"mamba.ssm.time_step_rank", 1, 777, "time_step_rank is its first"),
+    (b"mamba.audio.sample_rate", RATE, 0, "sample_rate is 0"), (b"mamba.audio.start_token", START, 256, "start_token is 256")])
+def test_hostile_headers(mamba, unet, tmp_path, key, old, new, words):
+    path = patched(unet[0], tmp_path / "m.bin", u32(key, old), u32(key, new))
+    assert words in fails(mamba, "score", path, "--ids", "1 2 3")
+
+
+def test_a_huge_count_of_blocks(mamba, unet, tmp_path):
+    """As a number of 64 bits whose product wraps to the right count."""
+    n_layer, data = 10, unet[0].read_bytes()
+    old = b"mamba.unet.blocks_per_stage" + struct.pack("<II", 4, 2)
+    wrapping = n_layer * pow(5, -1, 2 ** 64) % 2 ** 64
+    new = b"mamba.unet.blocks_per_stage" + struct.pack("<IQ", 10, wrapping)
+    at = data.index(old)
+    # The header grows by four bytes; the data section keeps its place when the padding has room for them, else the file is refused anyway.
+    (tmp_path / "m.bin").write_bytes(data[:at] + new + data[at + len(old):])
+    fails(mamba, "score", tmp_path / "m.bin", "--ids", "1 2 3")
+
+
+def test_standard_input_is_a_clip(mamba, unet):
+    """As it is a text for text models; nothing at all is no prompt."""
+    clip = sounds.wav(sounds.pcm(CLIP[:40]))
+    assert mamba("score", unet[0], input=clip).stdout == mamba("score", unet[0], "--wav", "-", input=clip).stdout
+    assert mamba(unet[0], "-n", "9", "-s", "1", "-o", "-", input=clip).stdout == mamba(unet[0], "-n", "9", "-s", "1", "-o", "-", "--wav", "-", input=clip).stdout
+    assert "not a WAV file" in fails(mamba, unet[0], "-n", "9", "-o", "-", input=b"text\n")
+
+
+def test_the_reader_of_a_fifo_leaves(unet, tmp_path):
+    """-o FIFO ends as quietly as -o -."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    run = subprocess.Popen([PROGRAM, unet[0], "-n", "-1", "-s", "1", "-o", fifo], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with open(fifo, "rb") as reader:
+        reader.read(1000)
+    assert run.wait(60) == 0 and b"Broken" not in run.stderr.read()
+
+
+def test_an_interrupted_redirection_is_whole(unet, tmp_path):
+    """-o - > FILE, with a number of samples that was not reached."""
+    with open(tmp_path / "out.wav", "wb") as out:
+        run = subprocess.Popen([PROGRAM, unet[0], "-n", "100000000", "-s", "1", "-o", "-"], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
+        while os.fstat(out.fileno()).st_size < 4000:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    data = (tmp_path / "out.wav").read_bytes()
+    assert len(samples_of(data)) * 2 + 44 == len(data)
+
+
+def test_a_loud_clip_is_saved_and_loaded(mamba, unet, tmp_path):
+    clip, state = tmp_path / "loud.wav", tmp_path / "state"
+    clip.write_bytes(sounds.wav((X * 2 ** 31).astype("<f4").tobytes(), coding=3, bits=32))
+    mamba(unet[0], "--wav", clip, "-n", "5", "-s", "1", "-o", tmp_path / "o.wav", "--save-state", state)
+    assert len(mamba(unet[0], "--load-state", state, "-n", "5", "-s", "1", "-o", "-", "--sound-format", "raw").stdout) == 10
+
+
 def test_wrong_uses(mamba, unet, tmp_path):
     path, tale, clip = unet[0], FIXTURES / "mamba_tied.f32.bin", tmp_path / "clip.wav"
     clip.write_bytes(sounds.wav(sounds.pcm(CLIP)))
     assert "-o FILE" in fails(mamba, path, "-n", "5")
     assert "--wav FILE" in fails(mamba, path, "-p", "text", "-n", "5", "-o", "-")
-    assert "use --wav" in fails(mamba, "score", path)
+    assert "standard input: not a WAV file" in fails(mamba, "score", path)
+    assert "no classifier" in fails(mamba, "classify", path, "--ids", "1 2")
+    assert "there are 2" in fails(mamba, path, "--wav", clip, "--wav", clip, "-o", "-", status=2)
+    assert "the same file" in fails(mamba, path, "-o", tmp_path / "x", "--save-state", tmp_path / "x", status=2)
+    assert "reads --wav" in fails(mamba, path, "--prefix", "text", "-o", "-")
     assert "no audio model" in fails(mamba, tale, "--wav", clip, "-n", "5")
     assert "no audio model" in fails(mamba, tale, "--seconds", "1")
     assert "twice" in fails(mamba, path, "--seconds", "1", "-n", "5", "-o", "-", status=2)

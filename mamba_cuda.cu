@@ -233,40 +233,37 @@ template <enum format F> DEVICE float2 unpack_pair(uint32_t word) {
     }
 }
 
+// COUNT words (2, or a multiple of 4) of a plane, for the block b of the chunk and on. lane: the plane's first word for this lane.
+template <int COUNT, int BITS> DEVICE void load_plane(const uint4 *lane, int b, uint32_t *words) {
+    if constexpr (COUNT == 2) {
+        const uint2 two = ((const uint2 *)(lane + b * BITS / 8 * 32))[b * BITS / 4 % 2];
+        words[0] = two.x, words[1] = two.y;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; i++) {
+        const uint4 four = lane[(b * BITS / 8 + i) * 32];
+        words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+}
+
 // Weights of N blocks of one tile, as loaded: all loads are under way before the first is used.
 template <enum format F, int N> struct loaded {
-    static constexpr int low = !is_quantized(F) ? 2 * N : low_bits(F) * N / 8 > 0 ? low_bits(F) * N / 8 : 1;
-    static constexpr int high = !is_quantized(F) ? 0 : high_bits(F) == 0 ? 0 : high_bits(F) * N / 8 > 0 ? high_bits(F) * N / 8 : 1;
-    uint4 words[low + high];
+    static constexpr int low = is_quantized(F) ? low_bits(F) * N / 2 : 8 * N, high = is_quantized(F) ? high_bits(F) * N / 2 : 0;
+    uint32_t words[low + high];
 
-    // chunk: the tile's first word for this lane; blocks b to b + N - 1, b a multiple of N
+    // chunk: the tile's first word for this lane; b: the first block, a multiple of N
     __device__ __forceinline__ void load(const uint4 *chunk, int b) {
-        if constexpr (!is_quantized(F)) {
-#pragma unroll
-            for (int i = 0; i < low; i++) words[i] = chunk[(2 * b + i) * 32];
-        } else {
-#pragma unroll
-            for (int i = 0; i < low; i++) words[i] = chunk[(b * low_bits(F) / 8 + i) * 32];
-#pragma unroll
-            for (int i = 0; i < high; i++) words[low + i] = chunk[(low_bits(F) + b * high_bits(F) / 8 + i) * 32];
-        }
+        load_plane<low, is_quantized(F) ? low_bits(F) : 16>(chunk, b, words);
+        if constexpr (high > 0) load_plane<high, high_bits(F)>(chunk + 32 * low_bits(F), b, words + low);
     }
 
-    __device__ __forceinline__ uint32_t word(int i) const {
-        const uint4 &w = words[i / 4];
-        return i % 4 == 0 ? w.x : i % 4 == 1 ? w.y : i % 4 == 2 ? w.z : w.w;
-    }
-
-    // Four q of block b of the chunk, row g + 8 r, half h of the block, less their zero.
-    __device__ __forceinline__ uint32_t q(int b, int r, int h) const {
+    // Four q of the i-th block, row g + 8 r, half h of the block, less their zero.
+    __device__ __forceinline__ uint32_t q(int i, int r, int h) const {
         constexpr int lb = low_bits(F), hb = high_bits(F);
-        const int e = 4 * b + 2 * r + h, first = b / N * N * 4;  // number of the word of bytes, and of the first one that is loaded
-        if constexpr (lb == 8) return word(e - first);
-        uint32_t v = word(e * lb / 8 - first * lb / 32 * 4) >> e % (8 / lb) * lb & (lb == 4 ? 0x0f0f0f0fu : 0x03030303u);
-        if constexpr (hb > 0) {
-            const uint32_t above = word(4 * low + e * hb / 8 - first * hb / 32 * 4) >> e % (8 / hb) * hb & (hb == 2 ? 0x03030303u : 0x01010101u);
-            v |= above << lb;
-        }
+        const int e = 4 * i + 2 * r + h;
+        if constexpr (lb == 8) return words[e];
+        uint32_t v = words[e * lb / 8] >> e % (8 / lb) * lb & (lb == 4 ? 0x0f0f0f0fu : 0x03030303u);
+        if constexpr (hb > 0) v |= (words[low + e * hb / 8] >> e % (8 / hb) * hb & (hb == 2 ? 0x03030303u : 0x01010101u)) << lb;
         return zero_of(F) ? __vsub4(v, (unsigned)zero_of(F) * 0x01010101u) : v;
     }
 };
@@ -349,13 +346,14 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     }
 }
 
-// sum += block b of a tile's rows times a column block. scales: the chunk's, moved to row g.
-template <enum format F, int N> DEVICE void multiply(const loaded<F, N> &w, const unsigned *scales, int b, const column_block<F> &c, float sum[4]) {
+// sum += the i-th loaded block of a tile's rows, block b of the chunk, times a column block. scales: the chunk's, moved to row g.
+template <enum format F, int N>
+DEVICE void multiply(const loaded<F, N> &w, int i_block, const unsigned *scales, int b, const column_block<F> &c, float sum[4]) {
     if constexpr (is_quantized(F)) {
         int dot[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            mma_s8(dot, w.q(b, 0, h), w.q(b, 1, h), c.b[h]);
+            mma_s8(dot, w.q(i_block, 0, h), w.q(i_block, 1, h), c.b[h]);
             if (group_of(F) == 32 && h == 0) continue;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -369,8 +367,7 @@ template <enum format F, int N> DEVICE void multiply(const loaded<F, N> &w, cons
         float dot[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-            const int at = 8 * (b % N) + 2 * step;
-            const uint32_t a[4] = {w.word(at), w.word(at + 4), w.word(at + 1), w.word(at + 5)};
+            const uint32_t *at = w.words + 8 * i_block + 2 * step, a[4] = {at[0], at[4], at[1], at[5]};
             if constexpr (F == F16) {
                 mma_f16(dot, a, c.b + 2 * step);
                 mma_f16(dot, a, c.b + 4 + 2 * step);
@@ -419,7 +416,7 @@ template <int R, int C> struct sums {
 template <int R, int C> DEVICE void slice_of_floats(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
     const int g = threadIdx.x / 4, q = threadIdx.x % 4;
     for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll 2
+#pragma unroll 1
         for (int k = 0; k < CHUNK; k += 4) {
             float4 x[C][2];
 #pragma unroll
@@ -443,21 +440,22 @@ template <int R, int C> DEVICE void slice_of_floats(const weights &w, const inpu
         }
 }
 
-// Blocks whose weights are loaded together: more where a warp has few rows, since then loads in flight are what counts.
-static constexpr __host__ __device__ int blocks_at_once(enum format f, int r) {
+// Blocks whose weights are loaded together: more where a warp has few rows and columns, since then loads in flight are what
+// counts, and registers are left.
+static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
     const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
-    return r > 1 ? n : n == 1 ? 4 : 8;
+    return r * c > 1 ? n : n == 1 ? 4 : 8;
 }
 
 template <enum format F, int R, int C> DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-    constexpr int N = blocks_at_once(F, R);
+    constexpr int N = blocks_at_once(F, R, C);
     const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
     const int near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);  // where its two fours of a block stand
     float squares[C];
 #pragma unroll
     for (int c = 0; c < C; c++) squares[c] = 0;
     for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll
+#pragma unroll 1
         for (int b0 = 0; b0 < BLOCKS; b0 += N) {
             loaded<F, N> a[R];
             const unsigned *scales[R];
@@ -486,7 +484,7 @@ template <enum format F, int R, int C> DEVICE void slice(const weights &w, const
                 if constexpr (is_quantized(F)) make_bytes<F>(x, &block);
                 else make_pairs<F>(x, &block);
 #pragma unroll
-                for (int r = 0; r < R; r++) multiply<F, N>(a[r], scales[r], b, block, s->v[r][c]);
+                for (int r = 0; r < R; r++) multiply<F, N>(a[r], i / C, scales[r], b, block, s->v[r][c]);
             }
         }
 #pragma unroll
@@ -551,20 +549,22 @@ DEVICE float scan_state(float h, float dt, float dt_u, float a2, float b, float 
     return h;
 }
 
-// Four lanes have the states n = j, j + 4, j + 8 ... of a channel; what they add to y is summed as a tree. Then skip and gate.
-DEVICE float scan_output(float part, float d, float u, float z) {
-    part += __shfl_xor_sync(WHOLE_WARP, part, 1);
-    part += __shfl_xor_sync(WHOLE_WARP, part, 2);
+// Lanes that share a channel: lane j has the states n = j, j + lanes, j + 2 lanes ..., at most 16 of them.
+static __host__ __device__ inline int scan_lanes(int d_state) { return d_state <= 64 ? 4 : 16; }
+
+// What the lanes add to y is summed as a tree. Then skip and gate.
+DEVICE float scan_output(int lanes, float part, float d, float u, float z) {
+    for (int distance = 1; distance < lanes; distance *= 2) part += __shfl_xor_sync(WHOLE_WARP, part, distance);
     return fmaf(d, u, part) * silu(z);
 }
 
-// What lane j of four adds to y for one token of a channel; the state is in memory.
+// What lane j adds to y for one token of a channel; the state is in memory.
 DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt_low) {
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
     const float *bc = s.bc + (size_t)token * s.ld_bc, u = s.u[(size_t)token * s.ld_u + channel];
     float *state = s.state + (size_t)slot * s.slot_floats + at, part = 0;
     const float dt = softplus(dt_low + s.dt_b[channel]);
-    for (int n = j; n < s.d_state; n += 4)
+    for (int n = j; n < s.d_state; n += scan_lanes(s.d_state))
         state[16 * n] = scan_state(state[16 * n], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
     return part;
 }
@@ -592,7 +592,7 @@ DEVICE void store(const output &out, int row, int column, float v) {
 
 // Block: 32 threads for each warp; blockIdx.x: 8 C columns, blockIdx.y: tile of rows. Warps beyond the slices help at the end.
 // Shared: parts [slices][8 C columns][TILE rows], squares [slices][8 C].
-template <enum format F, int C> __global__ void __launch_bounds__(256) product_split(const weights w, const input in, const output out) {
+template <enum format F, int C> __global__ void __launch_bounds__(256, 1) product_split(const weights w, const input in, const output out) {
     constexpr int COLUMNS = 8 * C;
     DYNAMIC_SHARED(float, parts);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y;
@@ -610,8 +610,8 @@ template <enum format F, int C> __global__ void __launch_bounds__(256) product_s
         }
     }
     __syncthreads();
-    // An output a thread, or (SCAN) four threads: lanes of one output are neighbours, then come the rows of a column.
-    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? 4 : 1;
+    // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
+    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
     for (int first = 0; first < COLUMNS * TILE * share; first += n_threads) {
         const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = (int)blockIdx.y * TILE + i % TILE, column = column0 + i / TILE;
         const bool exists = i < COLUMNS * TILE && row < w.rows && column < in.n;
@@ -622,9 +622,9 @@ template <enum format F, int C> __global__ void __launch_bounds__(256) product_s
         }
         v *= norm_factor(in, square);
         if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
-            const int j = (int)threadIdx.x % 4;
+            const int j = (int)threadIdx.x % share;
             const float y = exists ? scan_part(out.s, out.slots[column], column, row, j, v) : 0.0f;
-            const float sum = scan_output(y, exists ? out.s.d[row] : 0.0f, exists ? out.s.u[(size_t)column * out.s.ld_u + row] : 0.0f,
+            const float sum = scan_output(share, y, exists ? out.s.d[row] : 0.0f, exists ? out.s.u[(size_t)column * out.s.ld_u + row] : 0.0f,
                                           exists ? out.s.z[(size_t)column * out.s.ld_z + row] : 0.0f);
             if (exists && j == 0) out.s.y[(size_t)column * out.s.ld_u + row] = sum;
         } else if (exists && out.kind == CONV && row < out.split) {
@@ -635,11 +635,12 @@ template <enum format F, int C> __global__ void __launch_bounds__(256) product_s
     }
 }
 
-// Warps of a block: 2 of rows by 4 of columns. A warp has R tiles and C times 8 columns.
-enum { TILES_R = 4, TILES_C = 2, TILES_ROWS = 2 * TILES_R * TILE, TILES_COLUMNS = 4 * TILES_C * 8, TILES_WARPS = 8 };
+// Warps of a block: 2 of rows by 4 of columns. A warp has R tiles, as many as registers are there for, and C times 8 columns.
+enum { TILES_WARPS = 8, TILES_C = 2, TILES_COLUMNS = 4 * TILES_C * 8 };
+static constexpr __host__ __device__ int tiles_r(enum format f) { return f == Q2_K || f == F32 ? 2 : 4; }
 
-template <enum format F> __global__ void __launch_bounds__(256) product_tiles(const weights w, const input in, const output out) {
-    constexpr int R = TILES_R, C = TILES_C;
+template <enum format F> __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const input in, const output out) {
+    constexpr int R = tiles_r(F), C = TILES_C;
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), n_tiles = (w.rows + TILE - 1) / TILE;
     const int warp = threadIdx.y, g = threadIdx.x / 4, q = threadIdx.x % 4;
     const int tile0 = ((int)blockIdx.y * 2 + warp % 2) * R, column0 = ((int)blockIdx.x * 4 + warp / 2) * 8 * C;
@@ -700,17 +701,17 @@ __global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, 
     }
 }
 
-// The selective scan over the tokens of each span: four lanes a channel, each with its states in registers. Time stays in
-// order, so that cuts of a prompt do not change a bit. dt [tokens][ld_u]: the products of dt_proj.
-template <int PER_LANE> __global__ void __launch_bounds__(128) scan_tokens(const scan s, const float *dt_low, const span *spans) {
-    const int j = (int)threadIdx.x % 4, number = (int)(blockIdx.x * 32 + threadIdx.x / 4);
+// The selective scan over the tokens of each span: LANES lanes a channel, each with its states in registers. Time stays in
+// order, so that cuts of a prompt do not change a bit. dt_low [tokens][ld_u]: the products of dt_proj.
+template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128) scan_tokens(const scan s, const float *dt_low, const span *spans) {
+    const int j = (int)threadIdx.x % LANES, number = (int)(blockIdx.x * 128 + threadIdx.x) / LANES;
     const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others
     const span sp = spans[blockIdx.y];
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
     float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE];
     const float d = s.d[channel], dt_b = s.dt_b[channel];
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) h[i] = 4 * i + j < s.d_state ? state[16 * (4 * i + j)] : 0.0f;
+    for (int i = 0; i < PER_LANE; i++) h[i] = LANES * i + j < s.d_state ? state[16 * (LANES * i + j)] : 0.0f;
     for (int token = sp.token0; token < sp.token0 + sp.n; token++) {
         const float *bc = s.bc + (size_t)token * s.ld_bc;
         const float u = s.u[(size_t)token * s.ld_u + channel], z = s.z[(size_t)token * s.ld_z + channel];
@@ -718,15 +719,15 @@ template <int PER_LANE> __global__ void __launch_bounds__(128) scan_tokens(const
         float part = 0;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            const int n = 4 * i + j;
+            const int n = LANES * i + j;
             if (n < s.d_state) h[i] = scan_state(h[i], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
         }
-        const float y = scan_output(part, d, u, z);
+        const float y = scan_output(LANES, part, d, u, z);
         if (number < s.n && j == 0) s.y[(size_t)token * s.ld_u + channel] = y;
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
-        if (number < s.n && 4 * i + j < s.d_state) state[16 * (4 * i + j)] = h[i];
+        if (number < s.n && LANES * i + j < s.d_state) state[16 * (LANES * i + j)] = h[i];
 }
 
 // ====================================================================================================================
@@ -912,7 +913,7 @@ template <enum format F> static void launch_product(struct device *d, const weig
     const bool fused = out.kind == CONV || out.kind == SCAN;
     const int n_tiles = (w.rows + TILE - 1) / TILE, n_slices = slice_count(w.n_chunks), columns = in.n <= FEW_COLUMNS ? 8 : 32;
     if (in.n > SPLIT_COLUMNS && !fused) {
-        const dim3 grid((unsigned)((in.n + TILES_COLUMNS - 1) / TILES_COLUMNS), (unsigned)((w.rows + TILES_ROWS - 1) / TILES_ROWS));
+        const dim3 grid((unsigned)((in.n + TILES_COLUMNS - 1) / TILES_COLUMNS), (unsigned)((n_tiles + 2 * tiles_r(F) - 1) / (2 * tiles_r(F))));
         LAUNCH(product_tiles<F>, grid, dim3(32, TILES_WARPS), 0, d->stream, w, in, out);
         return;
     }
@@ -947,10 +948,10 @@ static const span *spans_of(const struct device *d) { return (const span *)(d->b
 static const int *rows_of(const struct device *d) { return d->batch + 5 * (size_t)d->shape.max_tokens; }
 
 static void launch_scan(struct device *d, const scan &s, int n_spans) {
-    const dim3 grid((unsigned)(s.n + 31) / 32, (unsigned)n_spans);
-    if (s.d_state <= 16) LAUNCH(scan_tokens<4>, grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else if (s.d_state <= 64) LAUNCH(scan_tokens<16>, grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else LAUNCH(scan_tokens<64>, grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
+    const dim3 grid((unsigned)(s.n * scan_lanes(s.d_state) + 127) / 128, (unsigned)n_spans);
+    if (s.d_state <= 16) LAUNCH((scan_tokens<4, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
+    else if (s.d_state <= 64) LAUNCH((scan_tokens<16, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
+    else LAUNCH((scan_tokens<16, 16>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
 }
 
 // x += out_proj(scan(conv(in_proj(norm(x))))); decoding: every sequence has one token

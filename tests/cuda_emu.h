@@ -93,11 +93,17 @@ using std::min;
 struct __half2 { uint16_t x, y; };
 struct __nv_bfloat162 { uint16_t x, y; };
 
-inline float emu_half_to_float(uint16_t h) {
+inline float emu_decode_half(uint16_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
     double v = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
     return (float)(h & 0x8000 ? -v : v);
 }
+inline const std::vector<float> emu_halves = [] {
+    std::vector<float> v(65536);
+    for (unsigned i = 0; i < 65536; i++) v[i] = emu_decode_half((uint16_t)i);
+    return v;
+}();
+inline float emu_half_to_float(uint16_t h) { return emu_halves[h]; }
 inline uint16_t emu_float_to_half(float f) {  // to nearest, ties to even
     unsigned bits = __float_as_uint(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return 0x7fff;

@@ -705,13 +705,13 @@ __global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, 
 // order, so that cuts of a prompt do not change a bit. dt_low [tokens][ld_u]: the products of dt_proj.
 template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128) scan_tokens(const scan s, const float *dt_low, const span *spans) {
     const int j = (int)threadIdx.x % LANES, number = (int)(blockIdx.x * 128 + threadIdx.x) / LANES;
-    const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others
+    const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others, and touch no state
     const span sp = spans[blockIdx.y];
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
     float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE];
     const float d = s.d[channel], dt_b = s.dt_b[channel];
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) h[i] = LANES * i + j < s.d_state ? state[16 * (LANES * i + j)] : 0.0f;
+    for (int i = 0; i < PER_LANE; i++) h[i] = number < s.n && LANES * i + j < s.d_state ? state[16 * (LANES * i + j)] : 0.0f;
     for (int token = sp.token0; token < sp.token0 + sp.n; token++) {
         const float *bc = s.bc + (size_t)token * s.ld_bc;
         const float u = s.u[(size_t)token * s.ld_u + channel], z = s.z[(size_t)token * s.ld_z + channel];

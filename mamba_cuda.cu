@@ -74,6 +74,13 @@ static constexpr __host__ __device__ int scale_words(enum format f) {
     return !is_quantized(f) ? 0 : is_k(f) ? 1 + CHUNK / group_of(f) / 4 * (has_min(f) ? 2 : 1) : has_min(f) ? 8 : 4;
 }
 
+// Blocks whose weights are loaded together: more where a warp has one tile of rows and few columns, since then loads in flight are what
+// counts, and registers are left.
+static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
+    const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
+    return r * c > 1 ? n : n == 1 ? 4 : 8;
+}
+
 struct weights {            // a matrix on the device
     const uint4 *data;      // [n_tiles][n_chunks][chunk_words]
     const unsigned *scales; // [n_tiles][n_chunks][scale_words][16 rows]
@@ -268,19 +275,32 @@ template <enum format F, int N> struct loaded {
     }
 };
 
-// Scale and minimum of a group: block b of the chunk and, in formats with groups of 16, its half h. row: the chunk's scales, moved
-// to the row.
-template <enum format F> DEVICE float group_scale(const unsigned *row, int b, int h) {
-    if constexpr (!is_k(F)) return half_at(row[b / 2 * TILE], b % 2);
-    const int g = group_of(F) == 16 ? 2 * b + h : b;
-    return half_at(row[0], 0) * (float)(int8_t)(row[(1 + g / 4) * TILE] >> g % 4 * 8);
-}
+// Scales and minima of N blocks of one row, loaded as whole words.
+template <enum format F, int N> struct group_scales {
+    static constexpr int per_word = !is_k(F) ? 2 : group_of(F) == 16 ? 2 : 4;  // blocks
+    static constexpr int n = N > per_word ? N / per_word : 1;
+    unsigned super, scale_words[n], min_words[n];
 
-template <enum format F> DEVICE float group_min(const unsigned *row, int b, int h) {
-    if constexpr (!is_k(F)) return half_at(row[(4 + b / 2) * TILE], b % 2);
-    const int g = (group_of(F) == 16 ? 2 * b + h : b) + CHUNK / group_of(F);
-    return -(half_at(row[0], 1) * (float)(int8_t)(row[(1 + g / 4) * TILE] >> g % 4 * 8));
-}
+    // row: the chunk's words, moved to the row; b: the first block, a multiple of N
+    __device__ __forceinline__ void load(const unsigned *row, int b) {
+        const unsigned *first = row + ((is_k(F) ? 1 : 0) + b / per_word) * TILE;
+        if constexpr (is_k(F)) super = row[0];
+#pragma unroll
+        for (int i = 0; i < n; i++) scale_words[i] = first[i * TILE];
+#pragma unroll
+        for (int i = 0; i < n && has_min(F); i++) min_words[i] = first[(BLOCKS / per_word + i) * TILE];
+    }
+
+    __device__ __forceinline__ float one(const unsigned *words, int upper, int i, int h) const {
+        if constexpr (!is_k(F)) return half_at(words[i / 2], i % 2);
+        const int g = group_of(F) == 16 ? 2 * i + h : i;
+        return half_at(super, upper) * (float)(int8_t)(words[g / 4] >> g % 4 * 8);
+    }
+
+    // Of the i-th block and, in formats with groups of 16, its half h.
+    __device__ __forceinline__ float scale(int i, int h) const { return one(scale_words, 0, i, h); }
+    __device__ __forceinline__ float min(int i, int h) const { return is_k(F) ? -one(min_words, 1, i, h) : one(min_words, 0, i, h); }
+};
 
 // A column's block of activations as the product takes it, and what the result is multiplied by.
 template <enum format F> struct column_block {
@@ -346,20 +366,25 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     }
 }
 
-// sum += the i-th loaded block of a tile's rows, block b of the chunk, times a column block. scales: the chunk's, moved to row g.
-template <enum format F, int N>
-DEVICE void multiply(const loaded<F, N> &w, int i_block, const unsigned *scales, int b, const column_block<F> &c, float sum[4]) {
+// Rows g and g + 8 of a tile, N blocks of them.
+template <enum format F, int N> struct fragment {
+    loaded<F, N> weights;
+    group_scales<F, N> scales[2];  // not loaded, and so not there, for floats
+};
+
+// sum += the i-th loaded block of a tile's rows times a column block.
+template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, int n, const column_block<F> &c, float sum[4]) {
     if constexpr (is_quantized(F)) {
         int dot[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            mma_s8(dot, w.q(i_block, 0, h), w.q(i_block, 1, h), c.b[h]);
+            mma_s8(dot, w.weights.q(n, 0, h), w.weights.q(n, 1, h), c.b[h]);
             if (group_of(F) == 32 && h == 0) continue;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const unsigned *row = scales + i / 2 * 8;
-                sum[i] = fmaf(group_scale<F>(row, b, h) * c.scale[i % 2], (float)dot[i], sum[i]);
-                if constexpr (has_min(F)) sum[i] = fmaf(group_min<F>(row, b, h), c.sum[group_of(F) == 16 ? h : 0][i % 2], sum[i]);
+                const group_scales<F, N> &row = w.scales[i / 2];
+                sum[i] = fmaf(row.scale(n, h) * c.scale[i % 2], (float)dot[i], sum[i]);
+                if constexpr (has_min(F)) sum[i] = fmaf(row.min(n, h), c.sum[group_of(F) == 16 ? h : 0][i % 2], sum[i]);
                 dot[i] = 0;
             }
         }
@@ -367,7 +392,7 @@ DEVICE void multiply(const loaded<F, N> &w, int i_block, const unsigned *scales,
         float dot[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-            const uint32_t *at = w.words + 8 * i_block + 2 * step, a[4] = {at[0], at[4], at[1], at[5]};
+            const uint32_t *at = w.weights.words + 8 * n + 2 * step, a[4] = {at[0], at[4], at[1], at[5]};
             if constexpr (F == F16) {
                 mma_f16(dot, a, c.b + 2 * step);
                 mma_f16(dot, a, c.b + 4 + 2 * step);
@@ -440,13 +465,6 @@ template <int R, int C> DEVICE void slice_of_floats(const weights &w, const inpu
         }
 }
 
-// Blocks whose weights are loaded together: more where a warp has few rows and columns, since then loads in flight are what
-// counts, and registers are left.
-static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
-    const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
-    return r * c > 1 ? n : n == 1 ? 4 : 8;
-}
-
 template <enum format F, int R, int C> DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
     constexpr int N = blocks_at_once(F, R, C);
     const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
@@ -457,13 +475,13 @@ template <enum format F, int R, int C> DEVICE void slice(const weights &w, const
     for (int chunk = chunk0; chunk < chunk1; chunk++)
 #pragma unroll 1
         for (int b0 = 0; b0 < BLOCKS; b0 += N) {
-            loaded<F, N> a[R];
-            const unsigned *scales[R];
+            fragment<F, N> a[R];
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 const size_t at = (size_t)tile[r] * w.n_chunks + chunk;
-                a[r].load(w.data + at * chunk_words(F) + lane, b0);
-                scales[r] = w.scales + at * scale_words(F) * TILE + g;
+                a[r].weights.load(w.data + at * chunk_words(F) + lane, b0);
+#pragma unroll
+                for (int i = 0; i < 2 && is_quantized(F); i++) a[r].scales[i].load(w.scales + at * scale_words(F) * TILE + g + 8 * i, b0);
             }
 #pragma unroll
             for (int i = 0; i < N * C; i++) {
@@ -484,7 +502,7 @@ template <enum format F, int R, int C> DEVICE void slice(const weights &w, const
                 if constexpr (is_quantized(F)) make_bytes<F>(x, &block);
                 else make_pairs<F>(x, &block);
 #pragma unroll
-                for (int r = 0; r < R; r++) multiply<F, N>(a[r], i / C, scales[r], b, block, s->v[r][c]);
+                for (int r = 0; r < R; r++) multiply<F, N>(a[r], i / C, block, s->v[r][c]);
             }
         }
 #pragma unroll
@@ -637,7 +655,7 @@ template <enum format F, int C> __global__ void __launch_bounds__(256, 1) produc
 
 // Warps of a block: 2 of rows by 4 of columns. A warp has R tiles, as many as registers are there for, and C times 8 columns.
 enum { TILES_WARPS = 8, TILES_C = 2, TILES_COLUMNS = 4 * TILES_C * 8 };
-static constexpr __host__ __device__ int tiles_r(enum format f) { return f == Q2_K || f == F32 ? 2 : 4; }
+static constexpr __host__ __device__ int tiles_r(enum format f) { return is_k(f) || f == F32 ? 2 : 4; }
 
 template <enum format F> __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const input in, const output out) {
     constexpr int R = tiles_r(F), C = TILES_C;

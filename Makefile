@@ -31,7 +31,7 @@ mamba: mamba.c Makefile
 # comes later. cudart is linked statically: the program starts where there is no driver. ARCHS="90" builds for one alone, faster.
 NVCC ?= nvcc
 ARCHS ?= 75 80 86 90 100 120
-NVCC_FLAGS = -std=c++17 -O3 -fmad=false -t 2 -Xcompiler "-Wall,-ffp-contract=off,$(OPENMP)" \
+NVCC_FLAGS = -std=c++17 -O3 -fmad=false -t 2 -Xcompiler "-Wall,-ffp-contract=off$(OPENMP:%=,%)" \
 	$(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	-gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
 
@@ -42,7 +42,7 @@ cuda: mamba.c mamba_cuda.cu Makefile
 		{ echo "make cuda needs nvcc 12 or later; $(NVCC) is of CUDA $$major" >&2; exit 1; }
 	$(NVCC) $(NVCC_FLAGS) $(NVCC_EXTRA) -c mamba_cuda.cu -o mamba_cuda.o
 	$(CC) $(CFLAGS) $(FLAGS) -DMAMBA_CUDA -c mamba.c -o mamba_main.o
-	$(NVCC) -cudart static -Xcompiler "$(OPENMP)" mamba_main.o mamba_cuda.o -o mamba $(LIBS)
+	$(NVCC) -cudart static -Xcompiler "-static-libstdc++,-static-libgcc$(OPENMP:%=,%)" mamba_main.o mamba_cuda.o -o mamba $(LIBS)
 	rm -f mamba_main.o mamba_cuda.o
 
 demo: mamba

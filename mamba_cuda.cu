@@ -771,6 +771,50 @@ __global__ void __launch_bounds__(32) norm_dt_b_c(float *dt, float *bc, int dt_r
     norm_row(row, NULL, row, part ? d_state : dt_rank, eps);
 }
 
+// ---- The likeliest token of each row of logits, for greedy decoding: only a few bytes leave the GPU ----
+
+// The better of two: the larger logit, then the smaller id; an id of -1 is none.
+DEVICE bool is_better(float logit, int id, float than, int than_id) {
+    return id >= 0 && (than_id < 0 || logit > than || (logit == than && id < than_id));
+}
+
+// A block a row. banned: bits of tokens that are not drawn.
+__global__ void __launch_bounds__(256) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices, int n_vocab) {
+    DYNAMIC_SHARED(float, parts);  // [8 warps] best, id (as bits), max, poison
+    const float *row = logits + (size_t)blockIdx.x * n_vocab;
+    const int warp = (int)threadIdx.x / 32;
+    float best = 0, largest = row[0], poison = 0;  // poison: NaN when something is not finite
+    int best_id = -1;
+    for (int id = (int)threadIdx.x; id < n_vocab; id += 256) {
+        const float v = row[id];
+        largest = fmaxf(largest, v);
+        poison = fmaf(v, 0.0f, poison);
+        if (!(banned[id / 32] >> id % 32 & 1) && is_better(v, id, best, best_id)) best = v, best_id = id;
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        const float other = __shfl_xor_sync(WHOLE_WARP, best, distance);
+        const int other_id = __shfl_xor_sync(WHOLE_WARP, best_id, distance);
+        if (is_better(other, other_id, best, best_id)) best = other, best_id = other_id;
+        largest = fmaxf(largest, __shfl_xor_sync(WHOLE_WARP, largest, distance));
+        poison += __shfl_xor_sync(WHOLE_WARP, poison, distance);
+    }
+    if (threadIdx.x % 32 == 0) {
+        parts[4 * warp] = best;
+        parts[4 * warp + 1] = __uint_as_float((unsigned)best_id);
+        parts[4 * warp + 2] = largest;
+        parts[4 * warp + 3] = poison;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 1; w < 8; w++) {
+        const int id = (int)__float_as_uint(parts[4 * w + 1]);
+        if (is_better(parts[4 * w], id, best, best_id)) best = parts[4 * w], best_id = id;
+        largest = fmaxf(largest, parts[4 * w + 2]);
+        poison += parts[4 * w + 3];
+    }
+    choices[blockIdx.x] = device_choice{best_id, largest + poison};
+}
+
 // ====================================================================================================================
 // The device.
 // ====================================================================================================================
@@ -800,6 +844,8 @@ struct device {             // owner of all memory on the GPU, of staging and of
     // [max_tokens][...], as in struct context
     float *x, *normed, *u_in, *u, *z, *dt_low, *bc, *dt, *y;
     float *logits;          // [max_rows][n_vocab]
+    unsigned *banned;       // [n_vocab / 32 + 1] bits
+    struct device_choice *choices, *host_choices;  // [max_rows]; the latter pinned
     int *batch;             // [max_tokens] slots, [max_tokens] positions, [max_tokens] spans, [max_rows] rows
     int *host_batch;        // pinned, and so are
     float *host_rows, *host_logits;  // [max_tokens][ld_model], [max_rows][n_vocab]
@@ -897,6 +943,7 @@ static bool take_buffers(struct device *d, struct error *e) {
            reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->z, inner, e) &&
            reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * (size_t)d->ld_bc, e) &&
            reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->logits, rows * (size_t)d->m->c.n_vocab, e) &&
+           reserve(d, &d->banned, (size_t)d->m->c.n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
            reserve(d, &d->batch, 5 * tokens + rows, e);
 }
 
@@ -918,6 +965,7 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
     const size_t tokens = (size_t)d->shape.max_tokens, rows = (size_t)d->shape.max_rows;
     return take_weights(d, unpack, e) && take_buffers(d, e) &&
            ok(cudaMallocHost(&d->host_batch, (5 * tokens + rows) * sizeof(int)), "taking pinned memory", e) &&
+           ok(cudaMallocHost(&d->host_choices, rows * sizeof(struct device_choice)), "taking pinned memory", e) &&
            ok(cudaMallocHost(&d->host_rows, tokens * (size_t)d->ld_model * sizeof(float)), "taking pinned memory", e) &&
            ok(cudaMallocHost(&d->host_logits, rows * (size_t)d->m->c.n_vocab * sizeof(float)), "taking pinned memory", e) &&
            ok(cudaStreamSynchronize(d->stream), "uploading weights", e);
@@ -1074,6 +1122,7 @@ void device_close(struct device *d) {
     for (void *p : d->memory) cudaFree(p);
     cudaFreeHost(d->host_batch);
     cudaFreeHost(d->host_rows);
+    cudaFreeHost(d->host_choices);
     cudaFreeHost(d->host_logits);
     if (d->stream) cudaStreamDestroy(d->stream);
     delete d;
@@ -1147,7 +1196,24 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
     } else {
         run_layers(d, n_tokens, n_segments, n_layers, n_rows, decoding);
     }
-    return fetch_logits(d, n_rows, logits, ld_logits, e);
+    return fetch_logits(d, logits ? n_rows : 0, logits, ld_logits, e);
+}
+
+bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
+    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(256), 8 * 4 * sizeof(float), d->stream, d->logits, d->banned, d->choices, d->m->c.n_vocab);
+    const size_t bytes = (size_t)n_rows * sizeof *choices;
+    if (!ok(cudaMemcpyAsync(d->host_choices, d->choices, bytes, cudaMemcpyDeviceToHost, d->stream), "copying tokens", e) ||
+        !ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "choosing tokens", e))
+        return false;
+    memcpy(choices, d->host_choices, bytes);
+    return true;
+}
+
+bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error *e) {
+    std::vector<unsigned> bits((size_t)d->m->c.n_vocab / 32 + 1);
+    for (size_t i = 0; i < n; i++) bits[(size_t)tokens[i] / 32] |= 1u << tokens[i] % 32;
+    return ok(cudaMemcpyAsync(d->banned, bits.data(), bits.size() * sizeof(unsigned), cudaMemcpyHostToDevice, d->stream), "copying tokens", e) &&
+           ok(cudaStreamSynchronize(d->stream), "copying tokens", e);
 }
 
 bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e) {

@@ -4,9 +4,11 @@ Emulated: every schedule of threads, every format and odd shape, ThreadSanitizer
 noticed. Compiled by nvcc for every architecture: no spilled register, stated numbers of them, and the instructions that the kernels
 are about. On a GPU: compute-sanitizer and the bench."""
 import os
+import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import emulated_cuda
 import test_formats
 from conftest import FIXTURES, ROOT
-from test_cuda import cuda, distance, emulated_program, gpu_program, logits_of, path_of, text  # noqa: F401 (fixtures)
+from test_cuda import distance, logits_of, path_of, text
 
 # ---- numbers ----
 
@@ -121,9 +123,12 @@ def small_runs(folder):
     slices = write_shape(folder / "slices.gguf", 300, 20, 20, 4, 2, n_layer=1, kind="F32")
     lanes = write_shape(folder / "lanes.gguf", 8, 9, 70, 4, 2, n_layer=1, kind="BF16")
     q8_0 = write_shape(folder / "q8_0.gguf", 64, 32, 4, 4, 32, n_layer=1, kind="Q8_0")
+    wide = write_shape(folder / "wide.gguf", 8, 8, 3, 4, 2, n_vocab=300, n_layer=1)  # more tokens than threads that choose one
     batch = b'{"ids": [1, 2, 3], "max_tokens": 2, "seed": 1}\n{"ids": [4], "max_tokens": 3, "seed": 2}\n{"ids": [7, 7], "max_tokens": 2, "seed": 3}\n'
     runs = [(["generate", path, "--jsonl", "--print-ids", "--logprobs", "3", "-q", *options], batch)
             for path in (f16, slices, lanes, q8_0) for options in ([], ["-ub", "2"])]
+    greedy = batch.replace(b'"seed"', b'"temperature": 0, "seed"')
+    runs += [(["generate", path, "--jsonl", "--print-ids", "-q"], greedy) for path in (f16, q8_0, wide)]
     runs += [(["score", path, "--per-token", "--ids", text(np.arange(66) % 37)], None) for path in (f16, slices, lanes, q8_0)]
     runs += [(["score", FIXTURES / "mamba_falcon.f32.bin", "--per-token", "--ids", text(range(n))], None) for n in (1, 5)]
     k = test_formats.write_model(folder / "k.gguf", "Q2_K")
@@ -145,41 +150,171 @@ def runs(tmp_path_factory):
     return small_runs(tmp_path_factory.mktemp("runs"))
 
 
-def test_schedules(emulated_program, runs):  # noqa: F811
+def test_schedules(emulated_program, runs):
     first = outputs(emulated_program, runs)
     assert all(isinstance(output, bytes) and output for output in first), first
     for schedule in emulated_cuda.SCHEDULES[1:]:
         assert outputs(emulated_program, runs, CUDA_EMU_SCHEDULE=schedule) == first, schedule
 
 
+SANITIZER_OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0", "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+
+
 @pytest.mark.parametrize("flags", [["-fsanitize=thread"], ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]])
-def test_sanitizers(emulated_program, runs, flags, tmp_path):  # noqa: F811
+def test_sanitizers(emulated_program, runs, flags, tmp_path):
     program = emulated_cuda.build(tmp_path, *flags)
     expected = outputs(emulated_program, runs)
-    environment = {"TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0", "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     for schedule in ("forward", "1"):
-        assert outputs(program, runs, CUDA_EMU_SCHEDULE=schedule, **environment) == expected, schedule
+        assert outputs(program, runs, CUDA_EMU_SCHEDULE=schedule, **SANITIZER_OPTIONS) == expected, schedule
 
 
 # ---- mutants ----
 
 # Mutants that change nothing that could be seen, by a part of their line, and why.
 SAME = {
+    "const bool finite = exponent": "magnitudes above 1.7e38, whose squares overflow",
+    "const float inverse = exponent > 0": "magnitudes below 2.4e-38",
 }
 
 
-def test_mutants(emulated_program, runs, tmp_path):  # noqa: F811
-    """Each barrier left out, each mask without its last lane, each bound moved by one makes some run differ."""
+def test_mutants(emulated_program, runs, tmp_path):
+    """Each barrier left out, each mask without its last lane, each bound moved by one makes some run differ, or AddressSanitizer and
+    UBSan speak."""
     source, mutants = emulated_cuda.mutate(tmp_path)
-    program = emulated_cuda.build(tmp_path, "-w", source=source)
+    folders = [tmp_path / "plain", tmp_path / "sanitized"]
+    for folder in folders:
+        folder.mkdir()
+    programs = [emulated_cuda.build(folders[0], "-w", source=source),
+                emulated_cuda.build(folders[1], "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", source=source)]
     expected = outputs(emulated_program, runs)
-    assert outputs(program, runs) == expected  # none chosen
+    assert outputs(programs[0], runs) == expected  # none chosen
     alive = []
     for n, what in enumerate(mutants):
         if any(part in what for part in SAME):
             continue
-        noticed = any(outputs(program, [run], CUDA_MUTANT=str(n), CUDA_EMU_SCHEDULE=schedule) != [output]
-                      for schedule in ("reverse", "forward") for run, output in zip(runs, expected))
+        ways = [(programs[0], "reverse"), (programs[0], "forward"), (programs[1], "forward")]
+        noticed = any(outputs(program, [run], CUDA_MUTANT=str(n), CUDA_EMU_SCHEDULE=schedule, **SANITIZER_OPTIONS) != [output]
+                      for program, schedule in ways for run, output in zip(runs, expected))
         if not noticed:
             alive.append(what)
     assert len(mutants) > 60 and not alive, "\n".join(alive)
+
+
+# ---- compiled by nvcc ----
+
+ARCHITECTURES = ["75", "80", "86", "90", "100", "120"]
+# The most registers of any of a kernel's forms and architectures. With more than 128, an SM has room for one block of 256 threads less.
+CEILINGS = {"product_split": 192, "product_tiles": 255, "scan_tokens": 128, "conv_tokens": 48, "conv_state": 48, "norm_tokens": 48,
+            "norm_dt_b_c": 48}
+
+
+def tool(name):
+    """A program of CUDA's toolkit, or of its wheels in the tests' environment (tests/requirements-check.txt)."""
+    wheels = pathlib.Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/cu*/bin/{name}")
+    found = shutil.which(name) or next(map(str, wheels), None)
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """`make cuda` in a folder of its own: (folder, what ptxas said)."""
+    folder = tmp_path_factory.mktemp("nvcc")
+    nvcc = tool("nvcc")
+    for name in ("Makefile", "mamba.c", "mamba_cuda.cu"):
+        shutil.copy(ROOT / name, folder)
+    done = subprocess.run(["make", "cuda", f"NVCC={nvcc}", "NVCC_EXTRA=-Xptxas -v"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert not re.search(r"warning", done.stdout.replace("-Wno-warning", "")), done.stdout
+    return folder, done.stdout
+
+
+def kernel_name(mangled):
+    """product_split<Q8_0, 4> of _Z13product_splitIL6format3ELi4EEv..."""
+    name = re.match(r"_Z\d+([a-z_]+?)(?:I(.*?)EEv|\d|P)", mangled)
+    template = re.findall(r"6format(\d+)|Li(\d+)", name[2] or "")
+    values = [test_formats.FORMATS[int(f)] if f else n for f, n in template]
+    return name[1], f"{name[1]}<{', '.join(values)}>" if values else name[1], values
+
+
+def test_registers(compiled):
+    """Nothing is spilled on any architecture, and no kernel has more registers than its ceiling."""
+    found = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                       r"(\d+) bytes spill loads\n.*?Used (\d+) registers", compiled[1])
+    kernels = {(kernel_name(mangled)[1], arch) for mangled, arch, *_ in found}
+    assert {arch for _, arch in kernels} == set(ARCHITECTURES)
+    assert len(found) == len(kernels) == len(ARCHITECTURES) * (3 * len(test_formats.FORMATS) + 7)
+    for mangled, arch, stack, stores, loads, registers in found:
+        base, name, _ = kernel_name(mangled)
+        assert (int(stores), int(loads), int(stack)) == (0, 0, 0), f"{name} spills on sm_{arch}"
+        assert int(registers) <= CEILINGS[base], f"{name} has {registers} registers on sm_{arch}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_instructions(compiled, arch):
+    """Weights are read 16 bytes a lane (or 8, the plane of single bits), nothing narrower than a word; tensor cores multiply; no local memory."""
+    cuobjdump = tool("cuobjdump")
+    tool("nvdisasm")
+    path = f"{os.path.dirname(cuobjdump)}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run([cuobjdump, "-sass", "-arch", f"sm_{arch}", compiled[0] / "mamba"], stdout=subprocess.PIPE, text=True, check=True,
+                          env={**os.environ, "PATH": path})
+    functions = re.split(r"^\s*Function : (\S+)$", done.stdout, flags=re.MULTILINE)[1:]
+    products = 0
+    for mangled, code in zip(functions[::2], functions[1::2]):
+        base, name, values = kernel_name(mangled)
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, flags=re.MULTILINE)
+        assert instructions and not any(i.startswith(("LDL", "STL")) for i in instructions), name
+        if not base.startswith("product"):
+            continue
+        products += 1
+        loads = [i for i in instructions if i.startswith("LDG")]
+        assert not [i for i in loads if re.search(r"\.[US](8|16)", i)], f"{name}: {loads}"
+        assert sum(i.endswith(".128") or ".128." in i for i in loads) >= 4, f"{name}: {loads}"
+        # BF16 has no tensor cores on Turing, where those weights are uploaded as F32.
+        expected = None if values[0] == "F32" or (values[0] == "BF16" and arch == "75") else "HMMA" if values[0] in ("F16", "BF16") else "IMMA"
+        assert expected is None or any(i.startswith(expected) for i in instructions), f"{name} has no {expected}"
+    assert products == 3 * len(test_formats.FORMATS)
+
+
+def test_starts_without_a_gpu(compiled):
+    """The program needs none of CUDA's libraries to start, and runs on the CPU where no GPU is."""
+    program = compiled[0] / "mamba"
+    libraries = subprocess.run(["ldd", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "not found" not in libraries and not re.search(r"libcu|libnv|stdc\+\+", libraries), libraries
+    arguments = ["score", path_of("mamba_tied.f32"), "--ids", "1 2 3"]
+    cpu = subprocess.run([ROOT / "mamba", *arguments, "--device", "cpu"], capture_output=True, check=True)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run([program, *arguments], capture_output=True, check=True, env=hidden).stdout == cpu.stdout
+    done = subprocess.run([program, *arguments, "--device", "cuda"], capture_output=True, env=hidden)
+    assert done.returncode == 1 and done.stderr.startswith(b"mamba: --device cuda: no NVIDIA ") and done.stderr.count(b"\n") == 1
+
+
+def test_make_says_what_is_missing(tmp_path):
+    done = subprocess.run(["make", "-C", ROOT, "cuda", "NVCC=no-such-compiler"], capture_output=True, text=True)
+    assert done.returncode != 0 and "nvcc" in done.stderr and "install" in done.stderr
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    old.chmod(0o755)
+    done = subprocess.run(["make", "-C", ROOT, "cuda", f"NVCC={old}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "nvcc 12 or later" in done.stderr
+
+
+# ---- on a GPU ----
+
+def test_compute_sanitizer(gpu_program):
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("compute-sanitizer is not installed")
+    for check in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        for n in (1, 70):
+            subprocess.run(["compute-sanitizer", f"--tool={check}", "--error-exitcode=9", gpu_program, "score", path_of("mamba_awkward.q8_0"),
+                            "--ids", text(range(n)), "--device", "cuda"], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_gpu_bench(gpu_program):
+    """Prints what `mamba bench` measures; README's figures come from here."""
+    done = subprocess.run([gpu_program, "bench", ROOT / "models" / "tales.bin", "--device", "cuda", "-r", "3"], stdout=subprocess.PIPE, text=True,
+                          check=True)
+    print(done.stdout)
+    assert done.stdout.count("\n") > 10

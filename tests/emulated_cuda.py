@@ -53,7 +53,7 @@ def device_code(text):
 
 def mutate(folder):
     """One source that holds all mutants, of which CUDA_MUTANT=N chooses one: a barrier left out, a mask without its last lane, the
-    right side of a comparison one larger. Returns (its path, descriptions [N])."""
+    right side of a comparison of integers one larger. Returns (its path, descriptions [N])."""
     text = (ROOT / "mamba_cuda.cu").read_text()
     begin, end = device_code(text)
     mutants = []
@@ -69,10 +69,12 @@ def mutate(folder):
         return f"{what}mutant({n}) + "
 
     lines = []
+    seen = True             # by g++
     for line in text[begin:end].splitlines(keepends=True):
+        seen = not line.startswith("#ifndef CUDA_EMULATION") and (seen or line.startswith("#endif"))
         code, slash, comment = line.partition("//")
-        if not line.lstrip().startswith("#") and "constexpr" not in code and "static_assert" not in code and not code.startswith("//"):
-            code = re.sub(r"__syncthreads\(\);|\bWHOLE_WARP\b| (?:<|>|<=|>=) (?!<)", lambda m: replaced(m, line), code)
+        if seen and not line.lstrip().startswith("#") and "constexpr" not in code and "static_assert" not in code and not code.startswith("//"):
+            code = re.sub(r"__syncthreads\(\);|\bWHOLE_WARP\b| (?:<|>|<=|>=) (?!<|[\d.]+(?:e[-+]?\d+)?f\b)", lambda m: replaced(m, line), code)
         lines.append(code + slash + comment)
     chooser = '#include <cstdlib>\nstatic int mutant(int n) { static const char *s = getenv("CUDA_MUTANT"); static const int one = s ? atoi(s) : -1; return n == one; }\n'
     path = pathlib.Path(folder) / "mutants.cu"

@@ -3,14 +3,11 @@
 `make test-cuda` runs the same tests on a GPU as well, where there is one, with the program that `make cuda` builds. Against the CPU,
 log-probabilities agree within a tolerance; among batches, chunks and ways to launch, every comparison is of bytes."""
 import json
-import os
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 
-import emulated_cuda
 import reference
 from conftest import FIXTURES, PROGRAM, ROOT
 
@@ -19,42 +16,6 @@ from conftest import FIXTURES, PROGRAM, ROOT
 TOLERANCE = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-3, "q8_0": 2e-2}
 FILES = ["mamba_tied.f32", "mamba_untied.f32", "mamba_falcon.f32", "mamba_awkward.f32", "mamba_tied.f16", "mamba_tied.bf16", "mamba_tied.q8_0",
          "mamba_awkward.q8_0"]
-PLACES = ["emulated"] + (["gpu"] if os.environ.get("MAMBA_TEST_GPU") else [])
-
-
-@pytest.fixture(scope="session")
-def emulated_program(tmp_path_factory):
-    if emulated_cuda.available():
-        pytest.skip(emulated_cuda.available())
-    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="session")
-def gpu_program(tmp_path_factory):
-    """What `make cuda` builds, where there is a GPU."""
-    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.DEVNULL).returncode != 0:
-        pytest.skip("no GPU here")
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc is not installed")
-    folder = tmp_path_factory.mktemp("gpu")
-    for name in ("Makefile", "mamba.c", "mamba_cuda.cu"):
-        shutil.copy(ROOT / name, folder)
-    subprocess.run(["make", "cuda"], cwd=folder, check=True)
-    return folder / "mamba"
-
-
-@pytest.fixture(params=PLACES)
-def cuda(request):
-    """The program on the device: cuda(*arguments, **environment) to what it did."""
-    program = request.getfixturevalue(f"{request.param}_program")
-
-    def run(*arguments, input=None, check=True, **environment):
-        stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
-        done = subprocess.run([program, *map(str, arguments)], **stdin, capture_output=True, env={**os.environ, **environment}, timeout=600)
-        assert not check or done.returncode == 0, done.stderr.decode()
-        return done
-    run.program, run.emulated = program, request.param == "emulated"
-    return run
 
 
 def path_of(name):

@@ -2,6 +2,8 @@
 //
 //   cc -std=gnu11 -O2 -ffp-contract=off -fopenmp mamba.c -o mamba -lm
 //
+// `make cuda` adds mamba_cuda.cu, which runs the same forwards on a GPU behind the interface at the end of section 0.
+//
 // A model is a GGUF file, read through mmap and used in place. Every sequence owns one recurrent state a layer, so
 // memory does not grow with the length of the text. One forward serves prefill, decode, scoring and embedding: it takes
 // any number of sequences with any number of new tokens each.

@@ -624,8 +624,10 @@ template <enum format F, int C> __global__ void __launch_bounds__(256, 1) produc
         for (int i = 0; i < C * 4; i++) {
             const int column = i / 4 * 8 + 2 * q + i % 2, row = g + i % 4 / 2 * 8;
             parts[(warp * COLUMNS + column) * TILE + row] = s.v[0][i / 4][i % 4];
-            if (g == 0 && i % 4 < 2) squares[warp * COLUMNS + column] = s.squares[i / 4][i % 2];
         }
+#pragma unroll
+        for (int i = 0; i < C * 2; i++)
+            if (g == 0) squares[warp * COLUMNS + i / 2 * 8 + 2 * q + i % 2] = s.squares[i / 2][i % 2];
     }
     __syncthreads();
     // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
@@ -655,7 +657,7 @@ template <enum format F, int C> __global__ void __launch_bounds__(256, 1) produc
 
 // Warps of a block: 2 of rows by 4 of columns. A warp has R tiles, as many as registers are there for, and C times 8 columns.
 enum { TILES_WARPS = 8, TILES_C = 2, TILES_COLUMNS = 4 * TILES_C * 8 };
-static constexpr __host__ __device__ int tiles_r(enum format f) { return is_k(f) || f == F32 ? 2 : 4; }
+static constexpr __host__ __device__ int tiles_r(enum format f) { return f == F16 || f == BF16 || f == Q8_0 || f == Q4_0 ? 4 : 2; }
 
 template <enum format F> __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const input in, const output out) {
     constexpr int R = tiles_r(F), C = TILES_C;
@@ -721,7 +723,7 @@ __global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, 
 
 // The selective scan over the tokens of each span: LANES lanes a channel, each with its states in registers. Time stays in
 // order, so that cuts of a prompt do not change a bit. dt_low [tokens][ld_u]: the products of dt_proj.
-template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128) scan_tokens(const scan s, const float *dt_low, const span *spans) {
+template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128, 1) scan_tokens(const scan s, const float *dt_low, const span *spans) {
     const int j = (int)threadIdx.x % LANES, number = (int)(blockIdx.x * 128 + threadIdx.x) / LANES;
     const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others, and touch no state
     const span sp = spans[blockIdx.y];
@@ -744,8 +746,9 @@ template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128) scan_t
         if (number < s.n && j == 0) s.y[(size_t)token * s.ld_u + channel] = y;
     }
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++)
+    for (int i = 0; i < PER_LANE; i++) {
         if (number < s.n && LANES * i + j < s.d_state) state[16 * (LANES * i + j)] = h[i];
+    }
 }
 
 // ====================================================================================================================
@@ -1146,7 +1149,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     d->ld_bc = 2 * c->d_state;
     d->slot_conv = (size_t)c->n_layer * (size_t)d->ld_state * (size_t)(c->d_conv - 1);
     d->slot_ssm = (size_t)c->n_layer * (size_t)d->ld_state * (size_t)c->d_state;
-    for (int i = shape.max_sequences; i-- > 0;) d->free_slots.push_back(i);
+    for (int i = 0; i < shape.max_sequences; i++) d->free_slots.push_back(i);  // taken from the end: what is read behind a state is seen
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {

@@ -127,8 +127,19 @@ inline float2 __bfloat1622float2(__nv_bfloat162 b) { return {emu_bf16_to_float(b
 
 namespace emu {
 
+inline char *aligned_memory(size_t n) {
+    void *p = nullptr;
+    if (posix_memalign(&p, 256, n) != 0) abort();
+    return (char *)p;
+}
+
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
-enum { MAX_WORDS = 12, MAX_THREADS = 1024, GUARD = 64 };  // words that a lane gives to its warp; bytes behind each memory
+enum { MAX_WORDS = 12, MAX_THREADS = 1024 };  // words that a lane gives to its warp
+#if defined(__SANITIZE_ADDRESS__)
+enum { GUARD = 0 };         // AddressSanitizer has its own
+#else
+enum { GUARD = 64 };        // bytes behind each memory that nobody may write to
+#endif
 EMU_ASAN(const) size_t stack_bytes = 256 << 10;
 
 struct Fiber {
@@ -364,7 +375,7 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
     for (unsigned b : blocks) {
         block.at = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
         // Fresh for each block, so that nothing of another one can be mistaken for its own.
-        block.shared = (char *)aligned_alloc(128, (shared_bytes + 2 * GUARD + 127) / 128 * 128);
+        block.shared = aligned_memory(shared_bytes + GUARD);
         memset(block.shared, 0xff, shared_bytes);
         memset(block.shared + shared_bytes, 0xa5, GUARD);
         EMU_TSAN(__tsan_release(&launch_order);)
@@ -519,7 +530,7 @@ inline cudaError_t emu_malloc(void **p, size_t n) {
     cudaError_t e = emu::call("cudaMalloc", cudaErrorMemoryAllocation);
     if (e == cudaSuccess && emu::allocated + n > emu::memory_limit()) e = cudaErrorMemoryAllocation;
     if (e != cudaSuccess) return e;
-    char *memory = (char *)aligned_alloc(256, (n + emu::GUARD + 255) / 256 * 256);
+    char *memory = emu::aligned_memory(n + emu::GUARD);
     memset(memory, 0xff, n);
     memset(memory + n, 0xa5, emu::GUARD);
     emu::allocations[memory] = n;

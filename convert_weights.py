@@ -23,7 +23,7 @@ import re
 import signal
 import struct
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 try:
@@ -144,6 +144,72 @@ def config_state_spaces(c, path):
         labels=class_labels(c, path), context_length=2**20)     # a recurrence has no limit of its own; llama.cpp's converter writes this number too
 
 
+@dataclass
+class UNetConfig:
+    """An audio U-Net (sections 4.4 and E.4 of the Mamba paper), in the words of the config.json that models/train.py writes."""
+    d_model: int                # of the outermost level; level i is 2^i times as wide
+    n_blocks: int               # a stage
+    pool: list                  # steps that become one, the outermost first
+    stages: list                # pairs of s4 or s6 and real or complex, in order of flow
+    sample_rate: int
+    vocab_size: int = 256
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    discretization: str = "zoh"
+    norm: str = "layernorm"
+    layer_norm_epsilon: float = 1e-5
+    start_token: int = 128
+    normalization: str = "minmax"
+    # what Config has, too
+    labels: list = field(default_factory=list)
+    conv_bias = True
+    tied = False
+
+    @property
+    def n_layer(self):
+        return self.n_blocks * len(self.stages)
+
+    def level(self, stage):
+        return min(stage, len(self.stages) - 1 - stage)
+
+    def width(self, level):
+        return self.d_model << level
+
+    def dt_rank(self, level):
+        return math.ceil(self.width(level) / 16)
+
+
+def config_unet(c, path):
+    known = {f.name for f in fields(UNetConfig) if f.name != "labels"}
+    unknown = sorted(set(c) - known - {"model_type"})
+    if unknown:
+        raise ConvertError(f"{path}: {', '.join(unknown)}: expected only {', '.join(sorted(known))}")
+    missing = [key for key in ("d_model", "n_blocks", "pool", "stages", "sample_rate") if key not in c]
+    if missing:
+        raise ConvertError(f"{path}: {missing[0]} is missing")
+    config = UNetConfig(**{key: value for key, value in c.items() if key != "model_type"})
+    kinds = [[ssm, numbers] for ssm in ("s4", "s6") for numbers in ("real", "complex")]
+    words = {"discretization": ("zoh", "delta_b"), "norm": ("layernorm", "rmsnorm"), "normalization": ("minmax", "peak", "none")}
+    for key in ("d_model", "n_blocks", "sample_rate", "d_state", "d_conv", "expand"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or not 0 < value < 2**24:
+            raise ConvertError(f"{path}: {key} is {value!r}, expected a positive integer")
+    for key, allowed in words.items():
+        if getattr(config, key) not in allowed:
+            raise ConvertError(f"{path}: {key} is {getattr(config, key)!r}, expected {' or '.join(allowed)}")
+    if config.vocab_size != 256 or config.start_token not in range(256):
+        raise ConvertError(f"{path}: vocab_size {config.vocab_size} and start_token {config.start_token!r}, expected 256 codes and one of them")
+    if not 1 <= len(config.pool) <= 4 or any(not isinstance(p, int) or not 2 <= p < 2**16 for p in config.pool):
+        raise ConvertError(f"{path}: pool is {config.pool!r}, expected one to four integers from 2 on")
+    if len(config.stages) != 2 * len(config.pool) + 1 or any(list(stage) not in kinds for stage in config.stages):
+        raise ConvertError(f"{path}: stages is {config.stages!r}, expected {2 * len(config.pool) + 1} pairs of s4 or s6 and real or complex")
+    eps = config.layer_norm_epsilon
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise ConvertError(f"{path}: layer_norm_epsilon is {eps!r}, expected a number between 0 and 1")
+    return config
+
+
 def load_config(folder):
     path = folder / "config.json"
     if not path.is_file():
@@ -151,13 +217,15 @@ def load_config(folder):
     c = read_json(path)
     kind = c.get("model_type")
     try:
+        if kind == "mamba_unet":
+            return config_unet(c, path)
         if kind in ("mamba", "falcon_mamba"):
             config = config_hf(c, path)
         elif kind is None and "d_model" in c and "n_layer" in c:
             config = config_state_spaces(c, path)
         else:
             found = f"model_type {kind!r}" if kind else f"no model_type, architectures {c.get('architectures')}"
-            raise ConvertError(f"{path}: {found}, expected model_type mamba or falcon_mamba, "
+            raise ConvertError(f"{path}: {found}, expected model_type mamba, falcon_mamba or mamba_unet, "
                                "or the d_model and n_layer of a state-spaces checkpoint")
         for key in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv", "dt_rank"):
             value = getattr(config, key)
@@ -247,13 +315,14 @@ def weight_files(folder):
 CLASSIFIERS = ("score.", "classifier.")
 
 
-def open_checkpoint(folder):
-    """{tensor name as transformers spells it: (file, name in that file)}"""
+def open_checkpoint(folder, config):
+    """{tensor name as transformers spells it: (file, name in that file)}; a U-Net's names are its own."""
     tensors = {}
     for path in weight_files(folder):
         file = (SafetensorsFile if path.suffix == ".safetensors" else TorchFile)(path)
         for name in file.shapes:
             whole = name.startswith(("backbone.", "lm_head.", *CLASSIFIERS))
+            whole |= isinstance(config, UNetConfig)
             full = name if whole else f"backbone.{name}"                                        # saved without a head
             full = full.replace("backbone.embedding.", "backbone.embeddings.")                  # state-spaces' spelling
             if full in tensors:
@@ -265,7 +334,14 @@ def open_checkpoint(folder):
 # ---------------------------------------------------------------- 4 which tensor becomes which
 
 # Name in the GGUF file, name in the checkpoint, its shape in terms of Config, and whether it takes --type: A, D, conv,
-# biases and norms stay F32. {} is the layer.
+# biases and norms stay F32. Last, where the values are not stored as they are, what becomes of them. {} is the layer.
+
+
+def negative_exp(a_log):
+    with np.errstate(over="ignore"):                    # encode() reports an infinity
+        return -np.exp(a_log)                           # A = -exp(A_log)
+
+
 MODEL_TENSORS = (
     ("token_embd.weight", "backbone.embeddings.weight", ("vocab_size", "d_model"), True),
     ("output_norm.weight", "backbone.norm_f.weight", ("d_model",), False),
@@ -279,7 +355,7 @@ LAYER_TENSORS = (
     ("ssm_x.weight", "mixer.x_proj.weight", ("dt_b_c", "d_inner"), True),
     ("ssm_dt.weight", "mixer.dt_proj.weight", ("d_inner", "dt_rank"), True),
     ("ssm_dt.bias", "mixer.dt_proj.bias", ("d_inner",), False),
-    ("ssm_a", "mixer.A_log", ("d_inner", "d_state"), False),
+    ("ssm_a", "mixer.A_log", ("d_inner", "d_state"), False, negative_exp),
     ("ssm_d", "mixer.D", ("d_inner",), False),
     ("ssm_out.weight", "mixer.out_proj.weight", ("d_model", "d_inner"), True),
 )
@@ -288,9 +364,72 @@ TYPES = {name.lower(): (GGMLType[name], LlamaFileType[file_type]) for name, file
     ("Q4_1", "MOSTLY_Q4_1"), ("Q5_0", "MOSTLY_Q5_0"), ("Q5_1", "MOSTLY_Q5_1"))}
 
 
-def tensor_table(n_layer):
+def complex_a(a_log, a_imag):
+    return np.stack([negative_exp(a_log), a_imag], -1)
+
+
+def steps_outside(p, axis):
+    """A pooling has feature h of step s at h p + s of `axis`; mamba has step behind step, s H + h."""
+    def arrange(values):
+        split = values.shape[:axis] + (-1, p) + values.shape[axis + 1:]
+        return values.reshape(split).swapaxes(axis, axis + 1).reshape(values.shape)
+    return arrange
+
+
+def block_table(config, stage):
+    """A U-Net's block. S4 has dt_bias, B and C of its own; complex numbers have real and imaginary part side by side."""
+    (ssm, numbers), level = config.stages[stage], config.level(stage)
+    d_model, d_inner, n, rank = config.width(level), config.expand * config.width(level), config.d_state, config.dt_rank(level)
+    pair = (2,) if numbers == "complex" else ()
+    norm = ["weight", "bias"] if config.norm == "layernorm" else ["weight"]
+    yield from ((f"attn_norm.{part}", f"norm.{part}", (d_model,), False) for part in norm)
+    yield "ssm_in.weight", "mixer.in_proj.weight", (2 * d_inner, d_model), True
+    yield "ssm_conv1d.weight", "mixer.conv1d.weight", (d_inner, 1, config.d_conv), False
+    yield "ssm_conv1d.bias", "mixer.conv1d.bias", (d_inner,), False
+    if ssm == "s6":
+        yield "ssm_x.weight", "mixer.x_proj.weight", (rank + 2 * n * (1 + len(pair)), d_inner), True
+        yield "ssm_dt.weight", "mixer.dt_proj.weight", (d_inner, rank), True
+    yield "ssm_dt.bias", "mixer.dt_proj.bias" if ssm == "s6" else "mixer.dt_bias", (d_inner,), False
+    if pair:
+        yield "ssm_a", ("mixer.A_log", "mixer.A_imag"), (d_inner, n), False, complex_a
+    else:
+        yield "ssm_a", "mixer.A_log", (d_inner, n), False, negative_exp
+    if ssm == "s4":
+        yield "ssm_b", "mixer.B", (d_inner, n, *pair), False
+        yield "ssm_c", "mixer.C", (d_inner, n, *pair), False
+    yield "ssm_d", "mixer.D", (d_inner,), False
+    yield "ssm_out.weight", "mixer.out_proj.weight", (d_model, d_inner), True
+
+
+def unet_table(config):
+    n_pools, names = len(config.pool), ["center"]
+    for level in reversed(range(n_pools)):              # the checkpoint counts from the outside in both directions
+        names = [f"down.{level}", *names, f"up.{level}"]
+    norm = ["weight", "bias"] if config.norm == "layernorm" else ["weight"]
+    yield "token_embd.weight", "embed.weight", (256, config.d_model), True
+    yield from ((f"output_norm.{part}", f"norm.{part}", (config.d_model,), False) for part in norm)
+    yield "output.weight", "head.weight", (256, config.d_model), True
+    yield "output.bias", "head.bias", (256,), False
+    for i, p in enumerate(config.pool):
+        low, wide = config.width(i + 1), config.width(i) * p
+        yield f"pool_{i}.down.weight", f"down.{i}.pool.weight", (low, wide), True, steps_outside(p, 1)
+        yield f"pool_{i}.down.bias", f"down.{i}.pool.bias", (low,), False
+        yield f"pool_{i}.up.weight", f"up.{i}.pool.weight", (wide, low), True, steps_outside(p, 0)
+        yield f"pool_{i}.up.bias", f"up.{i}.pool.bias", (wide,), False, steps_outside(p, 0)
+    for stage, name in enumerate(names):
+        for block in range(config.n_blocks):
+            prefix = f"{name}.blocks.{block}."
+            for target, sources, *rest in block_table(config, stage):
+                sources = [sources] if isinstance(sources, str) else sources
+                yield f"blk.{stage * config.n_blocks + block}.{target}", [prefix + source for source in sources], *rest
+
+
+def tensor_table(config):
+    if isinstance(config, UNetConfig):
+        yield from unet_table(config)
+        return
     yield from MODEL_TENSORS
-    for i in range(n_layer):
+    for i in range(config.n_layer):
         for name, source, *rest in LAYER_TENSORS:
             yield f"blk.{i}.{name}", f"backbone.layers.{i}.{source}", *rest
 
@@ -299,30 +438,32 @@ def tensor_table(n_layer):
 class Tensor:
     """One tensor of the output."""
     name: str
-    source: str                 # its name in the checkpoint
-    shape: tuple                # there
+    shape: tuple                # of each of its sources in the checkpoint
     type: GGMLType
-    file: object = None         # SafetensorsFile or TorchFile; None: a bias that the model does not have, zeros
-    file_name: str = ""         # its name in that file
+    arrange: object             # of the values of its sources; None: they are stored as they are
+    sources: list = field(default_factory=list)     # (SafetensorsFile or TorchFile, name there); none: a bias that the model does
+                                                    # not have, zeros
 
     @property
-    def gguf_shape(self):       # conv1d's [d_inner, 1, d_conv] loses its middle
-        return self.shape if len(self.shape) < 3 else (self.shape[0], self.shape[2])
+    def gguf_shape(self):       # conv1d's [d_inner, 1, d_conv] loses its middle, complex numbers lie side by side
+        return self.shape if len(self.shape) < 2 else (self.shape[0], math.prod(self.shape[1:]) * max(1, len(self.sources)))
 
     @property
     def nbytes(self):
         block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * size
+        return math.prod(self.gguf_shape) // block * size
+
+    @property
+    def place(self):
+        file, name = self.sources[0]
+        return f"{file.path}: {name}"
 
     def read(self):
         """float32 [gguf_shape], as the file stores it apart from its type."""
-        if self.file is None:
+        if not self.sources:
             return np.zeros(self.gguf_shape, np.float32)
-        values = self.file.read(self.file_name).reshape(self.gguf_shape)
-        if self.name.endswith("ssm_a"):
-            with np.errstate(over="ignore"):            # encode() reports an infinity
-                values = -np.exp(values)                # A = -exp(A_log)
-        return values
+        values = [file.read(name) for file, name in self.sources]
+        return (self.arrange(*values) if self.arrange else values[0]).reshape(self.gguf_shape)
 
     def encode(self):
         """The bytes of the tensor in its type, as an array."""
@@ -330,10 +471,10 @@ class Tensor:
         peak = np.abs([values.min(), values.max()]).max()       # NaN when there is one
         if not np.isfinite(peak):
             what = "NaN" if np.isnan(peak) else "infinity"
-            raise ConvertError(f"{self.file.path}: {self.file_name}: found {what}, expected finite weights")
+            raise ConvertError(f"{self.place}: found {what}, expected finite weights")
         # F16, and the F16 scales of the quantised types, end at 65504; no trained Mamba comes near it.
         if self.type not in (GGMLType.F32, GGMLType.BF16) and peak > 65504:
-            raise ConvertError(f"{self.file.path}: {self.file_name}: found a weight of {peak:g}, {self.type.name} ends at "
+            raise ConvertError(f"{self.place}: found a weight of {peak:g}, {self.type.name} ends at "
                                "65504; use --type bf16 or f32")
         with np.errstate(all="ignore"):                 # blocks of denormals: scale 0, whatever their quotients are
             return np.ascontiguousarray(gguf.quants.quantize(values, self.type))
@@ -362,22 +503,23 @@ def plan_tensors(checkpoint, config, wanted, folder):
     elif not config.labels:                             # and leaves them out where they are these two
         file, name = checkpoint[classifier[0][1]]
         config.labels = [f"LABEL_{i}" for i in range(file.shapes[name][0])]
-    for name, source, dims, takes_type in itertools.chain(tensor_table(config.n_layer), classifier):
+    for name, sources, dims, takes_type, *arrange in itertools.chain(tensor_table(config), classifier):
         shape = tuple(d if isinstance(d, int) else getattr(config, d) for d in dims)
-        tensor = Tensor(name, source, shape, storage_type(shape, wanted) if takes_type else GGMLType.F32)
+        tensor = Tensor(name, shape, storage_type(shape, wanted) if takes_type else GGMLType.F32, *(arrange or [None]))
         plan.append(tensor)
         if name.endswith("conv1d.bias") and not config.conv_bias:
             continue
-        if source == "lm_head.weight" and source not in left and (config.tied is not False or classifier):
+        if sources == "lm_head.weight" and sources not in left and (config.tied is not False or classifier):
             plan.pop()                                  # tied: llama.cpp and mamba use the embedding
             continue
-        if source not in left:
-            raise ConvertError(f"{folder}: tensor {source} is missing, expected shape {list(shape)}")
-        tensor.file, tensor.file_name = left.pop(source)
-        found = tensor.file.shapes[tensor.file_name]
-        if found != shape:
-            raise ConvertError(f"{tensor.file.path}: {tensor.file_name}: found shape {list(found)}, "
-                               f"expected {list(shape)} ({' x '.join(map(str, dims))})")
+        for source in [sources] if isinstance(sources, str) else sources:
+            if source not in left:
+                raise ConvertError(f"{folder}: tensor {source} is missing, expected shape {list(shape)}")
+            file, name = left.pop(source)
+            tensor.sources.append((file, name))
+            if file.shapes[name] != shape:
+                raise ConvertError(f"{file.path}: {name}: found shape {list(file.shapes[name])}, "
+                                   f"expected {list(shape)} ({' x '.join(map(str, dims))})")
     if left:
         file, name = next(iter(left.values()))
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -389,11 +531,11 @@ def plan_tensors(checkpoint, config, wanted, folder):
 def drop_tied_head(plan, config):
     """A head that equals the embedding is not stored twice, whatever config.json says."""
     by_name = {t.name: t for t in plan}
-    head = by_name.get("output.weight")
+    head = None if isinstance(config, UNetConfig) else by_name.get("output.weight")
     if head and np.array_equal(head.read(), by_name["token_embd.weight"].read(), equal_nan=True):
         plan.remove(head)
     elif head and config.tied:
-        raise ConvertError(f"{head.file.path}: lm_head.weight differs from the embedding, but config.json says that they "
+        raise ConvertError(f"{head.sources[0][0].path}: lm_head.weight differs from the embedding, but config.json says that they "
                            "are tied; set tie_word_embeddings (or tie_embeddings) there to what the model was trained with")
     return plan
 
@@ -706,8 +848,33 @@ class Writer(gguf.GGUFWriter):
         return super()._pack_val(val, vtype, *args, **kwargs)
 
 
+def add_unet_config(writer, config):
+    levels = range(len(config.pool) + 1)
+    writer.add_uint32("mamba.embedding_length", config.d_model)
+    writer.add_uint32("mamba.block_count", config.n_layer)
+    writer.add_uint32("mamba.ssm.conv_kernel", config.d_conv)
+    writer.add_uint32("mamba.ssm.inner_size", config.expand * config.d_model)
+    writer.add_uint32("mamba.ssm.state_size", config.d_state)
+    writer.add_uint32("mamba.ssm.time_step_rank", config.dt_rank(0))
+    writer.add_string("mamba.ssm.discretization", config.discretization)
+    writer.add_float32("mamba.attention.layer_norm_rms_epsilon", config.layer_norm_epsilon)
+    writer.add_string("mamba.unet.norm", config.norm)
+    writer.add_array("mamba.unet.pool", config.pool)
+    writer.add_uint32("mamba.unet.blocks_per_stage", config.n_blocks)
+    writer.add_array("mamba.unet.stages", [".".join(stage) for stage in config.stages])
+    writer.add_array("mamba.unet.time_step_ranks", [config.dt_rank(level) for level in levels])
+    writer.add_uint32("mamba.audio.sample_rate", config.sample_rate)
+    writer.add_uint32("mamba.audio.start_token", config.start_token)
+    writer.add_string("mamba.audio.normalization", config.normalization)
+
+
 def add_config(writer, config, file_type):
     writer.add_file_type(file_type)
+    if file_type not in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if isinstance(config, UNetConfig):
+        add_unet_config(writer, config)
+        return
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layer)
@@ -724,8 +891,6 @@ def add_config(writer, config, file_type):
         writer.add_array("mamba.classifier.output_labels", config.labels)
     if config.dt_b_c_eps is not None:
         writer.add_float32("mamba.ssm.dt_b_c_rms_epsilon", config.dt_b_c_eps)
-    if file_type not in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def add_tokenizer(writer, tokenizer):
@@ -765,7 +930,7 @@ def write_gguf(path, name, config, file_type, tokenizer, plan):
     if path.exists() and not path.is_file():
         raise ConvertError(f"{path}: found a folder or device, expected the name of a file to write")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = Writer(temporary, "mamba")
+    writer = Writer(temporary, "mamba-unet" if isinstance(config, UNetConfig) else "mamba")
     writer.add_name(name)
     if config:
         add_config(writer, config, file_type)
@@ -838,12 +1003,13 @@ def convert_tokenizer(source, name, out):
 def convert_model(folder, name, args):
     config = load_config(folder)
     wanted, file_type = TYPES[args.type]
-    plan = plan_tensors(open_checkpoint(folder), config, wanted, folder)
-    tokenizer = None if args.no_tokenizer else model_tokenizer(folder, config.vocab_size, args.vocab)
+    plan = plan_tensors(open_checkpoint(folder, config), config, wanted, folder)
+    tokenizer = None if args.no_tokenizer or isinstance(config, UNetConfig) else model_tokenizer(folder, config.vocab_size, args.vocab)
     write_gguf(args.out, name, config, file_type, tokenizer, plan)
     say(f"{args.out}: {config.n_layer} layers, d_model {config.d_model}, vocabulary {config.vocab_size}, "
          f"{args.type.upper()}, {args.out.stat().st_size / 1e6:.1f} MB, "
-         f"tokenizer: {tokenizer.origin if tokenizer else 'none'}")
+         + (f"{config.sample_rate} Hz" if isinstance(config, UNetConfig)
+            else f"tokenizer: {tokenizer.origin if tokenizer else 'none'}"))
 
 
 def parse_arguments(argv):

@@ -1,4 +1,4 @@
-// mamba: selective state space models (Mamba, arXiv 2312.00752) on the CPU, in one file.
+// mamba: selective state space models (Mamba, arXiv 2312.00752) of text, DNA and sound, in one file.
 //
 //   cc -std=gnu11 -O2 -ffp-contract=off -fopenmp mamba.c -o mamba -lm
 //
@@ -16,13 +16,13 @@
 //
 //    0  structs                                  9  sampler
 //    1  errors, memory, threads, half floats    10  JSON
-//    2  GGUF                                    11  FASTA
-//    3  configuration, tensor binding           12  requests
-//    4  kernels, once per instruction set       13  engine: many sequences at once
-//    5  layers                                  14  commands
-//    6  forward over a ragged batch             15  bench
-//    7  sequence state: save and load           16  command line
-//    8  Unicode and tokenizer
+//    2  GGUF                                    11  genomes: FASTA, BED, VCF
+//    3  configuration, tensor binding           12  sound: WAV, mu-law
+//    4  kernels, once per instruction set       13  requests
+//    5  layers                                  14  engine: many sequences at once
+//    6  forward over a ragged batch             15  commands
+//    7  sequence state: save and load           16  bench
+//    8  Unicode and tokenizer                   17  command line
 
 #ifndef MAMBA_ISA_PASS  // the kernels of section 4 are compiled by including this file again: see there
 
@@ -33,6 +33,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #ifndef MAMBA_HEADER_ONLY  // mamba_cuda.cu wants the structs and the interface of the GPU, and is C++
+#include <complex.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -140,14 +141,32 @@ struct gguf {                  // owner of the mapping, kv and tensors; gguf_clo
     uint32_t version;
 };
 
+enum loudness { LOUDNESS_MINMAX, LOUDNESS_PEAK, LOUDNESS_NONE };  // how a clip is scaled before it becomes codes: section 12
+
+enum { MAX_POOLS = 4, MAX_LEVELS = MAX_POOLS + 1 };
+
+struct level_size {            // of the blocks at one rate; an audio U-Net has several, a text model one
+    int d_model, d_inner, dt_rank;
+    int period;                // tokens a step
+};
+
 struct config {
-    int n_layer, d_model, d_inner, d_state, d_conv, dt_rank;  // the paper's names; d_inner = E*D, d_state = N
+    int n_layer, d_model, d_inner, d_state, d_conv, dt_rank;  // the paper's names; d_inner = E*D, d_state = N; of level 0
+    struct level_size level[MAX_LEVELS];  // the outermost first
+    int n_pools, pool[MAX_POOLS];  // steps that become one between two levels; n_pools 0: a plain stack of blocks
+    int n_blocks;              // a stage, of which a U-Net has 2 * n_pools + 1; layers are numbered in order of flow
+    bool layer_norm;           // norms are LayerNorm; RMSNorm otherwise
+    bool zoh;                  // B is discretised by zero-order hold (equation 4); as dt * B otherwise, like Mamba's code
     int n_vocab;               // rows of the embedding; a tokenizer may use fewer
     int context_length;        // of the training; 0 when unknown. Nothing limits how long a text may be
     float norm_eps;
     int n_labels;              // of the classifier; 0: there is none
+    int sample_rate;           // of an audio model, whose tokens are mu-law codes; 0: not one
+    int start_token;           // what stands before a clip
+    enum loudness loudness;
     bool dt_b_c_rms;           // FalconMamba: RMSNorm without weight on dt, B and C
     float dt_b_c_eps;
+    size_t conv_floats, ssm_floats, pool_floats;  // of a sequence's buffers
 };
 
 struct matrix {                // [rows][cols], row-major, in the mapping
@@ -159,16 +178,31 @@ struct matrix {                // [rows][cols], row-major, in the mapping
 
 // Vectors and the small per-channel arrays are copied at load: rows padded with zeros to 16 floats, channels innermost.
 struct layer {
-    const float *norm;         // [d_model]
+    int level;                 // whose sizes are its own
+    bool s4;                   // dt, B and C do not depend on the input (algorithm 1): no x and dt
+    bool is_complex;           // A, B, C and the states; a state stands for its conjugate, too
+    size_t conv_at, ssm_at;    // where its part of a sequence's buffers begins, in floats
+    const float *norm, *norm_b;  // [d_model]; norm_b of LayerNorm only
     struct matrix in;          // [2*d_inner][d_model]: rows of x, then rows of the gate z
     const float *conv_w;       // [d_conv][d_inner], the oldest tap first
     const float *conv_b;       // [d_inner]
-    struct matrix x;           // [dt_rank + 2*d_state][d_inner]: rows of dt, B, C
+    struct matrix x;           // [dt_rank + 2*d_state*R][d_inner]: rows of dt, B, C. R is 1, or 2 of complex numbers: real and
+                               // imaginary part
     struct matrix dt;          // [d_inner][dt_rank]
     const float *dt_b;         // [d_inner]
-    const float *a2;           // [d_inner/16][d_state][16]: A * log2(e), so that exp(dt*A) = exp2(dt*a2)
+    const float *a2;           // [d_inner/16][d_state][R][16]: A * log2(e), so that exp(dt*A) = exp2(dt*a2); its imaginary part in
+                               // turns, A / (2 pi)
+    const float *a_inverse;    // [d_inner/16][d_state][R][16]: 1 / A, with zero-order hold
+    const float *decay, *weight;  // [d_inner/16][d_state][R][16] of S4: exp(dt*A), and C times the discretised B
     const float *d;            // [d_inner]
     struct matrix out;         // [d_model][d_inner]
+};
+
+struct pooling {               // between level i and level i + 1 of a U-Net, P = pool[i], D = d_model of level i
+    struct matrix down;        // [2*D][P*D], one step behind the other
+    struct matrix up;          // [P*D][2*D]
+    const float *down_b, *up_b;  // [2*D], [P*D]
+    size_t at;                 // of a sequence's pool buffer: steps that wait for the others [P][D], then what came up last [P][D]
 };
 
 struct model {                 // owner of the file, layers and the arena of small arrays; model_close frees them
@@ -176,7 +210,9 @@ struct model {                 // owner of the file, layers and the arena of sma
     struct config c;
     struct matrix embd;        // [n_vocab][d_model]
     struct matrix head;        // [n_vocab][d_model]; the embedding itself when tied
-    const float *norm;         // [d_model]
+    const float *head_b;       // [n_vocab] of a U-Net, or NULL
+    const float *norm, *norm_b;  // [d_model]
+    struct pooling pools[MAX_POOLS];
     const float *cls_w, *cls_b;  // [n_labels][d_model], [n_labels]: the classifier, on the output of norm
     struct str *labels;        // [n_labels], in the mapping
     struct layer *layers;      // [n_layer]
@@ -184,9 +220,10 @@ struct model {                 // owner of the file, layers and the arena of sma
     uint64_t fingerprint;      // of header and samples of the weights: ties a saved state to its model
 };
 
-struct sequence {              // one stream of tokens; owner of both buffers
-    float *conv;               // [n_layer][d_conv-1][d_inner], the last inputs of the convolution, the oldest first
-    float *ssm;                // [n_layer][d_inner/16][d_state][16], h of equation 2a
+struct sequence {              // one stream of tokens; owner of its buffers
+    float *conv;               // of each layer: [d_conv-1][d_inner], the last inputs of the convolution, the oldest first
+    float *ssm;                // of each layer: [d_inner/16][d_state][R][16], h of equation 2a
+    float *pool;               // of each pooling of a U-Net: struct pooling
     int64_t n_past;            // tokens consumed
     struct device *device;     // the GPU that holds both buffers, in its slot; they are not here then. NULL: the CPU
     int slot;
@@ -267,20 +304,32 @@ struct phase {
     atomic_int n_done;         // the phase has ended when all its items are done
 };
 
-struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
-    const struct model *m;
-    const struct kernels *k;
-    int n_threads, max_tokens, max_rows;  // tokens a forward, logit rows a call
+// Buffers of the steps of one level in a forward, "tokens" of it. Text has level 0 alone.
+struct level {
+    struct level_size size;
+    int ld_model, ld_inner, ld_dbc, ld_up;
     float *x;                  // [max_tokens][ld_model] residual stream
-    int ld_model, ld_inner, ld_dbc, ld_vocab;
-    struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward: the final norm's output
+    struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward, in level 0: the final norm's output
     struct act u;              // [max_tokens][d_inner] x of equation 2, after convolution and SiLU
     float *z;                  // [max_tokens][ld_inner] gate
     float *dbc;                // [max_tokens][ld_dbc] dt (low rank), B, C of each token
     struct act dt_low;         // [max_tokens][dt_rank] input of dt_proj
     struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
+    float *skip;               // [n_blocks + 1][max_tokens][ld_model] what the way up adds, of a U-Net
+    struct act down_in;        // [max_tokens][P*d_model] input of the pooling to the next level
+    float *up;                 // [max_tokens][ld_up] what the next level sends up, [P][d_model]
+    int n_tokens;              // of the batch in progress
+    int *n_new;                // [max_tokens] of each of its segments
+};
+
+struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
+    const struct model *m;
+    const struct kernels *k;
+    int n_threads, max_tokens, max_rows;  // tokens a forward, logit rows a call
+    struct level level[MAX_LEVELS];
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
+    int ld_vocab;
     int n_left_out, n_until_retry;  // threads that decoding does without, because other processes have their cores: team_size()
     int retry_after;           // forwards; longer after each try that failed
     bool on_probation;         // a thread that was left out is back, not for long
@@ -288,7 +337,8 @@ struct context {               // what a forward needs besides the model; owner 
     int n_team;                // threads of the last forward
     double token_seconds;      // of the last forward, for each of its tokens
     atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
-    struct phase *phases;      // [PHASES_PER_LAYER * n_layer + PHASES_BESIDE] of a forward
+    struct phase *phases;      // [n_phases] of a forward
+    int n_phases;
     const struct segment *segments;  // the batch in progress
     int n_segments, n_tokens, n_rows, n_run_layers;
     struct device *device;     // runs the forwards; NULL: the CPU does. Owned
@@ -413,6 +463,7 @@ struct outfile {
     FILE *f;
     const char *path;          // the caller's
     char *temporary;           // owned; NULL when written directly
+    struct outfile *next;      // of those that are unfinished
 };
 
 static struct outfile *unfinished;  // removed at exit, so that an error leaves nothing half-written
@@ -423,16 +474,21 @@ static void outfile_discard(struct outfile *o) {
     free(o->temporary);
     o->f = NULL;
     o->temporary = NULL;
-    unfinished = NULL;
+    for (struct outfile **at = &unfinished; *at; at = &(*at)->next)
+        if (*at == o) {
+            *at = o->next;
+            return;
+        }
 }
 
 // For handlers of signals, which may not free.
 static void unlink_unfinished(void) {
-    if (unfinished && unfinished->temporary) unlink(unfinished->temporary);
+    for (const struct outfile *o = unfinished; o; o = o->next)
+        if (o->temporary) unlink(o->temporary);
 }
 
 static void discard_unfinished(void) {
-    if (unfinished) outfile_discard(unfinished);
+    while (unfinished) outfile_discard(unfinished);
 }
 
 // path NULL or "-": standard output.
@@ -462,6 +518,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         outfile_discard(o);
         return false;
     }
+    o->next = unfinished;
     unfinished = o;
     return true;
 }
@@ -798,6 +855,14 @@ static bool gguf_int(const struct gguf *g, const char *key, int64_t *out) {
     return true;
 }
 
+// The numbers of an array of 32-bit integers, at most `max` of them; returns how many, 0 when it is none or longer.
+static int gguf_ints(const struct gguf *g, const char *key, int32_t *out, int max) {
+    const struct gguf_kv *kv = gguf_find(g, key);
+    if (!kv || !kv->is_array || (kv->type != GGUF_I32 && kv->type != GGUF_U32) || kv->count > (uint64_t)max) return 0;
+    memcpy(out, kv->value, (size_t)kv->count * sizeof *out);
+    return (int)kv->count;
+}
+
 static bool gguf_float(const struct gguf *g, const char *key, float *out) {
     const struct gguf_kv *kv = gguf_find(g, key);
     if (!kv || kv->is_array || kv->type != GGUF_F32) return false;
@@ -904,12 +969,60 @@ static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
 // sections 1 and 2; called by the commands.
 // ====================================================================================================================
 
+// One of the words, as its place among them; -1: the value is none of them.
+static int gguf_word(const struct gguf *g, const char *key, const char *const *words, int otherwise) {
+    struct str s;
+    if (!gguf_find(g, key)) return otherwise;
+    if (!gguf_str(g, key, &s)) return -1;
+    for (int i = 0; words[i]; i++)
+        if (str_is(s, words[i])) return i;
+    return -1;
+}
+
+// What an audio U-Net has besides (section 4.4 of the paper, E.4): levels, each half as many times as wide as the one before it.
+static bool unet_config_read(const struct gguf *g, struct config *c, struct error *e) {
+    int32_t pool[MAX_POOLS], ranks[MAX_LEVELS];
+    const int n_pools = gguf_ints(g, "mamba.unet.pool", pool, MAX_POOLS);
+    int64_t rate = 0, start = -1, n_blocks = 0, tokens_a_step = 1;
+    if (n_pools < 1 || gguf_ints(g, "mamba.unet.time_step_ranks", ranks, MAX_LEVELS) != n_pools + 1)
+        return fail(e, "expected 1 to %d numbers in 'mamba.unet.pool', and one more in 'mamba.unet.time_step_ranks'", MAX_POOLS);
+    if (!gguf_int(g, "mamba.unet.blocks_per_stage", &n_blocks) || n_blocks < 1 || n_blocks * (2 * n_pools + 1) != c->n_layer)
+        return fail(e, "mamba.unet.blocks_per_stage is %" PRId64 "; %d blocks in %d stages were expected", n_blocks, c->n_layer, 2 * n_pools + 1);
+    for (int i = 0; i <= n_pools; i++) {
+        if (ranks[i] < 1 || ranks[i] > 1 << 20 || c->d_inner > (1 << 20) >> i || c->d_model > (1 << 20) >> i)
+            return fail(e, "level %d of the U-Net is wider than %d, or its time_step_rank %d is none", i, 1 << 20, ranks[i]);
+        c->level[i] = (struct level_size){c->d_model << i, c->d_inner << i, ranks[i], (int)tokens_a_step};
+        if (i < n_pools) tokens_a_step *= c->pool[i] = pool[i];
+        if (i < n_pools && (pool[i] < 2 || tokens_a_step > 1 << 20 || (int64_t)pool[i] * c->level[i].d_model > 1 << 20))
+            return fail(e, "mamba.unet.pool holds %d; expected numbers from 2 on whose product is at most %d", pool[i], 1 << 20);
+    }
+    const int norm = gguf_word(g, "mamba.unet.norm", (const char *const[]){"rmsnorm", "layernorm", NULL}, 1);
+    const int hold = gguf_word(g, "mamba.ssm.discretization", (const char *const[]){"delta_b", "zoh", NULL}, 0);
+    const int loudness = gguf_word(g, "mamba.audio.normalization", (const char *const[]){"minmax", "peak", "none", NULL}, LOUDNESS_MINMAX);
+    if (norm < 0 || hold < 0 || loudness < 0)
+        return fail(e, "expected rmsnorm or layernorm in 'mamba.unet.norm', delta_b or zoh in 'mamba.ssm.discretization', and minmax, peak "
+                    "or none in 'mamba.audio.normalization'");
+    if (!gguf_int(g, "mamba.audio.sample_rate", &rate) || rate < 1 || rate > 1 << 24)
+        return fail(e, "mamba.audio.sample_rate is %" PRId64 "; expected samples a second", rate);
+    if (!gguf_int(g, "mamba.audio.start_token", &start) || start < 0 || start > 255)
+        return fail(e, "mamba.audio.start_token is %" PRId64 "; expected 0 to 255", start);
+    c->n_pools = n_pools;
+    c->n_blocks = (int)n_blocks;
+    c->layer_norm = norm;
+    c->zoh = hold;
+    c->loudness = (enum loudness)loudness;
+    c->sample_rate = (int)rate;
+    c->start_token = (int)start;
+    return true;
+}
+
 static bool config_read(const struct gguf *g, struct config *c, struct error *e) {
     struct str arch = {"", 0};
     if (!gguf_str(g, "general.architecture", &arch))
-        return fail(e, "metadata 'general.architecture' is missing; expected \"mamba\"");
-    if (!str_is(arch, "mamba"))
-        return fail(e, "general.architecture is \"%.*s\"; expected \"mamba\"", str_show(arch), arch.p);
+        return fail(e, "metadata 'general.architecture' is missing; expected \"mamba\" or \"mamba-unet\"");
+    const bool unet = str_is(arch, "mamba-unet");
+    if (!unet && !str_is(arch, "mamba"))
+        return fail(e, "general.architecture is \"%.*s\"; expected \"mamba\" or \"mamba-unet\"", str_show(arch), arch.p);
     const struct {
         const char *key;
         int *field;
@@ -937,7 +1050,9 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     c->dt_b_c_rms = gguf_int(g, "mamba.ssm.dt_b_c_rms", &v) && v != 0;
     v = 0;
     c->context_length = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < INT_MAX ? (int)v : 0;
-    return true;
+    c->n_blocks = c->n_layer;
+    c->level[0] = (struct level_size){c->d_model, c->d_inner, c->dt_rank, 1};
+    return !unet || unet_config_read(g, c, e);
 }
 
 struct binder {  // binding in progress; the first error stays
@@ -1012,57 +1127,170 @@ static const float *bind_vector(struct binder *b, const char *name, int n) {
     return to;
 }
 
-// A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state]: channel c, state n to
-// [c/16][n][16], times log2(e).
-static const float *bind_a2(struct binder *b, const char *name, const struct config *c) {
-    size_t ld = (size_t)round_up(c->d_inner, 16), n_state = (size_t)c->d_state;
-    float *to = arena_take(b, ld * n_state);
-    if (!to) {
-        copy_floats(b, name, c->d_inner, c->d_state, NULL, 0, 0);
+// Copies a tensor [d_inner][d_state * parts] to plain memory, which the caller frees; NULL after an error or while sizes are
+// counted.
+static float *read_states(struct binder *b, const char *name, const struct level_size *size, int n_state) {
+    if (!b->next) {
+        copy_floats(b, name, size->d_inner, n_state, NULL, 0, 0);
         return NULL;
     }
-    float *plain = xmalloc((size_t)c->d_inner * n_state * sizeof *plain);
-    copy_floats(b, name, c->d_inner, c->d_state, plain, n_state, 1);
-    if (!b->error->text[0])
-        for (size_t ch = 0; ch < (size_t)c->d_inner; ch++)
-            for (size_t n = 0; n < n_state; n++)
-                to[(ch / 16 * n_state + n) * 16 + ch % 16] = plain[ch * n_state + n] * 0x1.715476p+0f;
-    free(plain);
-    return to;
+    float *plain = xmalloc((size_t)size->d_inner * (size_t)n_state * sizeof *plain);
+    copy_floats(b, name, size->d_inner, n_state, plain, (size_t)n_state, 1);
+    return plain;
+}
+
+// Where state n of channel ch is in the arrays that kernels read; the imaginary part is 16 behind the real one.
+static size_t state_at(size_t ch, size_t n, size_t n_state, size_t parts) {
+    return ((ch / 16 * n_state + n) * parts) * 16 + ch % 16;
+}
+
+// A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state][R], as exponents of 2 and turns; and 1 / A.
+static void bind_a(struct binder *b, struct layer *l, const char *name, const struct config *c) {
+    const struct level_size *size = &c->level[l->level];
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex, floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
+    float *a2 = arena_take(b, floats), *inverse = c->zoh ? arena_take(b, floats) : NULL;
+    float *a = read_states(b, name, size, c->d_state * (int)parts);
+    for (size_t ch = 0; a && !b->error->text[0] && ch < (size_t)size->d_inner; ch++)
+        for (size_t n = 0; n < n_state; n++) {
+            const size_t to = state_at(ch, n, n_state, parts);
+            const float *from = a + (ch * n_state + n) * parts, im = l->is_complex ? from[1] : 0.0f;
+            const double squared = (double)*from * (double)*from + (double)im * (double)im;
+            a2[to] = *from * 0x1.715476p+0f;
+            if (l->is_complex) a2[to + 16] = (float)((double)im * 0.15915494309189535);
+            if (!inverse) continue;
+            if (squared < 1e-20) set_error(b->error, "tensor '%s' holds a zero at [%zu, %zu], which zero-order hold divides by", name, ch, n);
+            inverse[to] = (float)((double)*from / squared);
+            if (l->is_complex) inverse[to + 16] = (float)(-(double)im / squared);
+        }
+    l->a2 = a2;
+    l->a_inverse = inverse;
+    free(a);
+}
+
+// What a time-invariant SSM (S4) needs for a step: h = decay h + u and y = weight . h, where decay = exp(dt A), weight = C B' and B' is
+// the discretised B (equation 4, or dt B). That B' is in the weight and not in the state saves a product. Complex states
+// stand for their conjugates, too: y is twice the real part.
+static void bind_fixed(struct binder *b, struct layer *l, const char *const names[3], const struct config *c) {
+    const struct level_size *size = &c->level[l->level];
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex, floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
+    float *decay = arena_take(b, floats), *weight = arena_take(b, floats), *abc[3];
+    for (int i = 0; i < 3; i++) abc[i] = read_states(b, names[i], size, c->d_state * (int)parts);
+    for (size_t ch = 0; decay && !b->error->text[0] && ch < (size_t)size->d_inner; ch++) {
+        const double raw = (double)l->dt_b[ch], dt = fmax(raw, 0) + log1p(exp(-fabs(raw)));  // softplus
+        for (size_t n = 0; n < n_state; n++) {
+            const size_t from = (ch * n_state + n) * parts, to = state_at(ch, n, n_state, parts);
+            double complex v[3];
+            for (int i = 0; i < 3; i++) v[i] = (double)abc[i][from] + (l->is_complex ? (double)abc[i][from + 1] * I : 0);
+            const double complex power = cexp(dt * v[0]);
+            const bool divide = c->zoh && cabs(dt * v[0]) > 1e-9;  // its limit at 0 is dt
+            const double complex w = (l->is_complex ? 2 : 1) * v[2] * v[1] * (divide ? (power - 1) / v[0] : dt);
+            decay[to] = (float)creal(power);
+            weight[to] = (float)creal(w);
+            if (l->is_complex) decay[to + 16] = (float)cimag(power), weight[to + 16] = (float)cimag(w);
+            if (!isfinite(cabs(power)) || !isfinite(cabs(w)) || cabs(power) > 1)
+                set_error(b->error, "tensor '%s' gives a state that grows, at [%zu, %zu]; expected a negative real part", names[0], ch, n);
+        }
+    }
+    for (int i = 0; i < 3; i++) free(abc[i]);
+    l->decay = decay;
+    l->weight = weight;
 }
 
 static void bind_layer(struct binder *b, struct layer *l, const struct config *c, int i) {
-    char name[64];
+    char name[64], names[3][64];
+    const struct level_size *size = &c->level[l->level];
 #define NAME(suffix) (snprintf(name, sizeof name, "blk.%d." suffix, i), name)
-    size_t ld = (size_t)round_up(c->d_inner, 16);
-    l->norm = bind_vector(b, NAME("attn_norm.weight"), c->d_model);
-    l->in = bind_matrix(b, NAME("ssm_in.weight"), 2 * c->d_inner, c->d_model);
+    size_t ld = (size_t)round_up(size->d_inner, 16);
+    l->norm = bind_vector(b, NAME("attn_norm.weight"), size->d_model);
+    l->norm_b = c->layer_norm ? bind_vector(b, NAME("attn_norm.bias"), size->d_model) : NULL;
+    l->in = bind_matrix(b, NAME("ssm_in.weight"), 2 * size->d_inner, size->d_model);
     float *conv = arena_take(b, ld * (size_t)c->d_conv);  // [d_inner][d_conv] in the file, channels innermost here
-    copy_floats(b, NAME("ssm_conv1d.weight"), c->d_inner, c->d_conv, conv, 1, ld);
+    copy_floats(b, NAME("ssm_conv1d.weight"), size->d_inner, c->d_conv, conv, 1, ld);
     l->conv_w = conv;
-    l->conv_b = bind_vector(b, NAME("ssm_conv1d.bias"), c->d_inner);
-    l->x = bind_matrix(b, NAME("ssm_x.weight"), c->dt_rank + 2 * c->d_state, c->d_inner);
-    l->dt = bind_matrix(b, NAME("ssm_dt.weight"), c->d_inner, c->dt_rank);
-    l->dt_b = bind_vector(b, NAME("ssm_dt.bias"), c->d_inner);
-    l->a2 = bind_a2(b, NAME("ssm_a"), c);
-    l->d = bind_vector(b, NAME("ssm_d"), c->d_inner);
-    l->out = bind_matrix(b, NAME("ssm_out.weight"), c->d_model, c->d_inner);
+    l->conv_b = bind_vector(b, NAME("ssm_conv1d.bias"), size->d_inner);
+    l->dt_b = bind_vector(b, NAME("ssm_dt.bias"), size->d_inner);
+    if (l->s4) {
+        snprintf(names[0], sizeof *names, "blk.%d.ssm_a", i);
+        snprintf(names[1], sizeof *names, "blk.%d.ssm_b", i);
+        snprintf(names[2], sizeof *names, "blk.%d.ssm_c", i);
+        bind_fixed(b, l, (const char *const[]){names[0], names[1], names[2]}, c);
+    } else {
+        l->x = bind_matrix(b, NAME("ssm_x.weight"), size->dt_rank + 2 * c->d_state * (1 + l->is_complex), size->d_inner);
+        l->dt = bind_matrix(b, NAME("ssm_dt.weight"), size->d_inner, size->dt_rank);
+        bind_a(b, l, NAME("ssm_a"), c);
+    }
+    l->d = bind_vector(b, NAME("ssm_d"), size->d_inner);
+    l->out = bind_matrix(b, NAME("ssm_out.weight"), size->d_model, size->d_inner);
+#undef NAME
+}
+
+static void bind_pooling(struct binder *b, struct pooling *p, const struct config *c, int i) {
+    char name[64];
+#define NAME(suffix) (snprintf(name, sizeof name, "pool_%d." suffix, i), name)
+    const int d_model = c->level[i].d_model, wide = c->pool[i] * d_model;
+    p->down = bind_matrix(b, NAME("down.weight"), 2 * d_model, wide);
+    p->down_b = bind_vector(b, NAME("down.bias"), 2 * d_model);
+    p->up = bind_matrix(b, NAME("up.weight"), wide, 2 * d_model);
+    p->up_b = bind_vector(b, NAME("up.bias"), wide);
 #undef NAME
 }
 
 static void bind_all(struct binder *b, struct model *m) {
-    m->embd = bind_matrix(b, "token_embd.weight", -1, m->c.d_model);
+    const struct config *c = &m->c;
+    m->embd = bind_matrix(b, "token_embd.weight", c->sample_rate ? 256 : -1, c->d_model);
     m->c.n_vocab = m->embd.rows;
-    m->head = gguf_tensor(b->g, "output.weight") ? bind_matrix(b, "output.weight", m->c.n_vocab, m->c.d_model) : m->embd;
-    m->norm = bind_vector(b, "output_norm.weight", m->c.d_model);
-    if (m->c.n_labels) {
-        float *w = arena_take(b, (size_t)m->c.n_labels * (size_t)m->c.d_model);
-        copy_floats(b, "cls.output.weight", m->c.n_labels, m->c.d_model, w, (size_t)m->c.d_model, 1);
+    m->head = gguf_tensor(b->g, "output.weight") ? bind_matrix(b, "output.weight", c->n_vocab, c->d_model) : m->embd;
+    m->head_b = c->n_pools ? bind_vector(b, "output.bias", c->n_vocab) : NULL;
+    m->norm = bind_vector(b, "output_norm.weight", c->d_model);
+    m->norm_b = c->layer_norm ? bind_vector(b, "output_norm.bias", c->d_model) : NULL;
+    if (c->n_labels) {
+        float *w = arena_take(b, (size_t)c->n_labels * (size_t)c->d_model);
+        copy_floats(b, "cls.output.weight", c->n_labels, c->d_model, w, (size_t)c->d_model, 1);
         bool has_bias = gguf_tensor(b->g, "cls.output.bias");
         m->cls_w = w;
-        m->cls_b = has_bias ? bind_vector(b, "cls.output.bias", m->c.n_labels) : arena_take(b, (size_t)m->c.n_labels);
+        m->cls_b = has_bias ? bind_vector(b, "cls.output.bias", c->n_labels) : arena_take(b, (size_t)c->n_labels);
     }
-    for (int i = 0; i < m->c.n_layer && !b->error->text[0]; i++) bind_layer(b, &m->layers[i], &m->c, i);
+    for (int i = 0; i < c->n_pools; i++) bind_pooling(b, &m->pools[i], c, i);
+    for (int i = 0; i < c->n_layer && !b->error->text[0]; i++) bind_layer(b, &m->layers[i], c, i);
+}
+
+// The kind of the blocks of each stage of a U-Net, "s4.complex" for instance; the others are S6 and real.
+static bool stages_read(struct model *m, struct error *e) {
+    const int n_stages = 2 * m->c.n_pools + 1;
+    const struct gguf_kv *kv = gguf_find(&m->file, "mamba.unet.stages");
+    if (!m->c.n_pools) return true;
+    if (!kv || !kv->is_array || kv->type != GGUF_STRING || kv->count != (uint64_t)n_stages)
+        return fail(e, "metadata 'mamba.unet.stages' is not an array of %d strings", n_stages);
+    const uint8_t *at = kv->value;
+    for (int stage = 0; stage < n_stages; stage++) {
+        const struct str kind = gguf_next_str(&at);
+        const bool s4 = str_begins(kind, "s4."), is_complex = str_is(kind, "s4.complex") || str_is(kind, "s6.complex");
+        if (!is_complex && !str_is(kind, "s4.real") && !str_is(kind, "s6.real"))
+            return fail(e, "mamba.unet.stages holds \"%.*s\"; expected s4 or s6, a dot, and real or complex", str_show(kind), kind.p);
+        for (int i = 0; i < m->c.n_blocks; i++) {
+            struct layer *l = &m->layers[stage * m->c.n_blocks + i];
+            *l = (struct layer){.level = min_int(stage, n_stages - 1 - stage), .s4 = s4, .is_complex = is_complex};
+        }
+    }
+    return true;
+}
+
+// Gives every layer and pooling its place in a sequence's buffers.
+static void lay_out_state(struct model *m) {
+    struct config *c = &m->c;
+    c->conv_floats = c->ssm_floats = c->pool_floats = 0;
+    for (int i = 0; i < c->n_layer; i++) {
+        struct layer *l = &m->layers[i];
+        const size_t channels = (size_t)round_up(c->level[l->level].d_inner, 16);
+        l->conv_at = c->conv_floats;
+        l->ssm_at = c->ssm_floats;
+        c->conv_floats += channels * (size_t)(c->d_conv - 1);
+        c->ssm_floats += channels * (size_t)c->d_state * (size_t)(1 + l->is_complex);
+    }
+    for (int i = 0; i < c->n_pools; i++) {
+        m->pools[i].at = c->pool_floats;
+        c->pool_floats += 2 * (size_t)c->pool[i] * (size_t)c->level[i].d_model;
+    }
 }
 
 // The names of the classes, where the file has a classifier.
@@ -1106,6 +1334,8 @@ static bool model_bind(struct model *m, struct error *e) {
     if ((uint64_t)m->c.n_layer > g->n_tensors / 10)  // bounds the allocation by what the file really holds
         return fail(e, "mamba.block_count is %d, but the file holds only %" PRIu64 " tensors", m->c.n_layer, g->n_tensors);
     m->layers = xcalloc((size_t)m->c.n_layer, sizeof *m->layers);
+    if (!stages_read(m, e)) return false;
+    lay_out_state(m);
     struct binder b = {g, NULL, 0, e};
     bind_all(&b, m);  // first pass: checks everything, counts the arena
     if (e->text[0]) return false;
@@ -1153,14 +1383,26 @@ struct conv_args {          // one sequence, channels [0, n) of pointers already
 };
 
 struct scan_args {          // one sequence, channels [0, n) likewise; n and all strides are multiples of 16
-    const float *a2;        // [n/16][d_state][16]
+    const float *a2;        // [n/16][d_state][R][16], R is 2 of complex numbers and 1 otherwise
+    const float *a_inverse; // likewise, NULL: B is discretised as dt * B
     const float *d, *dt_b;  // [n]
-    float *state;           // [n/16][d_state][16]
+    float *state;           // [n/16][d_state][R][16]
     const float *u;         // [n_tokens][ld]
     const float *z;         // [n_tokens][ld_z]
-    const float *bc;        // [n_tokens][ld_bc]: B [d_state], C [d_state]
+    const float *bc;        // [n_tokens][ld_bc]: B [d_state][R], C [d_state][R]
     float *dt_y;            // [n_tokens][ld]: dt before its bias and softplus; replaced by the output
     int d_state, n_tokens, n, ld, ld_z, ld_bc;
+    bool is_complex;
+};
+
+struct fixed_scan_args {    // S4: one sequence, channels [0, n) likewise
+    const float *decay, *weight;  // [n/16][d_state][R][16]
+    const float *d;         // [n]
+    float *state;           // [n/16][d_state][R][16]
+    const float *u, *z;     // [n_tokens][ld], [n_tokens][ld_z]
+    float *y;               // [n_tokens][ld]
+    int d_state, n_tokens, n, ld, ld_z;
+    bool is_complex;
 };
 
 struct kernels {
@@ -1172,8 +1414,10 @@ struct kernels {
     unpack_row *unpack_weights;
     void (*quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum);  // n a multiple of 32
     void (*rms_norm)(const float *x, const float *w, float *y, int n, float eps);  // w NULL: no weight
+    void (*layer_norm)(const float *x, const float *w, const float *b, float *y, int n, float eps);
     void (*conv_silu)(const struct conv_args *a);
     void (*scan)(const struct scan_args *a);
+    void (*fixed_scan)(const struct fixed_scan_args *a);
     float (*finite_max)(const float *x, int n);                      // NaN when any element is NaN or infinite
     void (*exp_minus)(const float *x, int n, float max, float *y);   // y = exp(x - max)
 };
@@ -1244,7 +1488,14 @@ struct kernels {
 #define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
 #define conv_any_taps ISA_NAME(conv_any_taps)
+#define v_exp2_minus_1 ISA_NAME(v_exp2_minus_1)
+#define v_sincos ISA_NAME(v_sincos)
 #define scan_step ISA_NAME(scan_step)
+#define scan_step_zoh ISA_NAME(scan_step_zoh)
+#define scan_step_complex ISA_NAME(scan_step_complex)
+#define fixed_step ISA_NAME(fixed_step)
+#define fixed_step_complex ISA_NAME(fixed_step_complex)
+#define fixed_channels ISA_NAME(fixed_channels)
 #define scan_channels ISA_NAME(scan_channels)
 
 // In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers.
@@ -1652,6 +1903,41 @@ MATH vf v_exp2(vf t) {
     p = v_fma(p, f, v_set(0x1.62e430p-1f));
     p = v_fma(p, f, v_set(1.0f));
     return v_add_exponent(p, rounded);
+}
+
+// 2^t - 1 without the cancellation near t = 0: with 2^t = 2^n (1 + q), it is 2^n q + (2^n - 1).
+MATH vf v_exp2_minus_1(vf t) {
+    t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
+    vf shift = v_set(0x1.8p23f), rounded = v_add(t, shift), f = v_sub(t, v_sub(rounded, shift)), one = v_set(1.0f);
+    vf p = v_set(0x1.41fbbcp-13f);
+    p = v_fma(p, f, v_set(0x1.5f3e54p-10f));
+    p = v_fma(p, f, v_set(0x1.3b2d4cp-7f));
+    p = v_fma(p, f, v_set(0x1.c6aee8p-5f));
+    p = v_fma(p, f, v_set(0x1.ebfbdcp-3f));
+    p = v_fma(p, f, v_set(0x1.62e430p-1f));
+    vf power = v_add_exponent(one, rounded);
+    return v_fma(power, v_mul(p, f), v_sub(power, one));
+}
+
+// Sine, and cosine minus 1, of an angle in turns. Those of half the angle, which is at most a quarter turn, are Taylor series to
+// x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1 = -2 sin^2 x.
+MATH void v_sincos(vf turns, vf *sine, vf *cosine_minus_1) {
+    vf shift = v_set(0x1.8p23f), x = v_mul(v_sub(turns, v_sub(v_add(turns, shift), shift)), v_set(0x1.921fb6p+1f)), q = v_mul(x, x);
+    vf s = v_set(-2.50521084e-8f), c = v_set(2.08767570e-9f);
+    s = v_fma(s, q, v_set(2.75573192e-6f));
+    s = v_fma(s, q, v_set(-1.98412698e-4f));
+    s = v_fma(s, q, v_set(8.33333333e-3f));
+    s = v_fma(s, q, v_set(-1.66666667e-1f));
+    s = v_fma(v_mul(s, q), x, x);
+    c = v_fma(c, q, v_set(-2.75573192e-7f));
+    c = v_fma(c, q, v_set(2.48015873e-5f));
+    c = v_fma(c, q, v_set(-1.38888889e-3f));
+    c = v_fma(c, q, v_set(4.16666667e-2f));
+    c = v_fma(c, q, v_set(-0.5f));
+    c = v_fma(c, q, v_set(1.0f));
+    vf twice = v_add(s, s);
+    *sine = v_mul(twice, c);
+    *cosine_minus_1 = v_mul(v_sub(v_set(0.0f), twice), s);
 }
 
 // x * sigmoid(x)
@@ -2257,6 +2543,24 @@ static void ISA_NAME(rms_norm)(const float *x, const float *w, float *y, int n, 
     }
 }
 
+static void ISA_NAME(layer_norm)(const float *x, const float *w, const float *b, float *y, int n, float eps) {
+    float lanes[16];
+    vf sum = v_set(0.0f), squares = v_set(0.0f);
+    for (int k = 0; k < n; k += 16) sum = v_add(n - k < 16 ? v_load_n(x + k, n - k) : v_load(x + k), sum);
+    const vf mean = v_set(v_sum(sum) / (float)n);
+    v_store(lanes, mean);
+    for (int k = 0; k < n; k += 16) {
+        vf v = n - k < 16 ? v_sub(v_load_n(x + k, n - k), v_load_n(lanes, n - k)) : v_sub(v_load(x + k), mean);
+        squares = v_fma(v, v, squares);
+    }
+    const vf r = v_set(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
+    for (int k = 0; k < n; k += 16) {
+        const int left = n - k;
+        if (left < 16) v_store_n(y + k, v_fma(v_mul(v_sub(v_load_n(x + k, left), mean), r), v_load_n(w + k, left), v_load_n(b + k, left)), left);
+        else v_store(y + k, v_fma(v_mul(v_sub(v_load(x + k), mean), r), v_load(w + k), v_load(b + k)));
+    }
+}
+
 // out = silu(b + sum over taps of w[tap] * input), in tap order. The last inputs move through `past`, the oldest first.
 // Four taps, as in every published model, stay in registers.
 static void conv_4_taps(const struct conv_args *a) {
@@ -2331,9 +2635,96 @@ LANE void scan_channels(const struct scan_args *a, const int n_state, const bool
     }
 }
 
+// The same with zero-order hold: h = exp(dt * A) * h + (exp(dt * A) - 1) / A * B * u.
+LANE vf scan_step_zoh(vf h, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c, vf *y) {
+    vf t = v_mul(dt, v_load(a2)), factor = v_mul(v_exp2_minus_1(t), v_load(a_inverse));
+    h = v_fma(v_exp2(t), h, v_mul(v_mul(factor, u), v_set(*b)));
+    *y = v_fma(h, v_set(*c), *y);
+    return h;
+}
+
+// And with complex numbers, where y = 2 Re(C * h). a_inverse NULL: B is discretised as dt * B.
+LANE void scan_step_complex(float *state, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c, vf *y) {
+    vf t = v_mul(dt, v_load(a2)), size = v_exp2(t), sine, turned, re = v_load(state), im = v_load(state + 16);
+    v_sincos(v_mul(dt, v_load(a2 + 16)), &sine, &turned);
+    vf a_re = v_fma(size, turned, size), a_im = v_mul(size, sine), factor = dt, b_re = v_set(b[0]), b_im = v_set(b[1]);
+    if (a_inverse) {  // (e^x cos y - 1) + i e^x sin y = (e^x (cos y - 1) + (e^x - 1)) + ..., over A; then times B
+        vf f_re = v_fma(size, turned, v_exp2_minus_1(t)), i_re = v_load(a_inverse), i_im = v_load(a_inverse + 16);
+        vf g_re = v_sub(v_mul(f_re, i_re), v_mul(a_im, i_im)), g_im = v_fma(f_re, i_im, v_mul(a_im, i_re));
+        vf product = v_sub(v_mul(g_re, b_re), v_mul(g_im, b_im));
+        b_im = v_fma(g_re, b_im, v_mul(g_im, b_re));
+        b_re = product;
+        factor = v_set(1.0f);
+    }
+    vf input = v_mul(factor, u), minus_im = v_sub(v_set(0.0f), im);
+    vf new_re = v_fma(a_re, re, v_fma(a_im, minus_im, v_mul(input, b_re)));
+    vf new_im = v_fma(a_re, im, v_fma(a_im, re, v_mul(input, b_im)));
+    v_store(state, new_re);
+    v_store(state + 16, new_im);
+    *y = v_fma(new_re, v_set(2.0f * c[0]), v_fma(new_im, v_set(-2.0f * c[1]), *y));
+}
+
+// What published models do not have goes state by state through memory.
+static void ISA_NAME(scan_rare)(const struct scan_args *a) {
+    const int parts = 1 + a->is_complex, n_state = a->d_state;
+    for (int c = 0; c < a->n; c += 16)
+        for (int t = 0; t < a->n_tokens; t++) {
+            float *dt_y = a->dt_y + (size_t)t * (size_t)a->ld + c, *state = a->state + (size_t)c * (size_t)(n_state * parts);
+            const float *b = a->bc + (size_t)t * (size_t)a->ld_bc, *a2 = a->a2 + (size_t)c * (size_t)(n_state * parts);
+            const float *inverse = a->a_inverse ? a->a_inverse + (size_t)c * (size_t)(n_state * parts) : NULL;
+            vf dt = v_softplus(v_add(v_load(dt_y), v_load(a->dt_b + c))), u = v_load(a->u + (size_t)t * (size_t)a->ld + c);
+            vf y = v_mul(v_load(a->d + c), u);
+            for (int n = 0; n < n_state; n++) {
+                const float *c_n = b + (n_state + n) * parts;
+                if (a->is_complex)
+                    scan_step_complex(state + 32 * n, dt, u, a2 + 32 * n, inverse ? inverse + 32 * n : NULL, b + 2 * n, c_n, &y);
+                else v_store(state + 16 * n, scan_step_zoh(v_load(state + 16 * n), dt, u, a2 + 16 * n, inverse + 16 * n, b + n, c_n, &y));
+            }
+            v_store(dt_y, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
+        }
+}
+
 static void ISA_NAME(scan)(const struct scan_args *a) {
-    if (a->d_state == 16) scan_channels(a, 16, true);
+    if (a->is_complex || a->a_inverse) ISA_NAME(scan_rare)(a);
+    else if (a->d_state == 16) scan_channels(a, 16, true);
     else scan_channels(a, a->d_state, false);
+}
+
+// A state of 16 channels of a time-invariant SSM: h = decay * h + u, y += weight * h, of complex numbers their real part.
+LANE void fixed_step(float *state, vf u, const float *decay, const float *weight, vf *y) {
+    vf h = v_fma(v_load(decay), v_load(state), u);
+    v_store(state, h);
+    *y = v_fma(v_load(weight), h, *y);
+}
+
+LANE void fixed_step_complex(float *state, vf u, const float *decay, const float *weight, vf *y) {
+    vf re = v_load(state), im = v_load(state + 16), a_re = v_load(decay), a_im = v_load(decay + 16);
+    vf new_re = v_fma(a_re, re, v_sub(u, v_mul(a_im, im))), new_im = v_fma(a_re, im, v_mul(a_im, re));
+    v_store(state, new_re);
+    v_store(state + 16, new_im);
+    *y = v_fma(v_load(weight), new_re, v_sub(*y, v_mul(v_load(weight + 16), new_im)));
+}
+
+LANE void fixed_channels(const struct fixed_scan_args *a, const bool is_complex) {
+    const int step = is_complex ? 32 : 16;
+    for (int c = 0; c < a->n; c += 16) {
+        const size_t at = (size_t)(c / 16) * (size_t)(a->d_state * step);
+        const float *decay = a->decay + at, *weight = a->weight + at;
+        float *state = a->state + at;
+        for (int t = 0; t < a->n_tokens; t++) {
+            vf u = v_load(a->u + (size_t)t * (size_t)a->ld + c), y = v_mul(v_load(a->d + c), u);
+            for (int i = 0; i < a->d_state * step; i += step) {
+                if (is_complex) fixed_step_complex(state + i, u, decay + i, weight + i, &y);
+                else fixed_step(state + i, u, decay + i, weight + i, &y);
+            }
+            v_store(a->y + (size_t)t * (size_t)a->ld + c, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
+        }
+    }
+}
+
+static void ISA_NAME(fixed_scan)(const struct fixed_scan_args *a) {
+    if (a->is_complex) fixed_channels(a, true);
+    else fixed_channels(a, false);
 }
 
 // Reads the last 16 elements twice when n is not a multiple of 16: a maximum does not mind.
@@ -2365,8 +2756,8 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
-    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize), ISA_NAME(rms_norm), ISA_NAME(conv_silu),
-    ISA_NAME(scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
+    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
+    ISA_NAME(rms_norm), ISA_NAME(layer_norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
 #undef ISA_STRING2
@@ -2533,15 +2924,18 @@ static int decode_block(const struct context *ctx, int rows) {
     return block < 16 ? 16 : min_int(block, 128);
 }
 
-// w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase.
-static void matmul_phase(struct team *t, const struct matrix *w, const struct act *x, int n_tokens, float *y, int ldy,
-                         bool add) {
+// w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase. It is added to what y holds, or to
+// the bias, or to nothing.
+static void matmul_phase(struct team *t, const struct matrix *w, const float *bias, const struct act *x, int n_tokens, float *y,
+                         int ldy, bool add) {
     int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : 64, token_block = 96, item;
     int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
-        int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
-        t->ctx->k->matmul(w, r, min_int(row_block, w->rows - r), x, token, min_int(token_block, n_tokens - token),
-                          y + (size_t)token * (size_t)ldy + r, ldy, add);
+        const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
+        const int n_rows = min_int(row_block, w->rows - r), n = min_int(token_block, n_tokens - token);
+        float *to = y + (size_t)token * (size_t)ldy + r;
+        for (int i = 0; bias && i < n; i++) memcpy(to + (size_t)i * (size_t)ldy, bias + r, (size_t)n_rows * sizeof *to);
+        t->ctx->k->matmul(w, r, n_rows, x, token, n, to, ldy, add || bias);
     }
 }
 
@@ -2554,106 +2948,222 @@ static void embed_phase(struct team *t) {
         for (; token >= s->n_tokens; s++) token -= s->n_tokens;
         const struct matrix *m = &ctx->m->embd;
         ctx->k->dequantize(m->format, m->data + (size_t)s->tokens[token] * m->row_bytes, m->cols,
-                           ctx->x + (size_t)item * (size_t)ctx->ld_model);
+                           ctx->level[0].x + (size_t)item * (size_t)ctx->level[0].ld_model);
     }
 }
 
-static void norm_phase(struct team *t, const float *weight) {
-    struct context *ctx = t->ctx;
-    const struct config *c = &ctx->m->c;
+// normed = norm(x), of each token of a level. On its way a U-Net's x is kept for a skip, or is given one that was kept; the block's own
+// output is added later, which is only another order of the same sum.
+struct skips {
+    float *keep;               // [tokens][ld_model], or NULL
+    const float *add;          // likewise; what was kept last when it is the same buffer
+};
+
+static void norm_phase(struct team *t, struct level *v, const float *weight, const float *bias, struct skips skips) {
+    const struct context *ctx = t->ctx;
+    const int n = v->size.d_model;
     int token;
-    while (next_item(t, ctx->n_tokens, &token)) {
-        ctx->k->rms_norm(ctx->x + (size_t)token * (size_t)ctx->ld_model, weight,
-                         ctx->normed.f + (size_t)token * (size_t)ctx->normed.ld, c->d_model, c->norm_eps);
-        quantize_rows(ctx->k, &ctx->normed, token, 1, 0, c->d_model);
+    while (next_item(t, v->n_tokens, &token)) {
+        const size_t row = (size_t)token * (size_t)v->ld_model;
+        float *x = v->x + row, *y = v->normed.f + (size_t)token * (size_t)v->normed.ld;
+        if (ctx->m->c.layer_norm) ctx->k->layer_norm(x, weight, bias, y, n, ctx->m->c.norm_eps);
+        else ctx->k->rms_norm(x, weight, y, n, ctx->m->c.norm_eps);
+        quantize_rows(ctx->k, &v->normed, token, 1, 0, n);
+        if (skips.keep) memcpy(skips.keep + row, x, (size_t)n * sizeof *x);
+        for (int i = 0; skips.add && i < n; i++) x[i] += skips.add[row + (size_t)i];
     }
 }
 
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
-static int channel_block(const struct context *ctx, int *n_blocks) {
-    int block = ctx->n_tokens > ROW_TOKENS ? (ctx->m->c.d_inner >= 256 * ctx->n_threads ? 64 : 32)
-                                  : round_up(decode_block(ctx, ctx->m->c.d_inner), 32);
-    *n_blocks = (ctx->m->c.d_inner + block - 1) / block;
+static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
+    const int d_inner = v->size.d_inner;
+    int block = v->n_tokens > ROW_TOKENS ? (d_inner >= 256 * ctx->n_threads ? 64 : 32) : round_up(decode_block(ctx, d_inner), 32);
+    *n_blocks = (d_inner + block - 1) / block;
     return block;
 }
 
-// in_proj, convolution and SiLU: channels do not meet, so a block of them goes through all three at once.
-static void in_conv_phase(struct team *t, const struct layer *l, int layer) {
+// in_proj, convolution, SiLU and, of a block whose SSM does not depend on the input, that too: channels do not meet, so a block of
+// them goes through all of it at once.
+static void in_conv_phase(struct team *t, struct level *v, const struct layer *l) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
-    int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->u.ld;
+    int n_blocks, block = channel_block(ctx, v, &n_blocks), item, ld = v->u.ld;
+    const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
-        int c = item * block, n = min_int(block, cfg->d_inner - c), n_padded = round_up(n, 16), token = 0;
-        ctx->k->matmul(&l->in, c, n, &ctx->normed, 0, ctx->n_tokens, ctx->u.f + c, ld, false);
-        ctx->k->matmul(&l->in, cfg->d_inner + c, n, &ctx->normed, 0, ctx->n_tokens, ctx->z + c, ctx->ld_inner, false);
+        int c = item * block, n = min_int(block, v->size.d_inner - c), n_padded = round_up(n, 16), token = 0;
+        ctx->k->matmul(&l->in, c, n, &v->normed, 0, v->n_tokens, v->u.f + c, ld, false);
+        ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, v->ld_inner, false);
         for (int s = 0; s < ctx->n_segments; s++) {
-            float *rows = ctx->u.f + (size_t)token * (size_t)ld + c;
-            size_t state = (size_t)layer * (size_t)(cfg->d_conv - 1) * (size_t)ctx->ld_inner + (size_t)c;
+            const size_t row = (size_t)token;
+            float *rows = v->u.f + row * (size_t)ld + c;
             ctx->k->conv_silu(&(struct conv_args){
-                .w = l->conv_w + c, .b = l->conv_b + c, .state = ctx->segments[s].seq->conv + state, .in = rows,
-                .out = rows, .d_conv = cfg->d_conv, .n_tokens = ctx->segments[s].n_tokens, .n = n_padded,
-                .ld_w = ctx->ld_inner, .ld = ld});
-            token += ctx->segments[s].n_tokens;
+                .w = l->conv_w + c, .b = l->conv_b + c, .state = ctx->segments[s].seq->conv + l->conv_at + c, .in = rows,
+                .out = rows, .d_conv = cfg->d_conv, .n_tokens = v->n_new[s], .n = n_padded, .ld_w = v->ld_inner, .ld = ld});
+            if (l->s4)
+                ctx->k->fixed_scan(&(struct fixed_scan_args){
+                    .decay = l->decay + (size_t)c * n_state, .weight = l->weight + (size_t)c * n_state, .d = l->d + c,
+                    .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state, .u = rows,
+                    .z = v->z + row * (size_t)v->ld_inner + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
+                    .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .ld_z = v->ld_inner, .is_complex = l->is_complex});
+            token += v->n_new[s];
         }
-        quantize_rows(ctx->k, &ctx->u, 0, ctx->n_tokens, c, n);
+        quantize_rows(ctx->k, l->s4 ? &v->y : &v->u, 0, v->n_tokens, c, n);
     }
 }
 
 // The low-rank dt becomes dt_proj's input; FalconMamba normalises dt, B and C first.
-static void dt_low_phase(struct team *t) {
+static void dt_low_phase(struct team *t, struct level *v) {
     struct context *ctx = t->ctx;
     const struct config *c = &ctx->m->c;
+    const int rank = v->size.dt_rank;
     int token;
-    while (next_item(t, ctx->n_tokens, &token)) {
-        float *dbc = ctx->dbc + (size_t)token * (size_t)ctx->ld_dbc;
-        float *dt = ctx->dt_low.f + (size_t)token * (size_t)ctx->dt_low.ld;
+    while (next_item(t, v->n_tokens, &token)) {
+        float *dbc = v->dbc + (size_t)token * (size_t)v->ld_dbc;
+        float *dt = v->dt_low.f + (size_t)token * (size_t)v->dt_low.ld;
         if (c->dt_b_c_rms) {
-            ctx->k->rms_norm(dbc, NULL, dt, c->dt_rank, c->dt_b_c_eps);
+            ctx->k->rms_norm(dbc, NULL, dt, rank, c->dt_b_c_eps);
             for (int i = 0; i < 2; i++) {
-                float *b_or_c = dbc + c->dt_rank + (size_t)i * (size_t)c->d_state;
+                float *b_or_c = dbc + rank + (size_t)i * (size_t)c->d_state;
                 ctx->k->rms_norm(b_or_c, NULL, b_or_c, c->d_state, c->dt_b_c_eps);
             }
         } else {
-            memcpy(dt, dbc, (size_t)c->dt_rank * sizeof *dt);
+            memcpy(dt, dbc, (size_t)rank * sizeof *dt);
         }
-        quantize_rows(ctx->k, &ctx->dt_low, token, 1, 0, c->dt_rank);
+        quantize_rows(ctx->k, &v->dt_low, token, 1, 0, rank);
     }
 }
 
 // dt_proj, selective scan, skip and gate, again a block of channels at once.
-static void dt_scan_phase(struct team *t, const struct layer *l, int layer) {
+static void dt_scan_phase(struct team *t, struct level *v, const struct layer *l) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
-    int n_blocks, block = channel_block(ctx, &n_blocks), item, ld = ctx->y.ld;
+    int n_blocks, block = channel_block(ctx, v, &n_blocks), item, ld = v->y.ld;
+    const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
-        int c = item * block, n = min_int(block, cfg->d_inner - c), token = 0;
-        ctx->k->matmul(&l->dt, c, n, &ctx->dt_low, 0, ctx->n_tokens, ctx->y.f + c, ld, false);
+        int c = item * block, n = min_int(block, v->size.d_inner - c), token = 0;
+        ctx->k->matmul(&l->dt, c, n, &v->dt_low, 0, v->n_tokens, v->y.f + c, ld, false);
         for (int s = 0; s < ctx->n_segments; s++) {
             size_t row = (size_t)token;
             ctx->k->scan(&(struct scan_args){
-                .a2 = l->a2 + (size_t)c * (size_t)cfg->d_state, .d = l->d + c, .dt_b = l->dt_b + c,
-                .state = ctx->segments[s].seq->ssm +
-                         ((size_t)layer * (size_t)ctx->ld_inner + (size_t)c) * (size_t)cfg->d_state,
-                .u = ctx->u.f + row * (size_t)ld + c, .z = ctx->z + row * (size_t)ctx->ld_inner + c,
-                .bc = ctx->dbc + row * (size_t)ctx->ld_dbc + cfg->dt_rank, .dt_y = ctx->y.f + row * (size_t)ld + c,
-                .d_state = cfg->d_state, .n_tokens = ctx->segments[s].n_tokens, .n = round_up(n, 16), .ld = ld,
-                .ld_z = ctx->ld_inner, .ld_bc = ctx->ld_dbc});
-            token += ctx->segments[s].n_tokens;
+                .a2 = l->a2 + (size_t)c * n_state, .a_inverse = l->a_inverse ? l->a_inverse + (size_t)c * n_state : NULL,
+                .d = l->d + c, .dt_b = l->dt_b + c, .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state,
+                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)v->ld_inner + c,
+                .bc = v->dbc + row * (size_t)v->ld_dbc + v->size.dt_rank, .dt_y = v->y.f + row * (size_t)ld + c,
+                .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_z = v->ld_inner,
+                .ld_bc = v->ld_dbc, .is_complex = l->is_complex});
+            token += v->n_new[s];
         }
-        quantize_rows(ctx->k, &ctx->y, 0, ctx->n_tokens, c, n);
+        quantize_rows(ctx->k, &v->y, 0, v->n_tokens, c, n);
     }
 }
 
-// x += out_proj(scan(conv(in_proj(norm(x)))))
-static void mamba_block(struct team *t, int layer) {
+// x += out_proj(ssm(conv(in_proj(norm(x)))))
+static void mamba_block(struct team *t, int layer, struct skips skips) {
+    const struct layer *l = &t->ctx->m->layers[layer];
+    struct level *v = &t->ctx->level[l->level];
+    norm_phase(t, v, l->norm, l->norm_b, skips);
+    in_conv_phase(t, v, l);
+    if (!l->s4) {
+        matmul_phase(t, &l->x, NULL, &v->u, v->n_tokens, v->dbc, v->ld_dbc, false);
+        dt_low_phase(t, v);
+        dt_scan_phase(t, v, l);
+    }
+    matmul_phase(t, &l->out, NULL, &v->y, v->n_tokens, v->x, v->ld_model, true);
+}
+
+// ---- Poolings of a U-Net ----
+
+// Steps of a level that a segment's sequence had behind it before this batch.
+static int64_t steps_before(const struct segment *s, int period) { return (s->seq->n_past - s->n_tokens) / period; }
+
+static float *skip_rows(const struct level *v, const struct context *ctx, int i) {
+    return v->skip + (size_t)i * (size_t)ctx->max_tokens * (size_t)v->ld_model;
+}
+
+// P steps side by side are the input of one of the next level. Those that are too few wait in the sequence. And x is kept for
+// the last skip.
+static void gather_down_phase(struct team *t, int i) {
     struct context *ctx = t->ctx;
-    const struct layer *l = &ctx->m->layers[layer];
-    norm_phase(t, l->norm);
-    in_conv_phase(t, l, layer);
-    matmul_phase(t, &l->x, &ctx->u, ctx->n_tokens, ctx->dbc, ctx->ld_dbc, false);
-    dt_low_phase(t);
-    dt_scan_phase(t, l, layer);
-    matmul_phase(t, &l->out, &ctx->y, ctx->n_tokens, ctx->x, ctx->ld_model, true);
+    struct level *v = &ctx->level[i], *next = v + 1;
+    const int p = ctx->m->c.pool[i], n = v->size.d_model;
+    int item;
+    while (next_item(t, ctx->n_segments, &item)) {
+        const struct segment *s = &ctx->segments[item];
+        int row = 0, row_up = 0;
+        for (int j = 0; j < item; j++) row += v->n_new[j], row_up += next->n_new[j];
+        float *waiting = s->seq->pool + ctx->m->pools[i].at;
+        const float *x = v->x + (size_t)row * (size_t)v->ld_model;
+        memcpy(skip_rows(v, ctx, ctx->m->c.n_blocks) + (size_t)row * (size_t)v->ld_model, x,
+               (size_t)v->n_new[item] * (size_t)v->ld_model * sizeof *x);
+        int place = (int)(steps_before(s, v->size.period) % p);  // of the next step among P
+        for (int step = 0; step < v->n_new[item]; step++, x += v->ld_model) {
+            memcpy(waiting + (size_t)place * (size_t)n, x, (size_t)n * sizeof *x);
+            if (++place < p) continue;
+            place = 0;
+            memcpy(v->down_in.f + (size_t)row_up * (size_t)v->down_in.ld, waiting, (size_t)p * (size_t)n * sizeof *x);
+            quantize_rows(ctx->k, &v->down_in, row_up++, 1, 0, p * n);
+        }
+    }
+}
+
+// The next level's x becomes the input of the pooling that brings it up.
+static void copy_phase(struct team *t, struct level *next) {
+    int token;
+    while (next_item(t, next->n_tokens, &token)) {
+        memcpy(next->normed.f + (size_t)token * (size_t)next->normed.ld, next->x + (size_t)token * (size_t)next->ld_model,
+               (size_t)next->size.d_model * sizeof(float));
+        quantize_rows(t->ctx->k, &next->normed, token, 1, 0, next->size.d_model);
+    }
+}
+
+// x = what came up + the last skip. What comes of a step of the next level is used from the step behind it on, or tokens would see
+// themselves: a sequence holds the last one, and begins with zeros.
+static void scatter_up_phase(struct team *t, int i) {
+    struct context *ctx = t->ctx;
+    struct level *v = &ctx->level[i], *next = v + 1;
+    const int p = ctx->m->c.pool[i], n = v->size.d_model;
+    int item;
+    while (next_item(t, ctx->n_segments, &item)) {
+        const struct segment *s = &ctx->segments[item];
+        int row = 0, row_up = 0;
+        for (int j = 0; j < item; j++) row += v->n_new[j], row_up += next->n_new[j];
+        float *last = s->seq->pool + ctx->m->pools[i].at + (size_t)p * (size_t)n, *x = v->x + (size_t)row * (size_t)v->ld_model;
+        const float *skip = skip_rows(v, ctx, ctx->m->c.n_blocks) + (size_t)row * (size_t)v->ld_model, *from = last;
+        int place = (int)(steps_before(s, v->size.period) % p);
+        for (int step = 0; step < v->n_new[item]; step++, x += v->ld_model, skip += v->ld_model) {
+            for (int k = 0; k < n; k++) x[k] = from[place * n + k] + skip[k];
+            if (++place < p) continue;
+            place = 0;
+            from = v->up + (size_t)row_up++ * (size_t)v->ld_up;
+        }
+        if (from != last) memcpy(last, from, (size_t)p * (size_t)n * sizeof *x);
+    }
+}
+
+// Runs the stages from level i inwards (section 4.4): down, the levels below, and up again. `layer` is the first on the way down.
+static void unet(struct team *t, int i, int layer) {
+    struct context *ctx = t->ctx;
+    const struct config *c = &ctx->m->c;
+    struct level *v = &ctx->level[i];
+    const int n = c->n_blocks;
+    if (i == c->n_pools) {  // the centre has one skip around it
+        float *skip = skip_rows(v, ctx, 0);
+        for (int b = 0; b < n; b++) mamba_block(t, layer + b, (struct skips){b == 0 ? skip : NULL, b == n - 1 ? skip : NULL});
+        return;
+    }
+    const struct pooling *pool = &ctx->m->pools[i];
+    struct level *next = v + 1;
+    for (int b = 0; b < n; b++) mamba_block(t, layer + b, (struct skips){skip_rows(v, ctx, b), NULL});
+    gather_down_phase(t, i);
+    if (next->n_tokens) {
+        matmul_phase(t, &pool->down, pool->down_b, &v->down_in, next->n_tokens, next->x, next->ld_model, false);
+        unet(t, i + 1, layer + n);
+        copy_phase(t, next);
+        matmul_phase(t, &pool->up, pool->up_b, &next->normed, next->n_tokens, v->up, v->ld_up, false);
+    }
+    scatter_up_phase(t, i);
+    const int behind = layer + n * (2 * (c->n_pools - i));  // the first on the way up
+    for (int b = 0; b < n; b++) mamba_block(t, behind + b, (struct skips){NULL, skip_rows(v, ctx, n - 1 - b)});
 }
 
 // ====================================================================================================================
@@ -2662,7 +3172,7 @@ static void mamba_block(struct team *t, int layer) {
 // commands. All memory is allocated by context_new: a forward allocates nothing.
 // ====================================================================================================================
 
-enum { PHASES_PER_LAYER = 6, PHASES_BESIDE = 4 };  // of mamba_block; embedding, final norm, gathering rows, head
+enum { PHASES_A_LAYER = 6, PHASES_A_POOL = 5, PHASES_BESIDE = 4 };  // embedding, final norm, gathering rows, head
 
 static bool is_quantized(const struct matrix *m) { return formats[m->format].block > 1; }
 
@@ -2726,37 +3236,70 @@ static void device_must(bool ok, const struct error *e) {
     if (!ok) die("%s", e->text);
 }
 
+// Buffers for up to max_tokens steps of level i.
+static void level_init(struct level *v, const struct model *m, int i, int max_tokens) {
+    const struct config *c = &m->c;
+    const size_t n = (size_t)max_tokens;
+    bool q_in = i == 0 && is_quantized(&m->head), q_x = false, q_dt = false, q_out = false, any_complex = false;
+    for (int j = 0; j < c->n_layer; j++) {
+        const struct layer *l = &m->layers[j];
+        if (l->level != i) continue;
+        q_in |= is_quantized(&l->in);
+        q_x |= !l->s4 && is_quantized(&l->x);
+        q_dt |= !l->s4 && is_quantized(&l->dt);
+        q_out |= is_quantized(&l->out);
+        any_complex |= l->is_complex;
+    }
+    if (i > 0) q_in |= is_quantized(&m->pools[i - 1].up);
+    v->size = c->level[i];
+    v->ld_model = round_up(v->size.d_model, 16);
+    v->ld_inner = round_up(v->size.d_inner, 16);
+    v->ld_dbc = round_up(v->size.dt_rank + 2 * c->d_state * (1 + any_complex), 16);
+    v->x = xcalloc(n * (size_t)v->ld_model, sizeof(float));
+    v->normed = act_new(max_tokens, v->size.d_model, q_in);
+    v->u = act_new(max_tokens, v->size.d_inner, q_x);
+    v->z = xcalloc(n * (size_t)v->ld_inner, sizeof(float));
+    v->dbc = xcalloc(n * (size_t)v->ld_dbc, sizeof(float));
+    v->dt_low = act_new(max_tokens, v->size.dt_rank, q_dt);
+    v->y = act_new(max_tokens, v->size.d_inner, q_out);
+    v->n_new = xcalloc(n, sizeof *v->n_new);
+    if (c->n_pools) v->skip = xcalloc((size_t)(c->n_blocks + 1) * n * (size_t)v->ld_model, sizeof(float));
+    if (i == c->n_pools) return;
+    v->ld_up = round_up(c->pool[i] * v->size.d_model, 16);
+    v->down_in = act_new(max_tokens, c->pool[i] * v->size.d_model, is_quantized(&m->pools[i].down));
+    v->up = xcalloc(n * (size_t)v->ld_up, sizeof(float));
+}
+
+static void level_free(struct level *v) {
+    act_free(&v->normed);
+    act_free(&v->u);
+    act_free(&v->dt_low);
+    act_free(&v->y);
+    act_free(&v->down_in);
+    free(v->x);
+    free(v->z);
+    free(v->dbc);
+    free(v->skip);
+    free(v->up);
+    free(v->n_new);
+}
+
 // max_tokens: the most tokens of one forward; max_rows: the most logit rows of one call.
 static struct context *context_new(const struct model *m, const struct kernels *k, int n_threads, int max_tokens,
                                    int max_rows) {
     const struct config *c = &m->c;
     struct context *ctx = xcalloc(1, sizeof *ctx);
-    bool q_in = is_quantized(&m->head), q_x = false, q_dt = false, q_out = false;
-    for (int i = 0; i < c->n_layer; i++) {
-        q_in |= is_quantized(&m->layers[i].in);
-        q_x |= is_quantized(&m->layers[i].x);
-        q_dt |= is_quantized(&m->layers[i].dt);
-        q_out |= is_quantized(&m->layers[i].out);
-    }
     ctx->m = m;
     ctx->k = k;
     ctx->n_threads = n_threads;
     ctx->max_tokens = max_tokens;
     ctx->max_rows = max_rows;
-    ctx->ld_model = round_up(c->d_model, 16);
-    ctx->ld_inner = round_up(c->d_inner, 16);
-    ctx->ld_dbc = round_up(c->dt_rank + 2 * c->d_state, 16);
     ctx->ld_vocab = round_up(c->n_vocab, 16);
-    ctx->x = xcalloc((size_t)max_tokens * (size_t)ctx->ld_model, sizeof(float));
-    ctx->normed = act_new(max_tokens, c->d_model, q_in);
-    ctx->u = act_new(max_tokens, c->d_inner, q_x);
-    ctx->z = xcalloc((size_t)max_tokens * (size_t)ctx->ld_inner, sizeof(float));
-    ctx->dbc = xcalloc((size_t)max_tokens * (size_t)ctx->ld_dbc, sizeof(float));
-    ctx->dt_low = act_new(max_tokens, c->dt_rank, q_dt);
-    ctx->y = act_new(max_tokens, c->d_inner, q_out);
+    for (int i = 0; i <= c->n_pools; i++) level_init(&ctx->level[i], m, i, max_tokens);
     ctx->head_in = act_new(max_rows, c->d_model, is_quantized(&m->head));
     ctx->logits = xcalloc((size_t)max_rows * (size_t)ctx->ld_vocab, sizeof(float));
-    ctx->phases = xcalloc((size_t)c->n_layer * PHASES_PER_LAYER + PHASES_BESIDE, sizeof *ctx->phases);
+    ctx->n_phases = c->n_layer * PHASES_A_LAYER + c->n_pools * PHASES_A_POOL + PHASES_BESIDE;
+    ctx->phases = xcalloc((size_t)ctx->n_phases, sizeof *ctx->phases);
     return ctx;
 }
 
@@ -2764,14 +3307,8 @@ static void context_free(struct context *ctx) {
     if (!ctx) return;
     if (ctx->device) device_close(ctx->device);
     free(ctx->choices);
-    act_free(&ctx->normed);
-    act_free(&ctx->u);
-    act_free(&ctx->dt_low);
-    act_free(&ctx->y);
+    for (int i = 0; i <= ctx->m->c.n_pools; i++) level_free(&ctx->level[i]);
     act_free(&ctx->head_in);
-    free(ctx->x);
-    free(ctx->z);
-    free(ctx->dbc);
     free(ctx->logits);
     free(ctx->phases);
     free(ctx);
@@ -2779,9 +3316,9 @@ static void context_free(struct context *ctx) {
 
 static struct sequence *sequence_new(const struct config *c) {
     struct sequence *s = xcalloc(1, sizeof *s);
-    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
-    s->conv = xcalloc(channels * (size_t)(c->d_conv - 1), sizeof(float));
-    s->ssm = xcalloc(channels * (size_t)c->d_state, sizeof(float));
+    s->conv = xcalloc(c->conv_floats, sizeof(float));
+    s->ssm = xcalloc(c->ssm_floats, sizeof(float));
+    s->pool = xcalloc(c->pool_floats, sizeof(float));
     return s;
 }
 
@@ -2804,6 +3341,7 @@ static void sequence_fetch(struct sequence *s, const struct config *c) {
     struct sequence *copy = sequence_new(c);
     s->conv = copy->conv;
     s->ssm = copy->ssm;
+    free(copy->pool);
     free(copy);
     device_must(device_read_state(s->device, s->slot, s->conv, s->ssm, &e), &e);
 }
@@ -2825,9 +3363,9 @@ static void sequence_reset(struct sequence *s, const struct config *c) {
         device_must(device_reset_state(s->device, s->slot, &e), &e);
         return;
     }
-    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
-    memset(s->conv, 0, channels * (size_t)(c->d_conv - 1) * sizeof(float));
-    memset(s->ssm, 0, channels * (size_t)c->d_state * sizeof(float));
+    memset(s->conv, 0, c->conv_floats * sizeof(float));
+    memset(s->ssm, 0, c->ssm_floats * sizeof(float));
+    memset(s->pool, 0, c->pool_floats * sizeof(float));
 }
 
 static void sequence_copy(struct sequence *to, const struct sequence *from, const struct config *c) {
@@ -2837,9 +3375,9 @@ static void sequence_copy(struct sequence *to, const struct sequence *from, cons
         device_must(device_copy_state(to->device, to->slot, from->slot, &e), &e);
         return;
     }
-    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
-    memcpy(to->conv, from->conv, channels * (size_t)(c->d_conv - 1) * sizeof(float));
-    memcpy(to->ssm, from->ssm, channels * (size_t)c->d_state * sizeof(float));
+    memcpy(to->conv, from->conv, c->conv_floats * sizeof(float));
+    memcpy(to->ssm, from->ssm, c->ssm_floats * sizeof(float));
+    memcpy(to->pool, from->pool, c->pool_floats * sizeof(float));
 }
 
 static void sequence_free(struct sequence *s) {
@@ -2847,17 +3385,18 @@ static void sequence_free(struct sequence *s) {
     if (s->device) device_leave_slot(s->device, s->slot);
     free(s->conv);
     free(s->ssm);
+    free(s->pool);
     free(s);
 }
 
 // Logits of the rows in head_in.
 static void head_phase(struct team *t) {
     struct context *ctx = t->ctx;
-    matmul_phase(t, &ctx->m->head, &ctx->head_in, ctx->n_rows, ctx->logits, ctx->ld_vocab, false);
+    matmul_phase(t, &ctx->m->head, ctx->m->head_b, &ctx->head_in, ctx->n_rows, ctx->logits, ctx->ld_vocab, false);
 }
 
 static void gather_row(struct context *ctx, int token, int row) {
-    const struct act *from = &ctx->normed, *to = &ctx->head_in;
+    const struct act *from = &ctx->level[0].normed, *to = &ctx->head_in;
     size_t n = (size_t)to->ld, a = (size_t)token * n, b = (size_t)row * n;
     memcpy(to->f + b, from->f + a, n * sizeof *to->f);
     if (to->q) {
@@ -2881,9 +3420,10 @@ static void gather_phase(struct team *t) {
 static void forward_team(struct team *t) {
     struct context *ctx = t->ctx;
     embed_phase(t);
-    for (int i = 0; i < ctx->n_run_layers; i++) mamba_block(t, i);
+    if (ctx->m->c.n_pools) unet(t, 0, 0);
+    for (int i = 0; !ctx->m->c.n_pools && i < ctx->n_run_layers; i++) mamba_block(t, i, (struct skips){NULL, NULL});
     if (ctx->n_run_layers < ctx->m->c.n_layer) return;
-    norm_phase(t, ctx->m->norm);
+    norm_phase(t, &ctx->level[0], ctx->m->norm, ctx->m->norm_b, (struct skips){NULL, NULL});
     if (!ctx->n_rows) return;
     gather_phase(t);
     head_phase(t);
@@ -2919,7 +3459,7 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
     const double start = now_seconds();
     double ended = start;   // for the first thread
     ctx->n_team = n_threads;
-    for (int i = 0; i < ctx->m->c.n_layer * PHASES_PER_LAYER + PHASES_BESIDE; i++) {
+    for (int i = 0; i < ctx->n_phases; i++) {
         atomic_init(&ctx->phases[i].n_taken, 0);
         atomic_init(&ctx->phases[i].n_done, 0);
     }
@@ -2943,26 +3483,40 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
 static void forward_on_device(struct context *ctx) {
     struct error e = {""};
     run_team(ctx, embed_phase);
-    device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, ctx->x, ctx->ld_model,
+    struct level *v = &ctx->level[0];
+    device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, v->x, v->ld_model,
                                ctx->only_choices ? NULL : ctx->logits, ctx->ld_vocab, &e), &e);
     if (ctx->only_choices) device_must(device_choose(ctx->device, ctx->n_rows, ctx->choices, &e), &e);
     if (!ctx->wants_hidden) return;
     const bool normed = ctx->n_run_layers == ctx->m->c.n_layer;
-    device_must(device_hidden(ctx->device, false, ctx->x, ctx->ld_model, &e), &e);
-    device_must(!normed || device_hidden(ctx->device, true, ctx->normed.f, ctx->normed.ld, &e), &e);
+    device_must(device_hidden(ctx->device, false, v->x, v->ld_model, &e), &e);
+    device_must(!normed || device_hidden(ctx->device, true, v->normed.f, v->normed.ld, &e), &e);
+}
+
+// The steps of each level that a segment's tokens complete.
+static void count_steps(struct context *ctx, int segment) {
+    const struct segment *s = &ctx->segments[segment];
+    for (int l = 0; l <= ctx->m->c.n_pools; l++) {
+        struct level *v = &ctx->level[l];
+        const int period = v->size.period;
+        v->n_new[segment] = (int)((s->seq->n_past + s->n_tokens) / period - s->seq->n_past / period);
+        v->n_tokens += v->n_new[segment];
+    }
 }
 
 // Feeds every segment's tokens to its sequence. Afterwards row i of ctx->logits belongs to the i-th segment that wants
-// logits, and ctx->normed (all layers) or ctx->x (the first n_layers) holds a row a token. Tokens must lie in the
-// vocabulary, and all segments together hold at most max_tokens of them.
+// logits, and level 0's normed (all layers) or x (the first n_layers; a U-Net runs all of them) holds a row a token. Tokens must
+// lie in the vocabulary, and all segments together hold at most max_tokens of them; none is empty.
 static void forward(struct context *ctx, const struct segment *segments, int n_segments, int n_layers) {
     ctx->segments = segments;
     ctx->n_segments = n_segments;
     ctx->n_run_layers = n_layers;
     ctx->n_tokens = ctx->n_rows = 0;
+    for (int l = 0; l <= ctx->m->c.n_pools; l++) ctx->level[l].n_tokens = 0;
     for (int i = 0; i < n_segments; i++) {
         ctx->n_tokens += segments[i].n_tokens;
         ctx->n_rows += segments[i].want_logits;
+        count_steps(ctx, i);
         segments[i].seq->n_past += segments[i].n_tokens;
     }
     if (ctx->n_tokens && ctx->device) forward_on_device(ctx);
@@ -2986,10 +3540,16 @@ static void logits_of(struct context *ctx, const int *tokens, int n) {
 // A state file continues a text where another run left it. It names its version, the model's fingerprint and shape; it
 // is written beside its destination, synced and renamed, so that a reader finds the old file or the new one. Calls
 // sections 1, 3 and 6; called by the commands. All numbers are little-endian; floats are in logical order, unpadded:
-// conv [n_layer][d_conv-1][d_inner], ssm [n_layer][d_inner][d_state].
+// conv [n_layer][d_conv-1][d_inner], ssm [n_layer][d_inner][d_state][R], pool as in struct pooling.
 // ====================================================================================================================
 
-enum { RECENT_MAX = 4096, STATE_VERSION = 1 };
+enum { RECENT_MAX = 4096, STATE_VERSION = 2 };
+
+struct clip_scale {         // of sound: a sample of -1 to 1 is -1 + 2 (x - low) / range of its clip
+    double low, range;
+};
+
+static const struct clip_scale FULL_SCALE = {-1, 2};
 
 struct resume {             // what a run needs besides the recurrent state to go on exactly
     int32_t pending[1];     // the last token, sampled but not fed to the model yet
@@ -2998,9 +3558,10 @@ struct resume {             // what a run needs besides the recurrent state to g
     int n_recent;
     char bytes[4];          // of a character that the tokens so far leave incomplete
     int n_bytes;
+    struct clip_scale scale;  // of sound
 };
 
-struct state_header {       // 80 bytes at the start of the file; the hash of all that precedes it ends the file
+struct state_header {       // 96 bytes at the start of the file; the hash of all that precedes it ends the file
     char magic[8];
     uint32_t version, header_bytes;
     uint64_t fingerprint;
@@ -3009,14 +3570,21 @@ struct state_header {       // 80 bytes at the start of the file; the hash of al
     uint32_t n_pending, n_recent, n_bytes;
     int32_t pending;
     char bytes[8];
+    struct clip_scale scale;
     uint64_t file_bytes;
 };
-_Static_assert(sizeof(struct state_header) == 80, "the file's layout, without padding");
+_Static_assert(sizeof(struct state_header) == 96, "the file's layout, without padding");
 
 static const char state_magic[8] = "MAMBAST";
 
-static size_t state_floats(const struct config *c) {
-    return (size_t)c->n_layer * (size_t)c->d_inner * (size_t)(c->d_conv - 1 + c->d_state);
+static size_t state_floats(const struct model *m) {
+    const struct config *c = &m->c;
+    size_t n = c->pool_floats;
+    for (int i = 0; i < c->n_layer; i++) {
+        const struct layer *l = &m->layers[i];
+        n += (size_t)c->level[l->level].d_inner * (size_t)(c->d_conv - 1 + c->d_state * (1 + l->is_complex));
+    }
+    return n;
 }
 
 static struct state_header state_header_of(const struct model *m, const struct sequence *s, const struct resume *r) {
@@ -3026,27 +3594,34 @@ static struct state_header state_header_of(const struct model *m, const struct s
         .n_layer = (uint32_t)c->n_layer, .d_inner = (uint32_t)c->d_inner, .d_state = (uint32_t)c->d_state,
         .d_conv = (uint32_t)c->d_conv, .n_past = (uint64_t)s->n_past, .n_pending = (uint32_t)r->n_pending,
         .n_recent = (uint32_t)r->n_recent, .n_bytes = (uint32_t)r->n_bytes,
-        .pending = r->n_pending ? r->pending[0] : 0};
+        .pending = r->n_pending ? r->pending[0] : 0, .scale = r->scale};
     memcpy(h.magic, state_magic, sizeof h.magic);
     memcpy(h.bytes, r->bytes, (size_t)r->n_bytes);
-    h.file_bytes = sizeof h + 4 * ((uint64_t)r->n_recent + state_floats(c)) + 8;
+    h.file_bytes = sizeof h + 4 * ((uint64_t)r->n_recent + state_floats(m)) + 8;
     return h;
 }
 
 // Moves floats between the padded buffers and the file's order: to_file, or back.
-static void state_copy(const struct config *c, struct sequence *s, float *file, bool to_file) {
-    size_t ld = (size_t)round_up(c->d_inner, 16), n_state = (size_t)c->d_state;
-    size_t n_conv = (size_t)c->n_layer * (size_t)(c->d_conv - 1);
-    for (size_t row = 0; row < n_conv; row++, file += c->d_inner) {
-        float *conv = s->conv + row * ld;
-        memcpy(to_file ? file : conv, to_file ? conv : file, (size_t)c->d_inner * sizeof *file);
+static void state_copy(const struct model *m, struct sequence *s, float *file, bool to_file) {
+    const struct config *c = &m->c;
+    for (int i = 0; i < c->n_layer; i++) {
+        const struct layer *l = &m->layers[i];
+        const size_t d_inner = (size_t)c->level[l->level].d_inner, ld = (size_t)round_up((int)d_inner, 16);
+        for (int tap = 0; tap < c->d_conv - 1; tap++, file += d_inner) {
+            float *conv = s->conv + l->conv_at + (size_t)tap * ld;
+            memcpy(to_file ? file : conv, to_file ? conv : file, d_inner * sizeof *file);
+        }
     }
-    for (size_t layer = 0; layer < (size_t)c->n_layer; layer++)
-        for (size_t ch = 0; ch < (size_t)c->d_inner; ch++)
-            for (size_t n = 0; n < n_state; n++, file++) {
-                float *ssm = s->ssm + (layer * ld + ch / 16 * 16) * n_state + n * 16 + ch % 16;
+    for (int i = 0; i < c->n_layer; i++) {
+        const struct layer *l = &m->layers[i];
+        const size_t parts = 1 + l->is_complex, n_state = (size_t)c->d_state;
+        for (size_t ch = 0; ch < (size_t)c->level[l->level].d_inner; ch++)
+            for (size_t n = 0; n < n_state * parts; n++, file++) {
+                float *ssm = s->ssm + l->ssm_at + state_at(ch, n / parts, n_state, parts) + n % parts * 16;
                 *(to_file ? file : ssm) = *(to_file ? ssm : file);
             }
+    }
+    if (c->pool_floats) memcpy(to_file ? file : s->pool, to_file ? s->pool : file, c->pool_floats * sizeof *file);
 }
 
 // Writes to an open file; an error stays in its stream, for outfile_commit.
@@ -3057,7 +3632,7 @@ static void state_write(struct outfile *out, const struct model *m, struct seque
     p += sizeof h;
     memcpy(p, r->recent, (size_t)r->n_recent * sizeof *r->recent);
     p += (size_t)r->n_recent * sizeof *r->recent;
-    state_copy(&m->c, s, (float *)p, true);
+    state_copy(m, s, (float *)p, true);
     uint64_t hash = hash_bytes(STATE_VERSION, file, (size_t)h.file_bytes - 8);
     memcpy(file + h.file_bytes - 8, &hash, 8);
     fwrite(file, 1, (size_t)h.file_bytes, out->f);
@@ -3079,8 +3654,10 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
                     PRIu32 "; this model has %d, %d, %d, %d", h.n_layer, h.d_inner, h.d_state, h.d_conv, c->n_layer,
                     c->d_inner, c->d_state, c->d_conv);
     if (h.fingerprint != m->fingerprint) return fail(e, "the state of another model file with the same shape");
-    if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3) return fail(e, "the state file's header is damaged");
-    size_t expected = sizeof h + 4 * (h.n_recent + state_floats(c)) + 8;
+    if (h.n_past > INT64_MAX / 2 || h.n_pending > 1 || h.n_recent > RECENT_MAX || h.n_bytes > 3 ||
+        !isfinite(h.scale.low) || !(h.scale.range >= 0 && h.scale.range < 1e9))
+        return fail(e, "the state file's header is damaged");
+    size_t expected = sizeof h + 4 * (h.n_recent + state_floats(m)) + 8;
     if (n != expected || h.file_bytes != n)
         return fail(e, "the state file has %zu bytes; expected %zu: is it cut off?", n, expected);
     uint64_t hash;
@@ -3093,16 +3670,16 @@ static bool state_parse(uint8_t *file, size_t n, const struct model *m, struct s
             return fail(e, "the state file names token %" PRId32 "; the vocabulary has %d", id, c->n_vocab);
     }
     *r = (struct resume){.pending = {h.pending}, .n_pending = (int)h.n_pending, .n_recent = (int)h.n_recent,
-                         .n_bytes = (int)h.n_bytes};
+                         .n_bytes = (int)h.n_bytes, .scale = h.scale};
     memcpy(r->recent, recent, h.n_recent * sizeof *recent);
     memcpy(r->bytes, h.bytes, sizeof r->bytes);
     s->n_past = (int64_t)h.n_past;
-    state_copy(c, s, (float *)(file + sizeof h + 4 * (size_t)h.n_recent), false);
+    state_copy(m, s, (float *)(file + sizeof h + 4 * (size_t)h.n_recent), false);
     return true;
 }
 
 static bool state_load(const char *path, const struct model *m, struct sequence *s, struct resume *r, struct error *e) {
-    size_t limit = sizeof(struct state_header) + 4 * (RECENT_MAX + state_floats(&m->c)) + 8;  // of a fitting file
+    size_t limit = sizeof(struct state_header) + 4 * (RECENT_MAX + state_floats(m)) + 8;  // of a fitting file
     FILE *f = fopen(path, "rb");
     if (!f) return fail(e, "%s: %s", path, strerror(errno));
     uint8_t *file = xmalloc(limit + 1);
@@ -3117,7 +3694,10 @@ static bool state_load(const char *path, const struct model *m, struct sequence 
 #ifdef MAMBA_FUZZ
 // A state file from a stranger, for a small model. Only one with the right checksum gets far, so it is put right.
 static void fuzz_state(const uint8_t *data, size_t n) {
-    struct model m = {.c = {.n_layer = 2, .d_inner = 5, .d_state = 3, .d_conv = 4, .n_vocab = 9}, .fingerprint = 7};
+    struct layer layers[2] = {{0}};
+    struct model m = {.c = {.n_layer = 2, .d_inner = 5, .d_state = 3, .d_conv = 4, .n_vocab = 9, .level = {{.d_inner = 5}}},
+                      .layers = layers, .fingerprint = 7};
+    lay_out_state(&m);
     struct sequence *s = sequence_new(&m.c);
     struct resume *r = xcalloc(1, sizeof *r);
     struct error e = {""};
@@ -4087,7 +4667,7 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by section 13.
+// Calls sections 1 and 4; called by section 14.
 // ====================================================================================================================
 
 struct sampling {
@@ -4152,6 +4732,15 @@ static void select_best(struct choice *c, int n, int k) {
     qsort(c, (size_t)k, sizeof *c, better_first);
 }
 
+static void best_to_front(struct choice *c, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (c[i].logit > c[best].logit) best = i;
+    const struct choice first = c[0];
+    c[0] = c[best];
+    c[best] = first;
+}
+
 // p = softmax over the first n choices, in float; returns the sum in double, added in order.
 static double choice_probabilities(struct sampler *s, int n, float scale) {
     for (int i = 0; i < n; i++) s->p[i] = s->choices[i].logit * scale;
@@ -4178,7 +4767,8 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
     if (n == 0) return -1;
     bool greedy = how->greedy || how->temperature < 1e-5f;  // so cold that nothing else has a chance, and 1/T could overflow
     int k = greedy ? 1 : how->top_k > 0 ? min_int(how->top_k, n) : n;
-    select_best(c, n, k);
+    if (k == n && how->top_p >= 1 && !(how->min_p > 0)) best_to_front(c, n);  // all may be drawn: no order is needed
+    else select_best(c, n, k);
     if (greedy) return c[0].id;
 
     if (how->top_p < 1.0f) {
@@ -4230,7 +4820,7 @@ static void sampler_free(struct sampler *s) {
 
 // ====================================================================================================================
 // 10. JSON.
-// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 12
+// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 13
 // and by bench.
 // ====================================================================================================================
 
@@ -4386,7 +4976,7 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 // 11. Genomes: FASTA, BED, VCF.
 // Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
 // kind, white space inside. From a file whose lines are equally long, regions too. Lines of BED and VCF name such regions.
-// Calls sections 1 and 8; called by sections 12 and 13.
+// Calls sections 1 and 8; called by sections 13 and 14.
 // ====================================================================================================================
 
 struct fasta_record {       // where a record lies in its file; owner of name
@@ -4906,16 +5496,199 @@ static void fuzz_vcf(const uint8_t *data, size_t n) {
 #endif
 
 // ====================================================================================================================
-// 12. Requests.
+// 12. Sound: WAV and mu-law.
+// A clip becomes codes from 0 to 255, which are the tokens of an audio model, and back. WAV files come from anywhere. Calls
+// section 1; called by sections 13 to 15.
+// ====================================================================================================================
+
+struct wav {                // a clip, all channels in one; owner of samples
+    float *samples;         // [n] from -1 to 1
+    size_t n;
+    int sample_rate;
+};
+
+enum wav_coding { WAV_PCM = 1, WAV_FLOAT = 3, WAV_MU_LAW = 7, WAV_EXTENSIBLE = 0xfffe };
+
+struct wav_format {
+    unsigned coding, channels, bits;
+    uint32_t sample_rate;
+};
+
+static uint32_t read_u16(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
+
+// G.711's mu-law, which WAV calls by that name: a sign, three bits of exponent, four of mantissa, all inverted.
+static float g711_decode(uint8_t byte) {
+    const int code = ~byte & 0xff, magnitude = (((code & 15) << 3) + 132) << (code >> 4 & 7);
+    return (float)(code & 128 ? 132 - magnitude : magnitude - 132) / 32768;
+}
+
+static uint8_t g711_encode(int sample) {
+    const int magnitude = min_int(sample < 0 ? -sample : sample, 32635) + 132;
+    int exponent = 7;
+    while (exponent && !(magnitude >> (exponent + 7))) exponent--;
+    return (uint8_t)~((sample < 0 ? 128 : 0) | exponent << 4 | (magnitude >> (exponent + 3) & 15));
+}
+
+// One sample of any format that wav_format_read() lets through.
+static float wav_sample(const struct wav_format *f, const uint8_t *p) {
+    union {
+        uint32_t u;
+        float f;
+    } four;
+    double wide;
+    if (f->coding == WAV_MU_LAW) return g711_decode(*p);
+    if (f->bits == 8) return ((float)*p - 128) / 128;  // the only unsigned one
+    if (f->bits == 64) return memcpy(&wide, p, 8), (float)wide;
+    four.u = f->bits == 16 ? read_u16(p) << 16 : f->bits == 24 ? read_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
+    return f->coding == WAV_FLOAT ? four.f : (float)((double)(int32_t)four.u / 2147483648.0);
+}
+
+static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
+    if (n < 16) return fail(e, "its format has %zu bytes; expected 16 or more", n);
+    *f = (struct wav_format){read_u16(p), read_u16(p + 2), read_u16(p + 14), load_u32(p + 4)};
+    if (f->coding == WAV_EXTENSIBLE && n >= 26) f->coding = read_u16(p + 24);
+    const bool known = (f->coding == WAV_PCM && (f->bits == 8 || f->bits == 16 || f->bits == 24 || f->bits == 32)) ||
+                       (f->coding == WAV_FLOAT && (f->bits == 32 || f->bits == 64)) || (f->coding == WAV_MU_LAW && f->bits == 8);
+    if (!known)
+        return fail(e, "samples of coding %u with %u bits; expected PCM (8, 16, 24, 32), float (32, 64) or mu-law (8): sox can convert "
+                    "it", f->coding, f->bits);
+    if (!f->channels || !f->sample_rate || f->sample_rate > INT_MAX)
+        return fail(e, "%u channels at %" PRIu32 " Hz", f->channels, f->sample_rate);
+    return true;
+}
+
+// The data chunk's frames, each the mean of its channels.
+static bool wav_data_read(struct wav *w, const struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
+    const size_t bytes = f->bits / 8, frame = bytes * f->channels;
+    if (n % frame) return fail(e, "the last of its frames of %zu bytes has %zu: is it cut off?", frame, n % frame);
+    w->n = n / frame;
+    w->sample_rate = (int)f->sample_rate;
+    w->samples = xmalloc(w->n * sizeof *w->samples);
+    for (size_t i = 0; i < w->n; i++) {
+        double sum = 0;
+        for (unsigned c = 0; c < f->channels; c++, p += bytes) sum += (double)wav_sample(f, p);
+        w->samples[i] = (float)(sum / f->channels);
+        if (!isfinite(w->samples[i])) return fail(e, "sample %zu is %g; expected a finite number", i, (double)w->samples[i]);
+    }
+    return true;
+}
+
+// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one there: it then ends with the file.
+static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e) {
+    struct wav_format f = {0};
+    *w = (struct wav){0};
+    if (n < 12 || memcmp(p, "RIFF", 4) != 0 || memcmp(p + 8, "WAVE", 4) != 0)
+        return fail(e, "not a WAV file (%zu bytes): sox can make one", n);
+    for (size_t at = 12; n - at >= 8;) {
+        const uint8_t *chunk = p + at;
+        size_t size = load_u32(chunk + 4);
+        const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size >= 0x7ff00000;
+        at += 8;
+        if (is_data && unknown) size = n - at;
+        if (is_data && unknown && f.coding) size -= size % (f.bits / 8 * f.channels);
+        if (size > n - at) return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk, size, n - at);
+        if (memcmp(chunk, "fmt ", 4) == 0 && !wav_format_read(&f, chunk + 8, size, e)) return false;
+        if (is_data) return f.coding ? wav_data_read(w, &f, chunk + 8, size, e) : fail(e, "its data come before their format");
+        at += size;
+        at += size % 2 && at < n;  // chunks begin at even places
+    }
+    return fail(e, "it holds no chunk 'data'");
+}
+
+// How a clip is scaled before it is encoded. Its own span (minmax) is what SaShiMi's code takes, which moves silence away from 0; its
+// peak does not. A clip without any change is silence, of code 128, not 0 as by the formula.
+static struct clip_scale clip_scale(const float *x, size_t n, enum loudness loudness) {
+    double min = n ? (double)x[0] : 0, max = min;
+    for (size_t i = 0; i < n; i++) {
+        min = fmin(min, (double)x[i]);
+        max = fmax(max, (double)x[i]);
+    }
+    const double peak = fmax(fabs(min), fabs(max));
+    if (loudness == LOUDNESS_NONE || peak == 0) return FULL_SCALE;
+    if (loudness == LOUDNESS_PEAK) return (struct clip_scale){-peak, 2 * peak};
+    return min == max ? (struct clip_scale){min - 1, 2} : (struct clip_scale){min, max - min + 1e-6};
+}
+
+// The code of a sample x of a clip (SaShiMi's mu-law of 8 bits, with its epsilons; it is not G.711's), and back.
+static int32_t mu_law_encode(double x, const struct clip_scale *s) {
+    const double a = -1 + 2 * (x - s->low) / s->range, sign = (a > 0) - (a < 0);
+    const double companded = sign * log1p(255 * fabs(a + 1e-8)) / log(256);
+    const double code = (companded + 1) / 2 * 255.99 + 0.005;
+    return code < 0 ? 0 : code > 255 ? 255 : (int32_t)code;
+}
+
+static double mu_law_decode(int32_t code, const struct clip_scale *s) {
+    const double v = code / 128.0 - 1, a = copysign((pow(256, fabs(v)) - 1) / 255, v);
+    return s->low + (a + 1) / 2 * s->range;
+}
+
+enum sound_format { SOUND_WAV, SOUND_MU_LAW, SOUND_RAW };  // 16-bit PCM in a WAV file; 8-bit mu-law; 16-bit PCM without a header
+
+static void add_u32(struct buffer *b, uint32_t v) { buffer_add(b, &v, 4); }
+
+// Of n samples; -1: nobody knows how many.
+static void add_wav_header(struct buffer *b, enum sound_format format, int sample_rate, int64_t n) {
+    if (format == SOUND_RAW) return;
+    const bool mu_law = format == SOUND_MU_LAW;
+    const uint32_t bytes = mu_law ? 1 : 2, head = mu_law ? 4 + 8 + 18 + 8 + 4 + 8 : 4 + 8 + 16 + 8;
+    const bool known = n >= 0 && n * (int64_t)bytes + head + 1 <= UINT32_MAX;
+    const uint32_t data = known ? (uint32_t)n * bytes : UINT32_MAX, samples = known ? (uint32_t)n : UINT32_MAX;
+    buffer_add(b, "RIFF", 4);
+    add_u32(b, known ? head + data + data % 2 : UINT32_MAX);
+    buffer_add(b, "WAVEfmt ", 8);
+    add_u32(b, mu_law ? 18 : 16);
+    add_u32(b, (mu_law ? WAV_MU_LAW : WAV_PCM) | 1 << 16);  // one channel
+    add_u32(b, (uint32_t)sample_rate);
+    add_u32(b, (uint32_t)sample_rate * bytes);
+    add_u32(b, bytes | (8 * bytes) << 16);
+    if (mu_law) {           // what is not PCM has an extension, of no bytes here, and a count of samples
+        buffer_add(b, "\0\0fact", 6);
+        add_u32(b, 4);
+        add_u32(b, samples);
+    }
+    buffer_add(b, "data", 4);
+    add_u32(b, data);
+}
+
+static void add_sound(struct buffer *b, enum sound_format format, const uint8_t *codes, size_t n, const struct clip_scale *scale) {
+    for (size_t i = 0; i < n; i++) {
+        const double x = mu_law_decode(codes[i], scale) * 32768;
+        const int16_t sample = (int16_t)lrint(x < -32768 ? -32768 : x > 32767 ? 32767 : x);
+        const uint8_t byte = g711_encode(sample);
+        if (format == SOUND_MU_LAW) buffer_add(b, &byte, 1);
+        else buffer_add(b, &sample, 2);
+    }
+}
+
+#ifdef MAMBA_FUZZ
+// A WAV file from a stranger. What comes out is finite, and its codes are codes.
+static void fuzz_wav(const uint8_t *data, size_t n) {
+    struct wav w;
+    struct error e = {""};
+    bool ok = wav_parse(&w, data, n, &e);
+    if (ok == (e.text[0] != 0)) abort();  // refused without a word
+    for (int loudness = LOUDNESS_MINMAX; ok && loudness <= LOUDNESS_NONE; loudness++) {
+        const struct clip_scale scale = clip_scale(w.samples, w.n, (enum loudness)loudness);
+        for (size_t i = 0; i < w.n; i++) {
+            const int32_t code = mu_law_encode((double)w.samples[i], &scale);
+            if (code < 0 || code > 255 || !isfinite(mu_law_decode(code, &scale))) abort();
+        }
+    }
+    free(w.samples);
+}
+#endif
+
+// ====================================================================================================================
+// 13. Requests.
 // A request is a text that a command works on: of the command line, of a line of --jsonl, of a record of --fasta. Here is
-// what it is made from and how it is answered. Calls everything above; called by section 13.
+// what it is made from and how it is answered. Calls everything above; called by section 14.
 // ====================================================================================================================
 
 enum command { GENERATE, SCORE, EMBED, CLASSIFY, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
 
 static const char *const command_names[N_COMMANDS] = {"generate", "score", "embed", "classify", "tokenize", "bench", "inspect"};
 
-enum source { FROM_TEXT, FROM_FILE, FROM_IDS };  // -p, -f, --ids
+enum source { FROM_TEXT, FROM_FILE, FROM_IDS, FROM_WAV };  // -p, -f, --ids, --wav
 
 struct input {              // one text of the command line, in its order
     enum source source;
@@ -4938,7 +5711,10 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     const char *model;
     struct input *inputs;   // [n_inputs], owned
     int n_inputs;
+    bool input_implied;     // standard input, which nobody named
     struct settings settings;  // owner of stops
+    float seconds;          // of sound; 0: settings.n_predict samples
+    const char *sound_format;
     int n_threads, ubatch, n_parallel;  // n_parallel 0: as many as the input is worth
     bool seed_given;
     bool ignore_eos, print_ids, parse_special, quiet;
@@ -4971,8 +5747,12 @@ struct base {               // what requests continue: a text that was read once
 };
 
 struct session {            // what every command that runs a model has open
-    const struct options *o;
-    struct outfile out;     // the one file that the command writes; standard output when it writes none
+    const struct options *o;  // own
+    struct options own;     // the command line, with defaults that depend on the model
+    struct outfile out;     // the file that the command writes; standard output when it writes none
+    struct outfile state;   // of --save-state
+    bool sound;             // the command writes sound, in this format
+    enum sound_format sound_format;
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
@@ -5039,11 +5819,12 @@ static void check_finite(const struct session *s, float max_logit, int64_t posit
 struct progress {
     const char *what;
     double start, shown;
+    double sample_rate;        // of sound that is being made; 0: none
     bool on, visible;
 };
 
 static struct progress progress_new(const char *what, bool quiet) {
-    return (struct progress){what, now_seconds(), 0, !quiet && isatty(STDERR_FILENO), false};
+    return (struct progress){.what = what, .start = now_seconds(), .on = !quiet && isatty(STDERR_FILENO)};
 }
 
 static void progress_clear(struct progress *p) {
@@ -5060,7 +5841,9 @@ static void progress_show(struct progress *p, double fraction, int64_t n_request
     fprintf(stderr, "\r%s", p->what);
     if (fraction >= 0) fprintf(stderr, " %3d %%", (int)(100 * fraction));
     if (n_requests >= 0) fprintf(stderr, " %" PRId64 " requests", n_requests);
-    fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
+    if (p->sample_rate > 0)
+        fprintf(stderr, " %.0f samples/s, %.2f times real time  ", (double)n_tokens / elapsed, (double)n_tokens / elapsed / p->sample_rate);
+    else fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
 }
 
 // ---- Reading texts ----
@@ -5116,8 +5899,32 @@ static bool read_text(const struct session *s, struct str text, bool continues, 
 }
 
 // Appends the tokens of one input of the command line.
-static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct error *e) {
+// The samples of a WAV file, behind the token that begins a clip.
+static bool read_clip(const struct session *s, const char *path, bool continues, struct ids *out, struct clip_scale *scale, struct error *e) {
+    const struct config *c = &s->model.c;
+    struct buffer b = {0};
+    struct error inner = {""};
+    struct wav w = {0};
+    if (!c->sample_rate) return fail(e, "%s is no audio model: --wav does not apply", s->o->model);
+    const char *name = strcmp(path, "-") == 0 ? "standard input" : path;
+    bool ok = read_all(path, &b, e);
+    if (ok && !wav_parse(&w, (const uint8_t *)b.p, b.n, &inner)) ok = fail(e, "%s: %s", name, inner.text);
+    free(b.p);
+    if (ok && w.sample_rate != c->sample_rate)
+        ok = fail(e, "%s has %d samples a second, the model %d; convert it: sox %s -r %d OUT.wav", name, w.sample_rate, c->sample_rate, path, c->sample_rate);
+    if (ok) *scale = clip_scale(w.samples, w.n, c->loudness);
+    if (ok && !continues) ids_add(out, c->start_token);
+    for (size_t i = 0; ok && i < w.n; i++) ids_add(out, mu_law_encode((double)w.samples[i], scale));
+    free(w.samples);
+    return ok;
+}
+
+// scale: of a clip, where the input is one.
+static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct clip_scale *scale,
+                       struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
+    if (in->source == FROM_WAV) return read_clip(s, in->value, continues, out, scale, e);
+    if (s->model.c.sample_rate) return fail(e, "%s is an audio model: it reads --wav FILE, or codes with --ids", s->o->model);
     if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
     struct buffer b = {0};
     bool ok = need_tokenizer(s, e) && read_all(in->value, &b, e);
@@ -5206,7 +6013,7 @@ struct request {            // one text; owner of all it points to but seq, base
     char *line;             // bytes of stop texts
     struct settings settings;
     struct ids tokens;      // fed before anything is sampled; with a base, the token it left to be fed comes first
-    size_t n_carried;       // of tokens: those that are not its own: the base's last one, or what begins a record
+    size_t n_carried;       // of tokens: those that are not its own: the base's last one, or what begins a record or clip
     size_t n_dropped;       // tokens before tokens.p[0] that were forgotten: those of a long record
     size_t n_feed, n_fed;   // tokens that are to be fed, and are; after them comes resume->pending, drawn from the logits
     bool streams;           // more tokens are to be read: the last one known is not fed before the next is
@@ -5215,6 +6022,7 @@ struct request {            // one text; owner of all it points to but seq, base
     struct sequence *seq;   // lent while it runs
     struct base *base;      // what it continues; NULL: nothing
     struct resume *resume;  // generate only
+    struct clip_scale scale;  // of the clip that it continues
     struct emitter text;    // generate: writes to body, or to out when that is text
     struct ids generated;   // generate --jsonl --print-ids: the answer
     int64_t n_out_ids;      // generate --print-ids: ids written
@@ -5243,6 +6051,7 @@ static struct request *request_new(const struct session *s, struct base *base) {
     if (defaults->n_stops)
         memcpy(r->settings.stops, defaults->stops, (size_t)defaults->n_stops * sizeof *r->settings.stops);
     r->base = base;
+    r->scale = base && base->resume ? base->resume->scale : FULL_SCALE;
     if (base && base->last >= 0) ids_add(&r->tokens, base->last);
     r->n_carried = r->tokens.n;
     return r;
@@ -5524,7 +6333,7 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
 }
 
 // ====================================================================================================================
-// 13. Engine.
+// 14. Engine.
 // Up to -np requests run at once, each in a sequence of its own: a step gives every one its next tokens in one forward,
 // those that end leave, and others enter before the next step. Calls everything above; called by the commands.
 // ====================================================================================================================
@@ -5579,6 +6388,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     struct progress progress;
     int64_t n_requests, n_failed;  // ended
     int64_t n_fed, n_sampled;  // tokens
+    int64_t n_samples;      // of sound that were written
     double prompt_seconds, sample_seconds;  // of steps before and after something was first sampled
 };
 
@@ -5711,9 +6521,24 @@ static void remember(struct resume *r, int32_t token) {
     r->recent[r->n_recent++] = token;
 }
 
-// A token on its way out: as text, as an id, or kept for the answer.
-static void generate_write(const struct session *s, struct request *r, struct emitter *text, int32_t token) {
-    if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
+enum { SOUND_BLOCK = 256 };  // samples that are written together
+
+// The codes so far become sound; `all`, or there are enough of them.
+static void write_sound(struct engine *en, struct request *r, bool all) {
+    if (!r->body.n || (!all && r->body.n < SOUND_BLOCK)) return;
+    en->n_samples += (int64_t)r->body.n;
+    add_sound(&r->out, en->s->sound_format, (const uint8_t *)r->body.p, r->body.n, &r->resume->scale);
+    r->body.n = 0;
+}
+
+// A token on its way out: as text, as a sample, as an id, or kept for the answer.
+static void generate_write(struct engine *en, struct request *r, struct emitter *text, int32_t token) {
+    const struct session *s = en->s;
+    const char code = (char)token;
+    if (s->sound) {
+        buffer_add(&r->body, &code, 1);
+        write_sound(en, r, false);
+    } else if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
     else if (s->o->print_ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
     else if (token >= s->tokenizer.n_tokens || s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, token_text(s, token));
 }
@@ -5725,21 +6550,30 @@ static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     struct buffer *to = s->o->jsonl || writes_fasta(s->o) ? &r->body : &r->out;
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
-    if (!s->o->print_ids && !need_tokenizer(s, &r->error)) return false;
+    if (s->model.c.sample_rate) first = s->model.c.start_token;
+    if (!s->o->print_ids && !s->sound && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
     if (s->base) *r->resume = *s->base->resume;
+    r->resume->scale = r->scale;
     r->resume->n_pending = 0;  // it is the first of r->tokens
     // Nothing to begin from: the token that begins a text, or the one that separates texts.
     if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
     if (!r->tokens.n && first < 0)
         return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
-    if (!r->tokens.n) ids_add(&r->tokens, first);
+    if (!r->tokens.n) {
+        ids_add(&r->tokens, first);
+        if (s->model.c.sample_rate) r->n_carried = 1;
+    }
     r->n_feed = r->tokens.n;
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
+    if (s->sound) {
+        const int64_t echoed = r->settings.echo ? (int64_t)(r->tokens.n - r->n_carried) : 0;
+        add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate, r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
+    }
     r->text = (struct emitter){.to = to, .stops = r->settings.stops, .n_stops = r->settings.n_stops};
     if (r->settings.echo) {
         struct emitter echo = {.to = to};  // stop texts do not apply to the prompt
-        for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(s, r, &echo, r->tokens.p[i]);
+        for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(en, r, &echo, r->tokens.p[i]);
         if (echo.held.n) emit_bytes(&echo, echo.held.n);
         free(echo.held.p);
     }
@@ -5768,7 +6602,7 @@ static void generate_token(struct engine *en, struct request *r, int32_t token) 
     r->n_generated++;
     en->n_sampled++;
     bool eos = s->has_tokenizer && token == s->tokenizer.eos;
-    if (!eos) generate_write(s, r, &r->text, token);
+    if (!eos) generate_write(en, r, &r->text, token);
     if (eos || r->text.stopped) r->finish_reason = "stop";
     else if (r->settings.n_predict >= 0 && r->n_generated >= r->settings.n_predict) r->finish_reason = "length";
 }
@@ -5781,7 +6615,9 @@ static void generate_end(struct engine *en, struct request *r) {
     if (keep) memcpy(r->resume->bytes, text->held.p + text->held.n - keep, keep);
     r->resume->n_bytes = (int)keep;
     if (!text->stopped && text->held.n > keep) emit_bytes(text, text->held.n - keep);
-    if (en->s->o->jsonl) {
+    if (en->s->sound) {
+        write_sound(en, r, true);
+    } else if (en->s->o->jsonl) {
         buffer_printf(&r->answer, en->s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
         if (en->s->o->print_ids) add_json_ids(&r->answer, &r->generated);
         else add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
@@ -5849,8 +6685,9 @@ static void embed_rows(struct engine *en, struct request *r, int token0, int n) 
     const bool normed = o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
     const bool all = strcmp(o->pool, "none") == 0, mean = strcmp(o->pool, "mean") == 0;
     for (int t = 0; t < n; t++) {
-        const float *row = normed ? ctx->normed.f + (size_t)(token0 + t) * (size_t)ctx->normed.ld
-                                  : ctx->x + (size_t)(token0 + t) * (size_t)ctx->ld_model;
+        const struct level *v = &ctx->level[0];
+        const float *row = normed ? v->normed.f + (size_t)(token0 + t) * (size_t)v->normed.ld
+                                  : v->x + (size_t)(token0 + t) * (size_t)v->ld_model;
         check_finite(en->s, ctx->k->finite_max(row, d), (int64_t)r->n_fed + t + 1);
         if (r->n_fed + (size_t)t < r->n_carried) continue;
         if (all) buffer_add(o->jsonl ? &r->body : &r->out, row, (size_t)d * sizeof *row);
@@ -6089,13 +6926,16 @@ static struct request *next_input_request(struct engine *en) {
     if (en->no_more) return NULL;
     struct request *r = request_new(s, s->base);
     struct buffer id = {0};
-    bool named = !together && o->inputs[en->next_input].source == FROM_FILE && strcmp(o->inputs[en->next_input].value, "-") != 0;
+    const enum source source = together ? FROM_TEXT : o->inputs[en->next_input].source;
+    bool named = (source == FROM_FILE || source == FROM_WAV) && strcmp(o->inputs[en->next_input].value, "-") != 0;
     if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
     else buffer_printf(&id, "%d", en->next_input + 1);
     r->id = id.p;
     do {
         bool continues = s->base || (together && en->next_input > 0);
-        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->error);
+        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->scale, &r->error);
+        if (en->next_input < o->n_inputs && o->inputs[en->next_input].source == FROM_WAV && !continues && r->tokens.n)
+            r->n_carried = 1;  // what begins a clip is no sample of it
         en->next_input++;
     } while (together && en->next_input < o->n_inputs);
     return r;
@@ -6559,12 +7399,14 @@ static double engine_fraction(const struct engine *en) {
         return en->input_size ? (double)done / (double)en->input_size : -1;
     }
     if (!r || !r->tokens.n) return -1;
+    if (en->s->sound && en->n_sampled)
+        return r->settings.n_predict > 0 ? (double)r->n_generated / (double)r->settings.n_predict : -1;
     return ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / (o->command == GENERATE ? 1 : o->n_inputs);
 }
 
 static void engine_progress(struct engine *en) {
     const struct options *o = en->s->o;
-    if (o->command == GENERATE && !o->jsonl && en->n_sampled) return;  // the text itself shows how far it is
+    if (o->command == GENERATE && !o->jsonl && !en->s->sound && en->n_sampled) return;  // the text itself shows how far it is
     progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, en->n_fed + en->n_sampled);
 }
 
@@ -6586,8 +7428,8 @@ static void engine_run(struct engine *en) {
 }
 
 // ====================================================================================================================
-// 14. Commands.
-// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 16. Standard output carries
+// 15. Commands.
+// generate, score, embed, classify, tokenize, inspect. Calls everything above; called by section 17. Standard output carries
 // data only; what is for people goes to standard error.
 // ====================================================================================================================
 
@@ -6718,7 +7560,7 @@ static bool sandbox_sockets(void) {
 
 // From here on the process can open the files that its command line names, and nothing else: no file, no socket. Called
 // before anything of a model or request is looked at, when the output is open, and before any thread is started.
-static void sandbox_enter(const struct options *o, const struct outfile *out) {
+static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
     long abi = syscall(LANDLOCK_CREATE_RULESET, NULL, (size_t)0, 1);  // the kernel's version of the interface
     if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
     uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows
@@ -6726,15 +7568,16 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta, o->bed, o->vcf};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
     for (int i = 0; i < o->n_inputs; i++)
-        if (o->inputs[i].source == FROM_FILE) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
+        if (o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
     for (int i = 0; i < 3; i++) {
         char path[PATH_MAX + 64];
         if (default_tokenizer_path(o, i, path, sizeof path)) sandbox_allow(ruleset, path, FILES_READ);
     }
-    if (out->temporary) {  // its folder, where it gets its name: not to open what is there
+    for (int i = 0; i < 2; i++) {  // their folders, where they get their names: not to open what is there
+        const char *temporary = i ? state->temporary : out->temporary, *slash = temporary ? strrchr(temporary, '/') : NULL;
         char folder[PATH_MAX];
-        const char *slash = strrchr(out->temporary, '/');
-        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - out->temporary) + 1 : 1, slash ? out->temporary : ".");
+        if (!temporary) continue;
+        snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - temporary) + 1 : 1, slash ? temporary : ".");
         sandbox_allow(ruleset, folder, FILES_READ_DIR | FILES_REMOVE | FILES_MAKE);
     }
     if (ruleset < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0 ||
@@ -6743,25 +7586,53 @@ static void sandbox_enter(const struct options *o, const struct outfile *out) {
     close(ruleset);
 }
 #else
-static void sandbox_enter(const struct options *o, const struct outfile *out) {
-    (void)o;
-    (void)out;
+static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
+    (void)o, (void)out, (void)state;
     die("--sandbox needs Linux");
 }
 #endif
 
+// Defaults that depend on the model: llama.cpp's for text; for sound those of the paper's experiments, which sample from the model
+// as it is.
+static void fill_defaults(struct session *s) {
+    struct options *o = &s->own;
+    struct sampling *how = &o->settings.sampling;
+    const bool audio = s->model.c.sample_rate != 0;
+    if (isnan(how->temperature)) how->temperature = audio ? 1.0f : 0.8f;
+    if (how->top_k < 0) how->top_k = audio ? 0 : 40;
+    if (isnan(how->top_p)) how->top_p = audio ? 1.0f : 0.95f;
+    if (isnan(how->min_p)) how->min_p = audio ? 0.0f : 0.05f;
+    if (!audio && (o->seconds > 0 || o->sound_format)) die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
+    if (o->settings.n_predict < -1) {
+        const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
+        o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)n;
+    }
+    if (audio && o->input_implied) o->n_inputs = 0;
+    if (audio && !o->n_inputs && o->command != GENERATE && !o->jsonl) die("%s: no sound; use --wav FILE", command_names[o->command]);
+    if (audio && o->layer >= 0) die("--layer does not apply to an audio model: its layers have different rates");
+    if (!audio || o->command != GENERATE || o->print_ids) return;
+    if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
+    if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
+    if (o->settings.n_stops) die("--stop does not apply to sound");
+    s->sound = true;
+    s->sound_format = !o->sound_format || strcmp(o->sound_format, "wav") == 0 ? SOUND_WAV : strcmp(o->sound_format, "raw") == 0 ? SOUND_RAW : SOUND_MU_LAW;
+}
+
 // output: the file that the command writes besides standard output; NULL: none.
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
-    *s = (struct session){.o = o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    *s = (struct session){.own = *o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    s->o = &s->own;
     catch_signals(end_at_once);
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
-    if (o->sandbox) sandbox_enter(o, &s->out);
+    if (o->save_state && !outfile_open(&s->state, o->save_state, &e)) die("%s", e.text);
+    if (o->sandbox) sandbox_enter(o, &s->out, &s->state);
     if (!model_open(&s->model, o->model, &e)) die("%s", e.text);
+    fill_defaults(s);
     mapped = &s->model.file;
     struct sigaction action = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &action, NULL);
-    open_tokenizer(s);
+    if (!s->model.c.sample_rate) open_tokenizer(s);
     s->banned = banned_tokens(s);
     s->tokenizer.keep_case = o->case_sensitive;
     const bool is_dna = s->has_tokenizer && (s->tokenizer.nucleotides || o->fasta);
@@ -6771,6 +7642,7 @@ static void open_session(struct session *s, const struct options *o, const char 
 static void close_session(struct session *s) {
     mapped = NULL;
     if (s->out.temporary) outfile_discard(&s->out);  // it has not become whole
+    if (s->state.temporary) outfile_discard(&s->state);
     base_free(s->base);
     free(s->banned.p);
     tokenizer_close(&s->tokenizer);
@@ -6790,6 +7662,7 @@ static void read_base(struct session *s, struct context *ctx) {
     if (!o->load_state && !o->prefix) return;
     struct sequence *base = context_sequence(ctx);
     struct resume *r = xcalloc(1, sizeof *r);
+    r->scale = FULL_SCALE;
     if (o->load_state) {
         sequence_fetch(base, &s->model.c);
         if (!state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
@@ -6820,7 +7693,7 @@ static int64_t bound_tokens(const struct options *o) {
     if (o->jsonl || o->prefix || o->fasta) return o->ubatch;
     for (int i = 0; i < o->n_inputs; i++) {
         const char *value = o->inputs[i].value;
-        if (o->inputs[i].source != FROM_FILE) n += (int64_t)strlen(value);
+        if (o->inputs[i].source == FROM_TEXT || o->inputs[i].source == FROM_IDS) n += (int64_t)strlen(value);
         else n += strcmp(value, "-") != 0 && stat(value, &st) == 0 && S_ISREG(st.st_mode) ? st.st_size : o->ubatch;
         if (n > o->ubatch) return o->ubatch;
     }
@@ -6879,7 +7752,8 @@ static struct engine *open_engine(struct session *s, FILE *output) {
     if (o->fasta) open_fasta(en);
     catch_signals(on_signal);
     read_base(s, en->ctx);
-    en->progress = progress_new(o->command == GENERATE && !o->jsonl ? "prompt" : command_names[o->command], o->quiet);
+    en->progress = progress_new(o->command == GENERATE && !o->jsonl && !s->sound ? "prompt" : command_names[o->command], o->quiet);
+    en->progress.sample_rate = s->model.c.sample_rate;
     return en;
 }
 
@@ -6910,12 +7784,39 @@ static void say_unwritten(const struct engine *en) {
 
 // ---- generate ----
 
+// What is written at the end of sound: a file's header says how much of it there is, also when fewer samples came than were to.
+static void finish_sound(const struct session *s, int64_t n) {
+    struct buffer header = {0};
+    add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
+    if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, s->out.f);  // chunks have an even length
+    if (s->out.f != stdout && fflush(s->out.f) == 0 && fseeko(s->out.f, 0, SEEK_SET) == 0) {
+        fwrite(header.p, 1, header.n, s->out.f);
+        fseeko(s->out.f, 0, SEEK_END);
+    }
+    free(header.p);
+}
+
+static void say_generated(const struct engine *en) {
+    const struct options *o = en->s->o;
+    const double speed = en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0;
+    const int rate = en->s->model.c.sample_rate;
+    if (o->quiet || o->jsonl || en->n_failed) return;
+    if (rate)
+        fprintf(stderr, "mamba: prompt %" PRId64 " samples, generated %" PRId64 ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %"
+                PRIu64 "\n", en->n_fed, en->n_sampled, (double)en->n_sampled / rate, speed, speed / rate, o->settings.sampling.seed);
+    else
+        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
+                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
+}
+
 static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
-    const bool to_file = o->fasta_out && strcmp(o->fasta_out, "-") != 0;
-    open_session(&s, o, to_file ? o->fasta_out : o->save_state);
+    const char *output = o->fasta_out ? o->fasta_out : o->output;
+    const bool to_file = output && strcmp(output, "-") != 0;
+    open_session(&s, o, to_file ? output : NULL);
     if (o->fasta_out) need_letters(&s, "--fasta-out");
+    if (s.sound && !to_file && isatty(STDOUT_FILENO)) die("sound is no text for a terminal: use -o FILE, or a pipe");
     struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
@@ -6925,16 +7826,15 @@ static int command_generate(const struct options *o) {
         en->n_running = 0;  // it was the only one
         write_answers(en);
     }
-    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !en->reader_gone && isatty(STDOUT_FILENO)) putchar('\n');
+    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !to_file && !s.sound && !en->reader_gone && isatty(STDOUT_FILENO))
+        putchar('\n');
+    if (s.sound && !en->n_failed && !en->reader_gone) finish_sound(&s, en->n_samples);
     if (!en->reader_gone) check_stdout();
-    if (!o->quiet && !o->jsonl && !en->n_failed)
-        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
-                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled,
-                en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0, o->settings.sampling.seed);
+    say_generated(en);
     if (en->kept) {
         sequence_fetch(en->kept, &s.model.c);
-        state_write(&s.out, &s.model, en->kept, en->kept_resume);
-        if (!outfile_commit(&s.out, &e)) die("%s", e.text);
+        state_write(&s.state, &s.model, en->kept, en->kept_resume);
+        if (!outfile_commit(&s.state, &e)) die("%s", e.text);
     }
     if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
     else if (to_file && !outfile_commit(&s.out, &e)) die("%s", e.text);
@@ -7022,7 +7922,7 @@ static bool read_ids(const struct session *s, const struct input *in, struct ids
 static int command_tokenize(const struct options *o) {
     struct error e = {""};
     struct session s = {.o = o, .has_tokenizer = true};
-    if (o->sandbox) sandbox_enter(o, &s.out);
+    if (o->sandbox) sandbox_enter(o, &s.out, &s.state);
     if (!gguf_open(&s.model.file, o->tokenizer ? o->tokenizer : o->model, &e)) die("%s", e.text);
     const struct gguf *g = &s.model.file;
     if (gguf_has_tokenizer(g)) {
@@ -7039,7 +7939,7 @@ static int command_tokenize(const struct options *o) {
     for (int i = 0; i < o->n_inputs; i++) {
         struct ids ids = {0};
         const struct input *in = &o->inputs[i];
-        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, &e))) die("%s", e.text);
+        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, NULL, &e))) die("%s", e.text);
         if (o->decode) print_decoded(&s.tokenizer, &ids);
         else {
             for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
@@ -7087,7 +7987,7 @@ static int command_inspect(const struct options *o) {
     struct gguf g;
     struct error e = {""};
     struct buffer out = {0};
-    if (o->sandbox) sandbox_enter(o, &(struct outfile){0});
+    if (o->sandbox) sandbox_enter(o, &(struct outfile){0}, &(struct outfile){0});
     if (!gguf_open(&g, o->model, &e)) die("%s", e.text);
     buffer_printf(&out, "file\t%s\nbytes\t%zu\nversion\t%" PRIu32 "\n", o->model, g.size, g.version);
     for (uint64_t i = 0; i < g.n_kv; i++) {
@@ -7126,7 +8026,7 @@ static int command_inspect(const struct options *o) {
     struct model m;
     if (!vocabulary_only) {  // last, so that what a file holds is seen even when it is no model that runs here
         if (!model_open(&m, o->model, &e)) die("%s", e.text);
-        printf("state\t%zu bytes a sequence\n", state_floats(&m.c) * sizeof(float));
+        printf("state\t%zu bytes a sequence\n", state_floats(&m) * sizeof(float));
         model_close(&m);
     }
     check_stdout();
@@ -7134,8 +8034,8 @@ static int command_inspect(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 15. Bench.
-// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 16.
+// 16. Bench.
+// Tokens per second of prompts and of decoding, under llama-bench's names. Calls everything above; called by section 17.
 // ====================================================================================================================
 
 enum { MAX_BENCH_LIST = 32, MAX_REPEATS = 100 };
@@ -7362,7 +8262,7 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     double ts[MAX_REPEATS], gen_ts[MAX_REPEATS], ns[MAX_REPEATS], gb[MAX_REPEATS];
     for (int i = 0; i < n_runs; i++) {
         double gen_seconds = r->seconds[i] - r->prompt_seconds[i];
-        double state = is_scan ? 0 : (double)state_floats(&b->model.c) * sizeof(float) * t->n_parallel;
+        double state = is_scan ? 0 : (double)state_floats(&b->model) * sizeof(float) * t->n_parallel;
         ns[i] = r->seconds[i] * 1e9;
         ts[i] = tokens / r->seconds[i];
         gen_ts[i] = t->n_gen ? tokens / gen_seconds : 0;
@@ -7550,9 +8450,9 @@ static int command_bench(const struct options *o) {
 }
 
 // ====================================================================================================================
-// 16. Command line.
+// 17. Command line.
 // One table describes every option: its names, what it takes, which commands know it, and where it goes. Help is printed
-// from the same table. Calls sections 14 and 15.
+// from the same table. Calls sections 15 and 16.
 // ====================================================================================================================
 
 #define ON(command) (1u << (command))
@@ -7578,7 +8478,7 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, STOP_TEXT, OPERATION, HELP, VERSION };
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, INPUT_WAV, STOP_TEXT, OPERATION, HELP, VERSION };
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
@@ -7591,16 +8491,22 @@ static const struct option {
     {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
     {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
+    {NULL, "--wav", "FILE", "the text is sound, of an audio model; - is standard input; may be repeated", INPUT_WAV,
+     ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
-    {"-n", "--n-predict", "N", "tokens to generate (128); -1: to the end of the text", INTEGER, ON(GENERATE),
+    {"-n", "--n-predict", "N", "tokens to generate (128; of sound 5 seconds); -1: to the end of the text", INTEGER, ON(GENERATE),
      FIELD(settings.n_predict), -1, 1e9},
+    {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
+    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output), 0, 0},
+    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
+     ON(GENERATE), FIELD(sound_format), 0, 0},
     {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
-    {NULL, "--temp", "T", "temperature (0.8); 0: always the likeliest token", NUMBER, ON(GENERATE),
+    {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
-    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
-    {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95); 1: all", NUMBER, ON(GENERATE),
+    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
+    {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95; of sound 1); 1: all", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.top_p), 0, 1},
-    {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05)", NUMBER, ON(GENERATE),
+    {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05; of sound 0)", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.min_p), 0, 1},
     {NULL, "--repeat-penalty", "X", "make tokens that came lately less likely (1.0: off)", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.repeat_penalty), 0.01, 100},
@@ -7730,6 +8636,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case INPUT_TEXT: add_input(o, FROM_TEXT, value); break;
     case INPUT_FILE: add_input(o, FROM_FILE, value); break;
     case INPUT_IDS: add_input(o, FROM_IDS, value); break;
+    case INPUT_WAV: add_input(o, FROM_WAV, value); break;
     case STOP_TEXT:
         if (!*value) usage_error("--stop: the text is empty");
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
@@ -7766,6 +8673,8 @@ static const struct option *find_option(const char *arg, enum command command, c
 static void default_input(struct options *o) {
     bool continues = o->load_state && o->command == GENERATE && !o->jsonl;
     if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || continues) return;
+    if (o->command == GENERATE && (o->seconds > 0 || o->sound_format)) return;  // sound, which needs no prompt
+    o->input_implied = !o->jsonl;
     if (!isatty(STDIN_FILENO) || o->jsonl) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE) usage_error("%s: no text; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
@@ -7780,6 +8689,7 @@ static void check_options(struct options *o) {
     if (cuda && o->bench_scan) usage_error("--op scan does not apply with --device cuda");
     int from_stdin = 0;
     for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_FILE && strcmp(o->inputs[i].value, "-") == 0;
+    for (int i = 0; i < o->n_inputs; i++) from_stdin += o->inputs[i].source == FROM_WAV && strcmp(o->inputs[i].value, "-") == 0;
     if (from_stdin > 1) usage_error("-f -: standard input can be read once only");
     if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f and --ids do not apply");
     const char *files[] = {o->save_state, o->logits, o->track}, *names[] = {"--save-state", "--logits", "--track"};
@@ -7789,7 +8699,7 @@ static void check_options(struct options *o) {
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p and --ids do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
-                            : o->command == EMBED && o->output ? "--output" : NULL;
+                            : o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
     const char *of_fasta = o->bed ? "--bed" : o->vcf ? "--vcf" : o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
     if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);
@@ -7803,6 +8713,11 @@ static void check_options(struct options *o) {
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
+    if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
+    if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
+    const char *sound = o->sound_format;
+    if (sound && strcmp(sound, "wav") != 0 && strcmp(sound, "mulaw") != 0 && strcmp(sound, "raw") != 0)
+        usage_error("--sound-format %s: expected wav, mulaw or raw", sound);
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
@@ -7860,8 +8775,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 static struct options default_options(void) {
     return (struct options){
         .ubatch = 512, .pool = "last", .layer = -1, .bench_format = "md", .repeats = 3,
-        .settings = {.n_predict = 128, .logprobs = -1,
-                     .sampling = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f,
+        .settings = {.n_predict = -2, .logprobs = -1,  // -2, NaN and top_k -1: fill_defaults() knows
+                     .sampling = {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repeat_penalty = 1.0f,
                                   .repeat_last_n = 64}}};
 }
 

@@ -1114,6 +1114,9 @@ bool device_usable(struct error *e) {
 }
 
 bool device_runs(const struct model *m, struct error *e) {
+    bool plain = !m->c.n_pools && !m->c.layer_norm && !m->c.zoh && !m->head_b;
+    for (int i = 0; i < m->c.n_layer; i++) plain &= !m->layers[i].s4 && !m->layers[i].is_complex;
+    if (!plain) return set_error(e, "audio U-Nets run on the CPU alone");
     if (m->c.d_state > 256) return set_error(e, "d_state is %d; the GPU takes up to 256", m->c.d_state);
     if (m->c.n_vocab > 1000000 || m->c.d_inner > 500000) return set_error(e, "a matrix has more than a million rows, too many for the GPU");
     return true;

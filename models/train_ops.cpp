@@ -138,43 +138,96 @@ static void add_threads(const std::vector<float>& partial, int threads, int64_t 
 #define DISPATCH_TYPE(x, ...)                  \
   if ((x)->half) { using S = bf16; __VA_ARGS__; } \
   else { using S = float; __VA_ARGS__; }
+#define DISPATCH_SCAN(x, is_complex, ...)                              \
+  DISPATCH_TYPE(x, if (is_complex) { using V = Complex; __VA_ARGS__; } \
+                   else { using V = Real; __VA_ARGS__; })
 
 // ---- 3. Selective scan -----------------------------------------------------------------------------------
-// Shapes: u, dt, z [B, L, d_inner]; A [d_inner, N]; bc [B, L, 2N], B then C of each step; D, dt_bias [d_inner].
-// states [B, chunks, d_inner/W, N, W] receives the state before each chunk of T steps.
+// Shapes, R being 1 for real and 2 for complex states: u, dt, z [B, L, d_inner]; A [d_inner, N, R]; bc [B, L, 2, N, R], B then
+// C of each step; D, dt_bias [d_inner]. states [B, chunks, d_inner/W, N, R, W] receives the state before each chunk of T steps.
 //   h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t        y_t = C_t . h_t + D u_t       (Mamba, Algorithm 2)
+// A complex state stands for itself and its conjugate: y_t = 2 Re(C_t . h_t) + D u_t.
 struct ScanShape {
   int batch, len, chunks, blocks;  // blocks of W channels
   explicit ScanShape(const Tensor* u)
       : batch(u->batch), len(u->len), chunks((u->len + T - 1) / T), blocks(u->channels / W) {}
 };
 
-// A * log2(e) as [block][N][W], so that exp(delta A) is one power of two of a product.
-static std::vector<float> tile_A(const float* a, int64_t d_inner) {
-  std::vector<float> tiled(d_inner * N);
+// The states of W channels, and what the scan does with them.
+struct Real {
+  static constexpr int R = 1;
+  vec re;
+};
+struct Complex {
+  static constexpr int R = 2;
+  vec re, im;
+};
+static inline Real broadcast(const float* p, Real) { return {splat(p[0])}; }
+static inline Complex broadcast(const float* p, Complex) { return {splat(p[0]), splat(p[1])}; }
+static inline Real load_state(const float* p, Real) { return {load(p)}; }
+static inline Complex load_state(const float* p, Complex) { return {load(p), load(p + W)}; }
+static inline void store_state(float* p, Real a) { store(p, a.re); }
+static inline void store_state(float* p, Complex a) { store(p, a.re), store(p + W, a.im); }
+static inline Real operator+(Real a, Real b) { return {a.re + b.re}; }
+static inline Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+static inline Real operator*(Real a, vec b) { return {a.re * b}; }
+static inline Complex operator*(Complex a, vec b) { return {a.re * b, a.im * b}; }
+static inline Real operator*(Real a, Real b) { return {a.re * b.re}; }
+static inline Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
+static inline Real conj(Real a) { return a; }
+static inline Complex conj(Complex a) { return {a.re, -a.im}; }
+// What C . h adds to y, and the real part of conj(a) b, which gradients of real numbers are sums of.
+static inline vec output(Real c, Real h) { return c.re * h.re; }
+static inline vec output(Complex c, Complex h) { return 2.f * (c.re * h.re - c.im * h.im); }
+static inline vec inner(Real a, Real b) { return a.re * b.re; }
+static inline vec inner(Complex a, Complex b) { return a.re * b.re + a.im * b.im; }
+
+// exp(delta A). A is kept as the exponent of a power of two and an angle in turns; in radians and natural units again, a
+// gradient with respect to it is multiplied by these.
+constexpr float TURN = 6.28318531f;
+static inline Real decay(Real a, vec delta) { return {exp2_neg(delta * a.re)}; }
+static inline Complex decay(Complex a, vec delta) {
+  // sine and cosine of half the angle, at most a quarter turn, by their series; then of the whole one
+  const vec turns = delta * a.im, r = (turns - ((turns + 12582912.f) - 12582912.f)) * (TURN / 2), q = r * r;
+  vec s = splat(-2.50521084e-8f), c = splat(2.08767570e-9f);
+  s = s * q + 2.75573192e-6f, s = s * q - 1.98412698e-4f, s = s * q + 8.33333333e-3f, s = s * q - 1.66666667e-1f;
+  s = s * q * r + r;
+  c = c * q - 2.75573192e-7f, c = c * q + 2.48015873e-5f, c = c * q - 1.38888889e-3f, c = c * q + 4.16666667e-2f;
+  c = c * q - 0.5f, c = c * q + 1.f;
+  const vec size = exp2_neg(delta * a.re);
+  return {size * (1.f - 2.f * s * s), size * (2.f * s * c)};
+}
+static inline vec inner_A(Real a, Real e) { return a.re * e.re * LN2; }
+static inline vec inner_A(Complex a, Complex e) { return a.re * e.re * LN2 + a.im * e.im * TURN; }
+
+// A in the units of decay(), as [block][N][R][W].
+template <class V> static std::vector<float> tile_A(const float* a, int64_t d_inner) {
+  constexpr int NR = N * V::R;
+  std::vector<float> tiled(d_inner * NR);
   for (int64_t d = 0; d < d_inner; d++)
-    for (int64_t n = 0; n < N; n++) tiled[(d / W * N + n) * W + d % W] = a[d * N + n] * LOG2E;
+    for (int64_t i = 0; i < NR; i++) tiled[(d / W * NR + i) * W + d % W] = a[d * NR + i] * (i % V::R ? 1 / TURN : LOG2E);
   return tiled;
 }
 
-template <class S>
+template <class S, class V>
 static void scan_forward(const Tensor* u_, const Tensor* dt_, const float* A, const Tensor* bc_, const float* D,
                          const Tensor* z_, const float* bias, const Tensor* y_, float* states) {
+  constexpr int R = V::R;
   const ScanShape s(u_);
   const auto u = rows<S>(u_), dt = rows<S>(dt_), z = rows<S>(z_), y = rows<S>(y_);
   const auto bc = rows<float>(bc_);
-  const auto A2 = tile_A(A, u_->channels);
+  const auto A2 = tile_A<V>(A, u_->channels);
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < s.batch; b++)
     for (int k = 0; k < s.blocks; k++) {
       const int d = k * W;
-      const float* a2 = &A2[(size_t)k * N * W];
+      const float* a2 = &A2[(size_t)k * N * R * W];
       const vec Dv = load(D + d), bv = load(bias + d);
-      vec h[N] = {};
+      V h[N] = {};
       for (int t = 0; t < s.len; t++) {
         if (t % T == 0) {
-          float* save = states + (((size_t)b * s.chunks + t / T) * s.blocks + k) * N * W;
-          for (int n = 0; n < N; n++) store(save + n * W, h[n]);
+          float* save = states + (((size_t)b * s.chunks + t / T) * s.blocks + k) * N * R * W;
+          for (int n = 0; n < N; n++) store_state(save + n * R * W, h[n]);
         }
         const int64_t r = (int64_t)b * s.len + t;
         const vec uv = load(u(r) + d), delta = softplus(load(dt(r) + d) + bv), du = delta * uv;
@@ -182,8 +235,8 @@ static void scan_forward(const Tensor* u_, const Tensor* dt_, const float* A, co
         vec yv = Dv * uv;
 #pragma GCC unroll 16  // so that h stays in registers
         for (int n = 0; n < N; n++) {
-          h[n] = exp2_neg(delta * load(a2 + n * W)) * h[n] + du * BC[n];
-          yv += h[n] * BC[N + n];
+          h[n] = decay(load_state(a2 + n * R * W, V{}), delta) * h[n] + broadcast(BC + n * R, V{}) * du;
+          yv += output(broadcast(BC + (N + n) * R, V{}), h[n]);
         }
         const vec zv = load(z(r) + d);
         store(y(r) + d, yv * zv * sigmoid(zv));
@@ -192,35 +245,37 @@ static void scan_forward(const Tensor* u_, const Tensor* dt_, const float* A, co
 }
 
 // One chunk of T steps of one block of W channels, recomputed for the backward pass.
-struct Chunk {
-  vec h[T + 1][N];                       // states; h[0] is the one before the chunk
-  vec decay[T][N];                       // exp(delta A)
+template <class V> struct Chunk {
+  V h[T + 1][N];                         // states; h[0] is the one before the chunk
+  V decay[T][N];                         // exp(delta A)
   vec delta[T], gate[T], u[T], dy[T];    // gate = sigmoid(dt + bias) = d delta / d dt; dy = dLoss / dy_t before the gate
 };
 
-// Gradients. With g_t = dLoss/dh_t = dy_t C_t + decay_(t+1) g_(t+1):
-//   dC_t = dy_t h_t    dB_t = g_t delta_t u_t    du_t = g_t B_t delta_t + D dy_t    dA = sum_t g_t h_(t-1) decay_t delta_t
-//   ddelta_t = g_t B_t u_t + sum_n g_t h_(t-1) decay_t A
-template <class S>
+// Gradients. With g_t = dLoss/dh_t = dy_t C_t* + decay_(t+1)* g_(t+1), where * conjugates and a gradient with respect to a
+// complex number is that of its real part plus i times that of its imaginary part (dy_t counts twice for complex states):
+//   dC_t = dy_t h_t*   dB_t = g_t delta_t u_t   du_t = Re(g_t* B_t) delta_t + D dy_t   dA = sum_t g_t (h_(t-1) decay_t)* delta_t
+//   ddelta_t = Re(g_t* B_t) u_t + sum_n Re(g_t* h_(t-1) decay_t A)
+template <class S, class V>
 static void scan_backward(const Tensor* gy_, const Tensor* u_, const Tensor* dt_, const float* A, const Tensor* bc_,
                           const float* D, const Tensor* z_, const float* bias, const float* states, const Tensor* gu_,
                           const Tensor* gdt_, float* gA, const Tensor* gbc_, float* gD, const Tensor* gz_, float* gbias) {
+  constexpr int R = V::R, NR = N * R;
   const ScanShape s(u_);
   const auto gy = rows<S>(gy_), u = rows<S>(u_), dt = rows<S>(dt_), z = rows<S>(z_);
   const auto gu = rows<S>(gu_), gdt = rows<S>(gdt_), gz = rows<S>(gz_);
   const auto bc = rows<float>(bc_), gbc = rows<float>(gbc_);
   const int64_t d_inner = u_->channels;
-  const auto A2 = tile_A(A, d_inner);
+  const auto A2 = tile_A<V>(A, d_inner);
   const int max_threads = omp_get_max_threads();
-  std::vector<float> all_A(max_threads * d_inner * N), all_D(max_threads * d_inner), all_bias(max_threads * d_inner);
+  std::vector<float> all_A(max_threads * d_inner * NR), all_D(max_threads * d_inner), all_bias(max_threads * d_inner);
 #pragma omp parallel num_threads(max_threads)
   {
     const int64_t me = omp_get_thread_num();
-    // Sums over this thread's sequences (A in the [block][N][W] order of A2), and g_t carried from chunk to chunk.
-    float *sum_A = &all_A[me * d_inner * N], *sum_D = &all_D[me * d_inner], *sum_bias = &all_bias[me * d_inner];
-    std::vector<float> carried(d_inner * N);
-    static thread_local Chunk c;
-    static thread_local vec dB[T][N], dC[T][N];  // per step, still one lane a channel
+    // Sums over this thread's sequences (A in the order of A2), and g_t carried from chunk to chunk.
+    float *sum_A = &all_A[me * d_inner * NR], *sum_D = &all_D[me * d_inner], *sum_bias = &all_bias[me * d_inner];
+    std::vector<float> carried(d_inner * NR);
+    static thread_local Chunk<V> c;
+    static thread_local V dB[T][N], dC[T][N];  // per step, still one lane a channel
 #pragma omp for schedule(static)
     for (int b = 0; b < s.batch; b++) {
       std::fill(carried.begin(), carried.end(), 0.f);
@@ -230,62 +285,62 @@ static void scan_backward(const Tensor* gy_, const Tensor* u_, const Tensor* dt_
         memset(dB, 0, sizeof dB), memset(dC, 0, sizeof dC);
         for (int k = 0; k < s.blocks; k++) {
           const int d = k * W;
-          const float *a2 = &A2[(size_t)k * N * W], *before = states + (((size_t)b * s.chunks + chunk) * s.blocks + k) * N * W;
+          const float *a2 = &A2[(size_t)k * NR * W], *before = states + (((size_t)b * s.chunks + chunk) * s.blocks + k) * NR * W;
           const vec Dv = load(D + d), bv = load(bias + d);
-          vec h[N];
-          for (int n = 0; n < N; n++) c.h[0][n] = h[n] = load(before + n * W);
+          V h[N];
+          for (int n = 0; n < N; n++) c.h[0][n] = h[n] = load_state(before + n * R * W, V{});
           for (int t = 0; t < len; t++) {  // recompute the states, and what the gate z needs
             const vec raw = load(dt(r0 + t) + d) + bv, uv = load(u(r0 + t) + d), delta = softplus(raw), du = delta * uv;
             const float* BC = bc(r0 + t);
             vec y = Dv * uv;
             for (int n = 0; n < N; n++) {
-              const vec a = exp2_neg(delta * load(a2 + n * W));
+              const V a = decay(load_state(a2 + n * R * W, V{}), delta);
               c.decay[t][n] = a;
-              h[n] = a * h[n] + du * BC[n];
+              h[n] = a * h[n] + broadcast(BC + n * R, V{}) * du;
               c.h[t + 1][n] = h[n];
-              y += h[n] * BC[N + n];
+              y += output(broadcast(BC + (N + n) * R, V{}), h[n]);
             }
             const vec zv = load(z(r0 + t) + d), g = load(gy(r0 + t) + d), sz = sigmoid(zv);
             c.delta[t] = delta, c.u[t] = uv, c.gate[t] = sigmoid(raw), c.dy[t] = g * zv * sz;
             store(gz(r0 + t) + d, g * y * sz * (1.f + zv * (1.f - sz)));
           }
-          vec g[N];
-          for (int n = 0; n < N; n++) g[n] = load(&carried[((size_t)k * N + n) * W]);
+          V g[N];
+          for (int n = 0; n < N; n++) g[n] = load_state(&carried[((size_t)k * N + n) * R * W], V{});
           vec dD = load(sum_D + d), dbias = load(sum_bias + d);
           for (int t = len - 1; t >= 0; t--) {
-            const vec delta = c.delta[t], dy = c.dy[t], du = delta * c.u[t];
+            const vec delta = c.delta[t], dy = c.dy[t] * (float)R, du = delta * c.u[t];
             const float* BC = bc(r0 + t);
-            vec gB = {}, gA2 = {};  // sum_n g B, and sum_n g h decay A log2(e)
+            vec gB = {}, ddelta = {};  // sums over n of Re(g* B) and of Re(g* h decay A)
             for (int n = 0; n < N; n++) {
-              const vec gn = g[n] + dy * BC[N + n];
-              dC[t][n] += dy * c.h[t + 1][n];
-              dB[t][n] += gn * du;
-              gB += gn * BC[n];
-              g[n] = gn * c.decay[t][n];
-              const vec e = g[n] * c.h[t][n];
-              gA2 += e * load(a2 + n * W);
-              float* acc = sum_A + ((size_t)k * N + n) * W;
-              store(acc, load(acc) + e * delta);
+              const V gn = g[n] + conj(broadcast(BC + (N + n) * R, V{})) * dy;
+              dC[t][n] = dC[t][n] + conj(c.h[t + 1][n]) * dy;
+              dB[t][n] = dB[t][n] + gn * du;
+              gB += inner(gn, broadcast(BC + n * R, V{}));
+              g[n] = conj(c.decay[t][n]) * gn;
+              const V e = g[n] * conj(c.h[t][n]);
+              ddelta += inner_A(load_state(a2 + n * R * W, V{}), e);
+              float* acc = sum_A + ((size_t)k * N + n) * R * W;
+              store_state(acc, load_state(acc, V{}) + e * delta);
             }
-            const vec ddt = (gA2 * LN2 + gB * c.u[t]) * c.gate[t];
-            dbias += ddt, dD += dy * c.u[t];
+            const vec ddt = (ddelta + gB * c.u[t]) * c.gate[t];
+            dbias += ddt, dD += c.dy[t] * c.u[t];
             store(gdt(r0 + t) + d, ddt);
-            store(gu(r0 + t) + d, gB * delta + dy * Dv);
+            store(gu(r0 + t) + d, gB * delta + c.dy[t] * Dv);
           }
-          for (int n = 0; n < N; n++) store(&carried[((size_t)k * N + n) * W], g[n]);
+          for (int n = 0; n < N; n++) store_state(&carried[((size_t)k * N + n) * R * W], g[n]);
           store(sum_D + d, dD), store(sum_bias + d, dbias);
         }
-        for (int t = 0; t < len; t++)
-          for (int n = 0; n < N; n++) gbc(r0 + t)[n] = sum(dB[t][n]), gbc(r0 + t)[N + n] = sum(dC[t][n]);
+        for (int t = 0; t < len; t++)  // dB and dC as rows of vecs, [N][R]
+          for (int i = 0; i < NR; i++) gbc(r0 + t)[i] = sum(((vec*)dB[t])[i]), gbc(r0 + t)[NR + i] = sum(((vec*)dC[t])[i]);
       }
     }
   }
   add_threads(all_D, max_threads, d_inner, gD);
   add_threads(all_bias, max_threads, d_inner, gbias);
-  std::vector<float> tiled(d_inner * N);
-  add_threads(all_A, max_threads, d_inner * N, tiled.data());
+  std::vector<float> tiled(d_inner * NR);
+  add_threads(all_A, max_threads, d_inner * NR, tiled.data());
   for (int64_t d = 0; d < d_inner; d++)
-    for (int n = 0; n < N; n++) gA[d * N + n] = tiled[(d / W * N + n) * W + d % W];
+    for (int i = 0; i < NR; i++) gA[d * NR + i] = tiled[(d / W * NR + i) * W + d % W];
 }
 
 // ---- 4. Causal depthwise convolution of width 4, with SiLU -------------------------------------------------
@@ -413,15 +468,14 @@ template <class S> static void xent(const Tensor* logits, const int64_t* target,
 // ---- 7. What is exported -----------------------------------------------------------------------------------
 // Shapes as in the sections above; channels are a multiple of W, which train.py checks.
 extern "C" {
-void ops_scan(const Tensor* u, const Tensor* dt, const float* A, const Tensor* bc, const float* D, const Tensor* z,
+void ops_scan(const Tensor* u, const Tensor* dt, const float* A, int64_t complex, const Tensor* bc, const float* D, const Tensor* z,
               const float* bias, const Tensor* y, float* states) {
-  DISPATCH_TYPE(u, scan_forward<S>(u, dt, A, bc, D, z, bias, y, states));
+  DISPATCH_SCAN(u, complex, scan_forward<S, V>(u, dt, A, bc, D, z, bias, y, states));
 }
-void ops_scan_grad(const Tensor* gy, const Tensor* u, const Tensor* dt, const float* A, const Tensor* bc, const float* D,
-                   const Tensor* z, const float* bias, const float* states, const Tensor* gu, const Tensor* gdt, float* gA,
-                   const Tensor* gbc, float* gD, const Tensor* gz, float* gbias) {
-  DISPATCH_TYPE(u, scan_backward<S>(gy, u, dt, A, bc, D, z, bias, states, gu, gdt,
-                                                                               gA, gbc, gD, gz, gbias));
+void ops_scan_grad(const Tensor* gy, const Tensor* u, const Tensor* dt, const float* A, int64_t complex, const Tensor* bc,
+                   const float* D, const Tensor* z, const float* bias, const float* states, const Tensor* gu, const Tensor* gdt,
+                   float* gA, const Tensor* gbc, float* gD, const Tensor* gz, float* gbias) {
+  DISPATCH_SCAN(u, complex, scan_backward<S, V>(gy, u, dt, A, bc, D, z, bias, states, gu, gdt, gA, gbc, gD, gz, gbias));
 }
 void ops_conv(const Tensor* x, const float* w, const float* bias, const Tensor* y) {
   DISPATCH_TYPE(x, conv_forward<S>(x, w, bias, y));

@@ -291,49 +291,89 @@ static enum format fitting(enum format format, int cols, enum format otherwise) 
     return cols % formats[format].block ? otherwise : format;
 }
 
+// [d_inner/16][d_state][R][16]: both parts from low to high, padding zero.
+static const float *random_states(const struct level_size *size, int n_state, int parts, float low, float high) {
+    float *v = xcalloc((size_t)round_up(size->d_inner, 16) * (size_t)(n_state * parts), sizeof *v);
+    for (size_t ch = 0; ch < (size_t)size->d_inner; ch++)
+        for (size_t i = 0; i < (size_t)(n_state * parts); i++)
+            v[state_at(ch, i / (size_t)parts, (size_t)n_state, (size_t)parts) + i % (size_t)parts * 16] = low + (high - low) * (float)uniform();
+    return v;
+}
+
+static void random_layer(struct layer *l, const struct config *c, enum format format) {
+    const struct level_size *size = &c->level[l->level];
+    const int ld = round_up(size->d_inner, 16), parts = 1 + l->is_complex;
+    l->norm = random_vector(size->d_model, 1, 0.1f);
+    l->norm_b = c->layer_norm ? random_vector(size->d_model, 0, 0.1f) : NULL;
+    l->in = random_matrix(fitting(format, size->d_model, F16), 2 * size->d_inner, size->d_model, 0.1f);
+    float *conv = xcalloc((size_t)(ld * c->d_conv), sizeof *conv);
+    for (int tap = 0; tap < c->d_conv; tap++)
+        for (int ch = 0; ch < size->d_inner; ch++) conv[tap * ld + ch] = 0.5f * normal();
+    l->conv_w = conv;
+    l->conv_b = random_vector(size->d_inner, 0, 0.1f);
+    l->dt_b = random_vector(size->d_inner, -3, 1);
+    if (l->s4) {
+        l->decay = random_states(size, c->d_state, parts, -0.7f, 0.7f);  // of magnitude below 1
+        l->weight = random_states(size, c->d_state, parts, -0.1f, 0.1f);
+    } else {
+        l->a2 = random_states(size, c->d_state, parts, -8, 0);
+        l->a_inverse = c->zoh ? random_states(size, c->d_state, parts, -1, 0) : NULL;
+        l->x = random_matrix(fitting(format, size->d_inner, BF16), size->dt_rank + 2 * c->d_state * parts, size->d_inner, 0.1f);
+        l->dt = random_matrix(F32, size->d_inner, size->dt_rank, 0.3f);
+    }
+    l->d = random_vector(size->d_inner, 1, 0.2f);
+    l->out = random_matrix(fitting(format, size->d_inner, F32), size->d_model, size->d_inner, 0.1f);
+}
+
+// A text model, or with n_pools a U-Net whose stages are of all kinds.
 static struct model random_model(struct config c, enum format format) {
+    for (int i = 0; i <= c.n_pools; i++)
+        c.level[i] = (struct level_size){c.d_model << i, c.d_inner << i, c.dt_rank + i, i ? c.level[i - 1].period * c.pool[i - 1] : 1};
     struct model m = {.c = c, .fingerprint = random_bits()};
     m.layers = xcalloc((size_t)c.n_layer, sizeof *m.layers);
     m.embd = random_matrix(fitting(format, c.d_model, F32), c.n_vocab, c.d_model, 0.5f);
     m.head = m.embd;
+    m.head_b = c.n_pools ? random_vector(c.n_vocab, 0, 0.1f) : NULL;
     m.norm = random_vector(c.d_model, 1, 0.1f);
+    m.norm_b = c.layer_norm ? random_vector(c.d_model, 0, 0.1f) : NULL;
     for (int i = 0; i < c.n_layer; i++) {
-        struct layer *l = &m.layers[i];
-        int ld = round_up(c.d_inner, 16);
-        l->norm = random_vector(c.d_model, 1, 0.1f);
-        l->in = random_matrix(fitting(format, c.d_model, F16), 2 * c.d_inner, c.d_model, 0.1f);
-        float *conv = xcalloc((size_t)(ld * c.d_conv), sizeof *conv), *a2 = xcalloc((size_t)(ld * c.d_state), sizeof *a2);
-        for (int tap = 0; tap < c.d_conv; tap++)
-            for (int ch = 0; ch < c.d_inner; ch++) conv[tap * ld + ch] = 0.5f * normal();
-        for (int ch = 0; ch < c.d_inner; ch++)
-            for (int n = 0; n < c.d_state; n++) a2[(ch / 16 * c.d_state + n) * 16 + ch % 16] = -(float)uniform() * 8;
-        l->conv_w = conv;
-        l->a2 = a2;
-        l->conv_b = random_vector(c.d_inner, 0, 0.1f);
-        l->x = random_matrix(fitting(format, c.d_inner, BF16), c.dt_rank + 2 * c.d_state, c.d_inner, 0.1f);
-        l->dt = random_matrix(F32, c.d_inner, c.dt_rank, 0.3f);
-        l->dt_b = random_vector(c.d_inner, -3, 1);
-        l->d = random_vector(c.d_inner, 1, 0.2f);
-        l->out = random_matrix(fitting(format, c.d_inner, F32), c.d_model, c.d_inner, 0.1f);
+        const int stage = c.n_pools ? i / c.n_blocks : 0;
+        if (c.n_pools) m.layers[i] = (struct layer){.level = min_int(stage, 2 * c.n_pools - stage), .s4 = stage & 1, .is_complex = stage >> 1 & 1};
+        random_layer(&m.layers[i], &c, format);
     }
+    for (int i = 0; i < c.n_pools; i++) {
+        const int d_model = c.level[i].d_model, wide = c.pool[i] * d_model;
+        m.pools[i] = (struct pooling){
+            .down = random_matrix(fitting(format, wide, F32), 2 * d_model, wide, 0.1f), .down_b = random_vector(2 * d_model, 0, 0.1f),
+            .up = random_matrix(fitting(format, 2 * d_model, F32), wide, 2 * d_model, 0.1f), .up_b = random_vector(wide, 0, 0.1f)};
+    }
+    lay_out_state(&m);
     return m;
 }
 
 static void free_random_model(struct model *m) {
     for (int i = 0; i < m->c.n_layer; i++) {
         struct layer *l = &m->layers[i];
-        const void *parts[] = {l->norm, l->in.data, l->conv_w, l->conv_b, l->x.data, l->dt.data, l->dt_b, l->a2, l->d, l->out.data};
+        const void *parts[] = {l->norm, l->norm_b, l->in.data, l->conv_w, l->conv_b, l->x.data, l->dt.data, l->dt_b, l->a2, l->a_inverse,
+                               l->decay, l->weight, l->d, l->out.data};
+        for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) free((void *)parts[p]);
+    }
+    for (int i = 0; i < m->c.n_pools; i++) {
+        const struct pooling *pool = &m->pools[i];
+        const void *parts[] = {pool->down.data, pool->up.data, pool->down_b, pool->up_b};
         for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) free((void *)parts[p]);
     }
     free((void *)m->embd.data);
+    free((void *)m->head_b);
     free((void *)m->norm);
+    free((void *)m->norm_b);
     free(m->layers);
 }
 
 static uint64_t sequence_hash(const struct config *c, const struct sequence *s) {
-    size_t channels = (size_t)c->n_layer * (size_t)round_up(c->d_inner, 16);
-    uint64_t h = hash_bytes(1, s->conv, channels * (size_t)(c->d_conv - 1) * sizeof(float));
-    return hash_bytes(h, s->ssm, channels * (size_t)c->d_state * sizeof(float));
+    uint64_t h = hash_bytes(1, s->conv, c->conv_floats * sizeof(float));
+    h = hash_bytes(h, s->ssm, c->ssm_floats * sizeof(float));
+    return hash_bytes(h, s->pool, c->pool_floats * sizeof(float));
 }
 
 // Feeds n tokens in chunks of at most `chunk` (0: of random sizes); returns a hash of the last logits and the state.
@@ -353,6 +393,7 @@ enum { N_TOKENS = 150 };
 
 static void test_one_result(struct config c, enum format format) {
     struct model m = random_model(c, format);
+    c = m.c;
     int32_t tokens[N_TOKENS];
     for (int i = 0; i < N_TOKENS; i++) tokens[i] = (int32_t)(random_bits() % (uint64_t)c.n_vocab);
     const int chunks[] = {N_TOKENS, 33, 0, 1, 2, 3, 4, 5, 31, 32, 127, 128, 129};  // 0: of random sizes
@@ -408,16 +449,16 @@ static void test_one_result(struct config c, enum format format) {
 
 // ---- state files ----
 
-static void test_state(void) {
-    struct config c = {.n_layer = 2, .d_model = 24, .d_inner = 50, .d_state = 3, .d_conv = 4, .dt_rank = 2, .n_vocab = 40,
-                       .norm_eps = 1e-5f};
-    struct model m = {.c = c, .fingerprint = 77}, other = {.c = c, .fingerprint = 78};
+static void test_state(struct config c) {
+    struct model m = random_model(c, F32), other = m;
+    c = m.c;
+    other.fingerprint++;
     struct sequence *s = sequence_new(&c), *back = sequence_new(&c);
-    for (int layer = 0; layer < c.n_layer; layer++)
-        for (int ch = 0; ch < c.d_inner; ch++) {
-            for (int i = 0; i < 3; i++) s->conv[(layer * 3 + i) * 64 + ch] = normal();
-            for (int n = 0; n < 3; n++) s->ssm[((layer * 64 + ch / 16 * 16) * 3 + n * 16) + ch % 16] = normal();
-        }
+    int32_t some[29];
+    for (int i = 0; i < 29; i++) some[i] = i % c.n_vocab;
+    struct context *ctx = context_new(&m, isa[0], 1, 29, 1);
+    run_alone(ctx, s, some, 29, 29);
+    context_free(ctx);
     s->n_past = 12345678901;
     struct resume *r = xcalloc(1, sizeof *r), *got = xcalloc(1, sizeof *got);
     *r = (struct resume){.pending = {7}, .n_pending = 1, .recent = {1, 2, 39}, .n_recent = 3, .bytes = "\xe2\x82", .n_bytes = 2};
@@ -458,6 +499,7 @@ static void test_state(void) {
     free(got);
     sequence_free(s);
     sequence_free(back);
+    free_random_model(&m);
     unlink(path);
     close(fd);
 }
@@ -708,11 +750,20 @@ int main(int argc, char **argv) {
          .dt_b_c_rms = true, .dt_b_c_eps = 1e-6f},
         {.n_layer = 1, .d_model = 256, .d_inner = 256, .d_state = 16, .d_conv = 4, .dt_rank = 9, .n_vocab = 101, .norm_eps = 1e-5f},
         {.n_layer = 3, .d_model = 37, .d_inner = 74, .d_state = 16, .d_conv = 2, .dt_rank = 3, .n_vocab = 11, .norm_eps = 1e-5f},
+        {.n_layer = 10, .n_blocks = 2, .n_pools = 2, .pool = {2, 3}, .d_model = 32, .d_inner = 64, .d_state = 16, .d_conv = 4,
+         .dt_rank = 2, .n_vocab = 256, .norm_eps = 1e-5f, .layer_norm = true, .zoh = true},
+        {.n_layer = 7, .n_blocks = 1, .n_pools = 3, .pool = {4, 2, 3}, .d_model = 13, .d_inner = 26, .d_state = 3, .d_conv = 3,
+         .dt_rank = 1, .n_vocab = 50, .norm_eps = 1e-5f},
+        {.n_layer = 5, .n_blocks = 1, .n_pools = 2, .pool = {16, 2}, .d_model = 16, .d_inner = 48, .d_state = 5, .d_conv = 4,
+         .dt_rank = 2, .n_vocab = 50, .norm_eps = 1e-5f, .layer_norm = true},
     };
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
         for (int f = 0; f < N_FORMATS; f++)  // formats with blocks of 256 have a shape of their own
             if ((formats[f].block == 256) == (shapes[s].d_model == 256)) test_one_result(shapes[s], (enum format)f);
-    test_state();
+    test_state((struct config){.n_layer = 2, .d_model = 24, .d_inner = 50, .d_state = 3, .d_conv = 4, .dt_rank = 2, .n_vocab = 40,
+                               .norm_eps = 1e-5f});
+    test_state((struct config){.n_layer = 5, .n_blocks = 1, .n_pools = 2, .pool = {2, 3}, .d_model = 3, .d_inner = 5, .d_state = 2,
+                               .d_conv = 3, .dt_rank = 1, .n_vocab = 40, .norm_eps = 1e-5f});
     test_hostile_header(fixture);
 #ifdef __linux__
     test_sandbox(fixture);

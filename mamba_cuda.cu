@@ -294,7 +294,8 @@ template <enum format F, int N> struct group_scales {
     __device__ __forceinline__ float one(const unsigned *words, int upper, int i, int h) const {
         if constexpr (!is_k(F)) return half_at(words[i / 2], i % 2);
         const int g = group_of(F) == 16 ? 2 * i + h : i;
-        return half_at(super, upper) * (float)(int8_t)(words[g / 4] >> g % 4 * 8);
+        // Without minima both halves are the scale's, and both are used: a load of one half alone would be a narrow one.
+        return half_at(super, has_min(F) ? upper : h) * (float)(int8_t)(words[g / 4] >> g % 4 * 8);
     }
 
     // Of the i-th block and, in formats with groups of 16, its half h.
@@ -1140,6 +1141,10 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
     int major = 0, clock = 0, width = 0;
     cudaDeviceProp properties;
+    if (shape.max_tokens > 65535) {  // the y of a grid
+        set_error(e, "the GPU takes up to 65535 tokens a pass; use a smaller -ub or -np");
+        return NULL;
+    }
     struct device *d = new device();
     d->m = m;
     d->shape = shape;

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import reference
-from conftest import FIXTURES, PROGRAM, ROOT
+from conftest import FIXTURES, PROGRAM
+from sounds import unet  # noqa: F401 (a fixture)
 
 # Of a log-probability in nats, against the CPU and the reference. BF16: activations keep 16 bits. Block-quantised weights: both round
 # activations to 8 bits, and a rounding that falls to the other side of a half shows.
@@ -121,6 +122,15 @@ def test_bench(cuda):
     for r in rows:
         assert r["device"] == "cuda" and r["gpu_info"] and r["gpu_memory"] > 150000 and r["avg_ts"] > 0 and r["read_gb_per_s"] > 0
         assert (r["weight_gb_per_s"] > 0 and r["bandwidth_percent"] >= 0) == (r["n_gen"] > 0) or r["bandwidth_percent"] == 0
+
+
+def test_sound_runs_on_the_cpu(cuda, unet):  # noqa: F811
+    """An audio U-Net is not the GPU's: the CPU runs it by default, and --device cuda says so."""
+    arguments = ["score", unet[0], "--ids", "128 5 77 200"]
+    default = cuda(*arguments)
+    assert default.stdout == cuda(*arguments, "--device", "cpu").stdout and default.stderr == b""
+    done = cuda(*arguments, "--device", "cuda", check=False)
+    assert done.returncode == 1 and done.stdout == b"" and b"U-Nets run on the CPU" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 # ---- choosing a device, and what goes wrong ----

@@ -8,6 +8,7 @@
     python train.py COMMAND ... --resume              goes on exactly where RUN/last.pt stopped
     python train.py export --out RUN                  exports the best weights so far of a run that is still going on
     python train.py baselines --data FOLDER           what context models without a network reach on the split of dna or audio
+    python train.py judge --data FOLDER --wav FILE    whether generated digits can be told from each other, by a network that knows the real ones
     python train.py check-ops                         compares the fused kernels with float64 autograd of the definitions
     python ../convert_weights.py RUN/hf tales.bin --type q8_0 (--vocab dna)    makes the file that mamba reads
 
@@ -17,8 +18,8 @@ one everything runs in plain PyTorch, some twenty times slower. README.md says h
 What lies in RUN: log.jsonl (one line a report), last.pt (all that --resume needs), best.pt (the weights with the lowest
 held-out loss), hf/ (the exported best.pt), report.json; for text also data/ (tokenizer and token ids).
 
-Sections: 1 text, 2 nucleotides, 3 sound, 4 definitions, 5 fused kernels, 6 models, 7 tasks and their evaluation, 8 training,
-9 export, 10 check of the kernels, 11 command line.
+Sections: 1 text, 2 nucleotides, 3 sound, 4 definitions, 5 fused kernels, 6 models, 7 tasks and their evaluation,
+8 judging generated digits, 9 training, 10 export, 11 check of the kernels, 12 command line.
 """
 import argparse, ctypes, dataclasses, functools, hashlib, json, math, os, pathlib, platform, re, signal
 import subprocess, sys, time, wave
@@ -374,8 +375,8 @@ def read_species(path):
 
 
 class SpeciesBatches(GenomeBatches):
-    """A uniform species, a uniform place in its genomes (E.3.4), a window there of a length drawn from --length, on either
-    strand."""
+    """A uniform species, a uniform place in its genomes (E.3.4), a window there of a length drawn from --length. One
+    strand: those of a mitochondrion are not alike."""
     def __init__(self, species, o):
         self.species, self.o = list(species.values()), o
         self.pieces = [p for pieces in self.species for p in pieces]
@@ -386,7 +387,7 @@ class SpeciesBatches(GenomeBatches):
         rng = np.random.default_rng([self.o.seed, step])
         length = int(rng.choice(self.o.length))
         labels = rng.integers(len(self.species), size=self.count(length))
-        rows = [either_strand(rng, uniform_window(rng, self.species[label], length)) for label in labels]
+        rows = [uniform_window(rng, self.species[label], length) for label in labels]
         return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(labels)
 
 
@@ -1138,15 +1139,14 @@ class SpeciesTask(Task):
 
     @torch.no_grad()
     def scores(self, model, part):
-        """Accuracy by window length, in percent, each species weighing the same: windows of both strands at every eighth of
+        """Accuracy by window length, in percent, each species weighing the same: windows at every eighth of
         their length. And the mean loss of all of them, which picks the checkpoint."""
         model.eval()
         result, losses = {}, []
         for length in self.o.length:
             right = []
             for label, pieces in enumerate(self.parts[part].values()):
-                windows = [w for p in pieces for i in range(0, len(p) - length + 1, max(1, length // 8))
-                           for w in (p[i:i + length], reverse_complement(p[i:i + length]))]
+                windows = [p[i:i + length] for p in pieces for i in range(0, len(p) - length + 1, max(1, length // 8))]
                 if not windows:
                     continue
                 logits = torch.cat([model.classify(torch.from_numpy(np.stack(windows[i:i + 64]).astype(np.int64)))
@@ -1255,7 +1255,101 @@ def baselines(o):
               f"(strength {best})", flush=True)
 
 
-# ---- 8. Training -----------------------------------------------------------------------------------------------------
+# ---- 8. Judging generated digits -----------------------------------------------------------------------------------------
+
+MEL_BANDS, FRAMES = 32, 64  # what the judge sees of a clip: 0.64 s at 8 kHz
+
+
+def mel_filters(bins, rate):
+    """Triangles [MEL_BANDS, bins] over the bins of a power spectrum, equally spaced on the mel scale (O'Shaughnessy 1987)."""
+    to_hz = lambda mel: 700 * (10 ** (mel / 2595) - 1)
+    edges = to_hz(torch.linspace(0, 2595 * math.log10(1 + rate / 2 / 700), MEL_BANDS + 2)) / (rate / 2) * (bins - 1)
+    bin_ = torch.arange(bins)[None]
+    left, middle, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    return torch.clamp(torch.minimum((bin_ - left) / (middle - left), (right - bin_) / (right - middle)), min=0)
+
+
+def log_mel(clip, rate):
+    """[MEL_BANDS, FRAMES] of a clip of any length, in its middle; loudness does not count."""
+    x = torch.tensor(clip, dtype=torch.float32)
+    power = torch.stft(x, 256, hop_length=rate // 100, window=torch.hann_window(256), return_complex=True, pad_mode="constant").abs() ** 2
+    mel = torch.log(mel_filters(len(power), rate) @ power + 1e-4)
+    missing = FRAMES - mel.shape[1]
+    mel = F.pad(mel, (missing // 2, missing - missing // 2), value=mel.min().item()) if missing >= 0 else mel[:, -missing // 2:][:, :FRAMES]
+    return (mel - mel.mean()) / (mel.std() + 1e-5)
+
+
+class Judge(nn.Module):
+    """A small convolutional network from log-mel spectrograms to words."""
+    def __init__(self, words):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                                    nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d((4, 8)), nn.Flatten(), nn.Dropout(0.3), nn.Linear(2048, words))
+
+    def forward(self, mels):
+        return self.layers(mels[:, None])
+
+
+def train_judge(mels, labels, words, epochs=20):
+    judge = Judge(words)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(mels)).split(32):
+            moved = torch.roll(mels[rows], (int(torch.randint(-2, 3, ())), int(torch.randint(-6, 7, ()))), (1, 2))
+            F.cross_entropy(judge(moved), labels[rows], label_smoothing=0.05).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return judge.eval()
+
+
+def clips_between_pauses(samples, rate):
+    """What lies between at least 40 ms of exact silence and is 0.1 s or longer."""
+    silent = np.concatenate([[True], samples == 0, [True]])
+    edges = np.flatnonzero(np.diff(silent.astype(int)))  # begin and end of each run of other samples
+    runs = edges.reshape(-1, 2).tolist()
+    joined = runs[:1]
+    for begin, end in runs[1:]:
+        if begin - joined[-1][1] < rate // 25:
+            joined[-1][1] = end
+        else:
+            joined.append([begin, end])
+    return [samples[begin:end] for begin, end in joined if end - begin >= rate // 10]
+
+
+@torch.no_grad()
+def opinion(judge, clips, rate):
+    """What the judge makes of clips: (log-probabilities [clips, words], a line of figures). The inception score is
+    exp(mean KL(p(word | clip) || p(word))), from 1 to the number of words (table 4 of the paper has it, by another judge)."""
+    logp = torch.log_softmax(judge(torch.stack([log_mel(clip, rate) for clip in clips])), -1)
+    p = logp.exp()
+    score = math.exp((p * (logp - p.mean(0).log())).sum(1).mean().item())
+    return logp, (f"{len(clips)} clips, mean {np.mean([len(c) for c in clips]) / rate:.2f} s; likeliest word has p {p.max(1).values.mean():.3f} on average, over 0.9 in "
+                  f"{(p.max(1).values > 0.9).double().mean():.1%}; {len(set(p.argmax(1).tolist()))} words; inception score {score:.2f}")
+
+
+def judge_sound(o):
+    """Trains the judge on the training clips of --data and has it listen to the test clips, to those with their samples in another
+    order (a control), and to the clips of each --wav."""
+    torch.manual_seed(0)
+    takes = {}
+    for path in sorted(pathlib.Path(o.data).glob("*_*_*.wav")):
+        word, _, take = path.stem.rsplit("_", 2)
+        samples, rate = read_wav(path)
+        takes.setdefault("test" if int(take) < 5 else "train", []).append((word, normalize(samples, "peak")))
+    words = sorted({word for word, _ in takes["train"]})
+    labels = {part: torch.tensor([words.index(word) for word, _ in clips]) for part, clips in takes.items()}
+    judge = train_judge(torch.stack([log_mel(x, rate) for _, x in takes["train"]]), labels["train"], len(words))
+    test = [x for _, x in takes["test"]]
+    logp, line = opinion(judge, test, rate)
+    print(f"test clips, {(logp.argmax(1) == labels['test']).double().mean():.1%} of them named right: {line}")
+    rng, block = np.random.default_rng(0), rate // 20
+    print("the same, samples in random order within 50 ms:", opinion(judge, [np.concatenate([rng.permutation(x[i:i + block]) for i in range(0, len(x), block)]) for x in test], rate)[1])
+    for path in o.wav:
+        clips = clips_between_pauses(read_wav(path)[0], rate)
+        print(f"{path}:", opinion(judge, clips, rate)[1] if clips else "no clips between pauses", flush=True)
+
+
+# ---- 9. Training -----------------------------------------------------------------------------------------------------
 
 def write_atomically(path, content):
     """Whole or not at all, also when the machine stops in between."""
@@ -1385,7 +1479,7 @@ def short(scores):
     return " ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
 
-# ---- 9. Export -------------------------------------------------------------------------------------------------------
+# ---- 10. Export -------------------------------------------------------------------------------------------------------
 
 def export_hugging_face(model, folder, tokenizer=None, labels=None):
     """The folder that transformers' MambaForCausalLM.from_pretrained and convert_weights.py read. (For nucleotides there is
@@ -1447,7 +1541,7 @@ def export_best(out, ops):
     return model, report
 
 
-# ---- 10. Check of the kernels -----------------------------------------------------------------------------------------
+# ---- 11. Check of the kernels -----------------------------------------------------------------------------------------
 
 def relative_error(a, b):
     """Largest difference over largest magnitude (zero over zero is zero); a NaN stays one."""
@@ -1501,7 +1595,7 @@ def check_ops():
     return all(passed)
 
 
-# ---- 11. Command line -------------------------------------------------------------------------------------------------
+# ---- 12. Command line -------------------------------------------------------------------------------------------------
 
 def parse_mix(text):
     """"v2=1,books=0.3" to pairs."""
@@ -1571,6 +1665,9 @@ def main():
     compare = commands.add_parser("baselines", help="held-out bits of context models on the split of dna or of audio")
     compare.add_argument("--data", required=True, help="folder with FASTA or WAV files")
     compare.add_argument("--order", type=lambda text: [int(k) for k in text.split(",")], default=[0, 12], metavar="K,K")
+    judge = commands.add_parser("judge", help="what a network that knows the real words makes of generated sound")
+    judge.add_argument("--data", required=True, help="folder of WORD_SPEAKER_TAKE.wav")
+    judge.add_argument("--wav", action="append", default=[], help="a 16-bit file of generated clips with pauses between them; may be repeated")
     training = {name: commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
                 for name, summary in [("text", "train the text model"), ("dna", "train a model of nucleotides"),
                                       ("species", "train a classifier of species from a model of nucleotides"),
@@ -1632,6 +1729,8 @@ def main():
             sys.exit(f"train.py: the fused kernels could not be built: {getattr(error, 'stderr', '') or error}")
     elif o.command == "export":
         export_best(pathlib.Path(o.out), PlainOps())
+    elif o.command == "judge":
+        judge_sound(o)
     elif o.command == "baselines":
         baselines(o)
     else:

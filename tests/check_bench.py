@@ -11,6 +11,7 @@ BENCH = ROOT / "tests" / "bench"
 
 @pytest.mark.parametrize("arguments, words", [
     (["requests.py", "--short"], ["| models/tales.bin, 20 requests", "MB at 1,000 requests"]),
+    (["audio.py", "--short"], ["| tiny |", "samples scored in"]),
     (["dna.py", "--short"], ["| tiny | 4,096 |", "variants/s with the prefix read once"]),
     (["paper.py", "--short"], ["| 512 |", "| mamba tiny | 2 |", "| transformer tiny | 2 |", "| 128 |"]),
     (["compare_llama.py", "--layers", "1", "--types", "q8_0", "--rounds", "1", "--prompt", "16", "--gen", "2"], ["| q8_0 ("]),

@@ -42,10 +42,10 @@ def random_weights(c, seed=1):
                   p + "conv1d.bias": rng.normal(0, 0.3, inner), p + "A_log": np.log(rng.uniform(0.3, 4, (inner, n))), p + "D": rng.normal(0.5, 1, inner),
                   p + "out_proj.weight": matrix(d, inner)}
             if pair:
-                w[p + "A_imag"] = rng.uniform(-20, 20, (inner, n))
+                w[p + "A_imag"] = rng.uniform(-6, 6, (inner, n))
             if ssm == "s6":
                 w |= {p + "x_proj.weight": matrix(rank + 2 * n * (1 + len(pair)), inner), p + "dt_proj.weight": matrix(inner, rank, 1.5),
-                      p + "dt_proj.bias": rng.uniform(-4, 1, inner)}
+                      p + "dt_proj.bias": rng.uniform(-5, 0, inner)}
             else:
                 w |= {p + "dt_bias": rng.uniform(-4, 1, inner), p + "B": rng.normal(0, 1, (inner, n, *pair)), p + "C": rng.normal(0, 1, (inner, n, *pair))}
     for i, p in enumerate(c["pool"]):

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """Writes tests/fuzz/seeds: small inputs that each parser accepts, for a fuzzer to start from.
 
-    tests/fuzz/make_seeds.py        needs numpy and gguf
+    tests/fuzz/make_seeds.py        needs what the tests need
 """
 import pathlib
 import struct
+import sys
+import tempfile
 
 import gguf
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import sounds  # noqa: E402
 
 SEEDS = pathlib.Path(__file__).resolve().parent / "seeds"
 
@@ -72,22 +77,28 @@ def vocabulary(path):
 
 def state(path, pending, recent):
     """As section 7 of mamba.c lays it out, for the model of fuzz_state; the target puts the checksum right."""
-    layers, inner, n, conv, size = 2, 5, 3, 4, 80
+    layers, inner, n, conv, size = 2, 5, 3, 4, 96
     floats = layers * inner * (conv - 1 + n)
     size += 4 * (len(recent) + floats) + 8
-    header = struct.pack("<8sIIQIIIIQIIIi8sQ", b"MAMBAST\0", 1, 80, 7, layers, inner, n, conv, 12, len(pending), len(recent), 2,
-                         (pending or [0])[0], b"\xe2\x82", size)
+    header = struct.pack("<8sIIQIIIIQIIIi8sddQ", b"MAMBAST\0", 2, 96, 7, layers, inner, n, conv, 12, len(pending), len(recent), 2,
+                         (pending or [0])[0], b"\xe2\x82", -1, 2, size)
     path.write_bytes(header + struct.pack(f"<{len(recent)}i", *recent) + bytes(4 * floats + 8))
 
 
 def main():
-    for folder in ("gguf", "tokenizer", "state", "jsonl", "fasta", "bed", "vcf"):
+    for folder in ("gguf", "tokenizer", "state", "jsonl", "fasta", "bed", "vcf", "wav"):
         (SEEDS / folder).mkdir(parents=True, exist_ok=True)
     kinds = gguf.GGMLQuantizationType
     model(SEEDS / "gguf/f32", None)
     model(SEEDS / "gguf/q8_0", kinds.Q8_0, falcon=True, layers=2)
     model(SEEDS / "gguf/q4_0", kinds.Q4_0, classes=("cat", "dog"))
     vocabulary(SEEDS / "gguf/vocabulary")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, hold in (("unet_zoh", "zoh"), ("unet_delta", "delta_b")):
+            c = sounds.config(d_model=2, n_blocks=1, pool=[2], d_state=2, discretization=hold,
+                              stages=[["s4", "complex"], ["s6", "complex"], ["s6" if hold == "zoh" else "s4", "real"]])
+            checkpoint = sounds.write_checkpoint(pathlib.Path(folder) / name, c, sounds.random_weights(c))
+            sounds.convert(checkpoint, SEEDS / "gguf" / name)
     texts = ["Hello world", "  I'll say 123 things\n\n\tto  you", "caf\u00e9 cafe\u0301 \ud55c\uae00 \U0001f600", "<|endoftext|> <|padding|>", "ACGTNacgtn"]
     for i, text in enumerate(texts):
         (SEEDS / f"tokenizer/text{i}").write_bytes(bytes([i + 128 * (i == 3)]) + text.encode())
@@ -112,6 +123,12 @@ def main():
                 "##INFO=<ID=MAMBA_LLR,Number=A>", "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"]
     for i, line in enumerate(variants):
         (SEEDS / f"vcf/line{i}").write_text(line)
+    x = np.array([0, 0.5, -0.5, 0.25])
+    clips = [sounds.wav(sounds.pcm(x)), sounds.wav(bytes(6), bits=24, channels=2), sounds.wav(x.astype("<f4").tobytes(), coding=3, bits=32),
+             sounds.wav(bytes(3), coding=7, bits=8, before=sounds.chunk(b"LIST", b"a")), sounds.wav(x.astype("<f8").tobytes(), coding=3, bits=64, extensible=True),
+             sounds.wav(sounds.pcm(x), size=0xFFFFFFFF)]
+    for i, clip in enumerate(clips):
+        (SEEDS / f"wav/clip{i}").write_bytes(clip)
 
 
 if __name__ == "__main__":

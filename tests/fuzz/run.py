@@ -17,7 +17,7 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CORPUS = pathlib.Path.home() / ".cache" / "mamba-tests" / "fuzz"
-TARGETS = {"gguf": 20000, "tokenizer": 300, "state": 1200, "jsonl": 600, "fasta": 300, "bed": 100, "vcf": 200}  # the most bytes of an input
+TARGETS = {"gguf": 20000, "tokenizer": 300, "state": 1200, "jsonl": 600, "fasta": 300, "bed": 100, "vcf": 200, "wav": 300}  # the most bytes of an input
 
 
 def build(folder):

@@ -15,7 +15,7 @@ static const struct {
     const char *name;
     void (*run)(const uint8_t *data, size_t n);
 } targets[] = {{"gguf", fuzz_gguf}, {"tokenizer", fuzz_vocabularies}, {"state", fuzz_state}, {"jsonl", fuzz_jsonl},
-             {"fasta", fuzz_fasta}, {"bed", fuzz_bed}, {"vcf", fuzz_vcf}};
+             {"fasta", fuzz_fasta}, {"bed", fuzz_bed}, {"vcf", fuzz_vcf}, {"wav", fuzz_wav}};
 
 static void (*target)(const uint8_t *data, size_t n);
 

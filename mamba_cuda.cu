@@ -439,7 +439,8 @@ template <int R, int C> struct sums {
 };
 
 // F32: a lane reads its own two columns, and rows g and g + 8.
-template <int R, int C> DEVICE void slice_of_floats(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
+template <int R, int C>
+DEVICE void slice_of_floats(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
     const int g = threadIdx.x / 4, q = threadIdx.x % 4;
     for (int chunk = chunk0; chunk < chunk1; chunk++)
 #pragma unroll 1
@@ -466,7 +467,8 @@ template <int R, int C> DEVICE void slice_of_floats(const weights &w, const inpu
         }
 }
 
-template <enum format F, int R, int C> DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
+template <enum format F, int R, int C>
+DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
     constexpr int N = blocks_at_once(F, R, C);
     const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
     const int near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);  // where its two fours of a block stand
@@ -514,7 +516,8 @@ template <enum format F, int R, int C> DEVICE void slice(const weights &w, const
     }
 }
 
-template <enum format F, int R, int C> DEVICE void slice_sums(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
+template <enum format F, int R, int C>
+DEVICE void slice_sums(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
 #pragma unroll
     for (int i = 0; i < R * C * 4; i++) s->v[i / (4 * C)][i / 4 % C][i % 4] = 0;
 #pragma unroll
@@ -1256,13 +1259,16 @@ int device_take_slot(struct device *d) {
 void device_leave_slot(struct device *d, int slot) { d->free_slots.push_back(slot); }
 
 bool device_reset_state(struct device *d, int slot, struct error *e) {
-    return (!d->slot_conv || ok(cudaMemsetAsync(d->conv + (size_t)slot * d->slot_conv, 0, d->slot_conv * sizeof(float), d->stream), "clearing a state", e)) &&
-           ok(cudaMemsetAsync(d->ssm + (size_t)slot * d->slot_ssm, 0, d->slot_ssm * sizeof(float), d->stream), "clearing a state", e);
+    float *conv = d->conv + (size_t)slot * d->slot_conv, *ssm = d->ssm + (size_t)slot * d->slot_ssm;
+    const size_t n_conv = d->slot_conv * sizeof *conv, n_ssm = d->slot_ssm * sizeof *ssm;
+    return (!n_conv || ok(cudaMemsetAsync(conv, 0, n_conv, d->stream), "clearing a state", e)) &&
+           ok(cudaMemsetAsync(ssm, 0, n_ssm, d->stream), "clearing a state", e);
 }
 
 bool device_copy_state(struct device *d, int to, int from, struct error *e) {
-    return copy_state_floats(d, d->conv + (size_t)to * d->slot_conv, d->conv + (size_t)from * d->slot_conv, d->slot_conv, cudaMemcpyDeviceToDevice, e) &&
-           copy_state_floats(d, d->ssm + (size_t)to * d->slot_ssm, d->ssm + (size_t)from * d->slot_ssm, d->slot_ssm, cudaMemcpyDeviceToDevice, e);
+    const size_t n_conv = d->slot_conv, n_ssm = d->slot_ssm, t = (size_t)to, f = (size_t)from;
+    return copy_state_floats(d, d->conv + t * n_conv, d->conv + f * n_conv, n_conv, cudaMemcpyDeviceToDevice, e) &&
+           copy_state_floats(d, d->ssm + t * n_ssm, d->ssm + f * n_ssm, n_ssm, cudaMemcpyDeviceToDevice, e);
 }
 
 bool device_read_state(struct device *d, int slot, float *conv, float *ssm, struct error *e) {

@@ -1,6 +1,7 @@
 # make            builds ./mamba (CPU)
 # make cuda       builds ./mamba with the GPU backend (nvcc 12 or later)
 # make demo       builds it and tells a story
+# make demo-dna   scores, classifies and draws the DNA of models/demo.fa
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
 # make test-cuda  the GPU backend: emulated, and on a GPU where there is one
@@ -48,6 +49,9 @@ cuda: mamba.c mamba_cuda.cu Makefile
 demo: mamba
 	./mamba models/tales.bin -p "Once upon a time" -n 300 --temp 0.6 -s 21 --echo
 
+demo-dna: mamba
+	models/demo_dna.sh
+
 test: mamba tests/unit $(VENV)/quick
 	$(VENV)/bin/python tests/run.py quick
 
@@ -86,4 +90,4 @@ install: mamba
 clean:
 	rm -f mamba tests/unit mamba_main.o mamba_cuda.o
 
-.PHONY: all cuda demo test check test-cuda fuzz bench install clean
+.PHONY: all cuda demo demo-dna test check test-cuda fuzz bench install clean

@@ -330,10 +330,14 @@ struct context {               // what a forward needs besides the model; owner 
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
     int ld_vocab;
-    int n_left_out, n_until_retry;  // threads that decoding does without, because other processes have their cores: team_size()
-    int retry_after;           // forwards; longer after each try that failed
+    int n_left_out;            // threads that decoding does without, because other processes have their cores: team_size()
     bool on_probation;         // a thread that was left out is back, not for long
-    int trouble;               // how often a thread lost its core lately
+    int patience;              // how long one is left out; more after each try that failed
+    int64_t n_forwards;
+    struct {                   // when a thread last lost its core, and when one was last left out or came back
+        int64_t forward;
+        double time;
+    } loss, change;
     int n_team;                // threads of the last forward
     double token_seconds;      // of the last forward, for each of its tokens
     atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
@@ -2883,9 +2887,9 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
     double start = 0;
     for (int spins = 0; atomic_load_explicit(&p->n_done, memory_order_acquire) < n_items; spins++) {
         if (spins >= 4000) {
-            sched_yield();
             if (!start) start = now_seconds();
-            else if (now_seconds() - start > LOST_SECONDS) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
+            sched_yield();  // which may take as long as another process's time slice
+            if (now_seconds() - start > LOST_SECONDS) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
         }
 #if defined(__x86_64__)
         else _mm_pause();
@@ -3433,21 +3437,31 @@ static void forward_team(struct team *t) {
 // are done, keeps them waiting for milliseconds, the length of several tokens: while that happens, short forwards do with a
 // thread less, and try again later.
 static int team_size(struct context *ctx) {
-    enum { RETRY = 50, MAX_RETRY = 800, LOSS = 8 };  // forwards; two losses within eight forwards are no accident
+    enum { FEW = 8, RETRY = 50, MAX_PATIENCE = 16 };  // forwards
+    const double few_seconds = 0.1, retry_seconds = 0.5;  // of forwards that are much shorter than a process's time slice
     const double long_enough = 0.03;  // seconds, against which waiting means nothing
+    const double now = now_seconds();
     if (ctx->n_tokens > ROW_TOKENS && ctx->n_tokens * ctx->token_seconds > long_enough) return ctx->n_threads;
-    if (atomic_exchange(&ctx->lost_a_core, false)) ctx->trouble += LOSS;
-    else if (ctx->trouble) ctx->trouble--;
-    if (ctx->trouble > LOSS && ctx->n_left_out < ctx->n_threads - 1) {
-        ctx->n_left_out++;
-        ctx->n_until_retry = ctx->retry_after = ctx->on_probation ? min_int(2 * ctx->retry_after, MAX_RETRY) : RETRY;
-        ctx->trouble = 0;
-    } else if (ctx->n_left_out && --ctx->n_until_retry <= 0) {
+    ctx->n_forwards++;
+    const bool recent = ctx->n_forwards - ctx->change.forward <= FEW || now - ctx->change.time < few_seconds;
+    if (atomic_exchange(&ctx->lost_a_core, false)) {
+        const bool again = ctx->loss.time > 0 && (ctx->n_forwards - ctx->loss.forward <= FEW || now - ctx->loss.time < few_seconds);
+        ctx->loss.forward = ctx->n_forwards;
+        ctx->loss.time = now;
+        if ((again || ctx->on_probation) && ctx->n_left_out < ctx->n_threads - 1) {  // two losses are no accident
+            ctx->patience = ctx->on_probation ? min_int(2 * ctx->patience, MAX_PATIENCE) : 1;
+            ctx->n_left_out++;
+            ctx->on_probation = false;
+            ctx->change.forward = ctx->n_forwards;
+            ctx->change.time = now;
+        }
+    } else if (ctx->n_left_out && ctx->n_forwards - ctx->change.forward >= RETRY * ctx->patience &&
+               now - ctx->change.time >= retry_seconds * ctx->patience) {
         ctx->n_left_out--;
-        ctx->n_until_retry = RETRY;
-        ctx->trouble = LOSS;  // on probation: the next loss is enough
         ctx->on_probation = true;
-    } else if (ctx->trouble == 0) {
+        ctx->change.forward = ctx->n_forwards;
+        ctx->change.time = now;
+    } else if (!recent) {
         ctx->on_probation = false;
     }
     return ctx->n_threads - ctx->n_left_out;
@@ -3457,7 +3471,7 @@ static int team_size(struct context *ctx) {
 static void run_team(struct context *ctx, void (*body)(struct team *)) {
     const int n_threads = team_size(ctx);
     const double start = now_seconds();
-    double ended = start;   // for the first thread
+    double began = start, ended = start;  // for the first thread, which waits for the others at both ends
     ctx->n_team = n_threads;
     for (int i = 0; i < ctx->n_phases; i++) {
         atomic_init(&ctx->phases[i].n_taken, 0);
@@ -3469,12 +3483,15 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
     {
         struct team t = {.ctx = ctx};
         flush_denormals();
+#ifdef _OPENMP
+        if (omp_get_thread_num() == 0) began = now_seconds();
+#endif
         body(&t);
 #ifdef _OPENMP
         if (omp_get_thread_num() == 0) ended = now_seconds();
 #endif
     }
-    if (n_threads > 1 && now_seconds() - ended > LOST_SECONDS) atomic_store(&ctx->lost_a_core, true);  // it waited for the others
+    if (n_threads > 1 && fmax(began - start, now_seconds() - ended) > LOST_SECONDS) atomic_store(&ctx->lost_a_core, true);
     ctx->token_seconds = (ended - start) / ctx->n_tokens;
 }
 

@@ -1,8 +1,10 @@
 # make            builds ./mamba (CPU)
+# make cuda       builds ./mamba with the GPU backend (nvcc 12 or later)
 # make demo       builds it and tells a story
 # make demo-dna   scores, classifies and draws the DNA of models/demo.fa
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
+# make test-cuda  the GPU backend: emulated, and on a GPU where there is one
 # make fuzz       mutated files and requests in every parser, SECONDS=60 each     (clang with libFuzzer)
 # make bench      tokens per second here and in llama.cpp, side by side; plots in tests/bench/results
 # make install    into PREFIX (/usr/local)
@@ -26,6 +28,24 @@ all: mamba
 mamba: mamba.c Makefile
 	$(CC) $(CFLAGS) $(FLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
+# Code for every architecture from Turing to Blackwell (8.9 runs that of 8.6, 10.3 that of 10.0), and the last one's PTX for what
+# comes later. cudart is linked statically: the program starts where there is no driver. ARCHS="90" builds for one alone, faster.
+NVCC ?= nvcc
+ARCHS ?= 75 80 86 90 100 120
+NVCC_FLAGS = -std=c++17 -O3 -fmad=false -t 2 -Xcompiler "-Wall,-ffp-contract=off$(OPENMP:%=,%)" \
+	$(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	-gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+
+cuda: mamba.c mamba_cuda.cu Makefile
+	@command -v $(NVCC) >/dev/null || { echo "make cuda needs nvcc, of CUDA 12 or later: install NVIDIA's CUDA toolkit" \
+		"(Debian: nvidia-cuda-toolkit), or name it: make cuda NVCC=/usr/local/cuda/bin/nvcc" >&2; exit 1; }
+	@major=$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\).*/\1/p'); [ "$${major:-0}" -ge 12 ] || \
+		{ echo "make cuda needs nvcc 12 or later; $(NVCC) is of CUDA $$major" >&2; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) $(NVCC_EXTRA) -c mamba_cuda.cu -o mamba_cuda.o
+	$(CC) $(CFLAGS) $(FLAGS) -DMAMBA_CUDA -c mamba.c -o mamba_main.o
+	$(NVCC) -cudart static -Xcompiler "-static-libstdc++,-static-libgcc$(OPENMP:%=,%)" mamba_main.o mamba_cuda.o -o mamba $(LIBS)
+	rm -f mamba_main.o mamba_cuda.o
+
 demo: mamba
 	./mamba models/tales.bin -p "Once upon a time" -n 300 --temp 0.6 -s 21 --echo
 
@@ -37,6 +57,9 @@ test: mamba tests/unit $(VENV)/quick
 
 check: test $(VENV)/full
 	$(VENV)/bin/python tests/run.py slow
+
+test-cuda: mamba $(VENV)/full
+	$(VENV)/bin/python tests/run.py cuda
 
 tests/unit: tests/unit.c mamba.c Makefile
 	$(CC) $(CFLAGS) $(FLAGS) -Wno-unused-function $< -o $@ $(LDFLAGS) $(LIBS)
@@ -65,6 +88,6 @@ install: mamba
 	install -m 644 tokenizer.bin $(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin
 
 clean:
-	rm -f mamba tests/unit
+	rm -f mamba tests/unit mamba_main.o mamba_cuda.o
 
-.PHONY: all demo demo-dna test check fuzz bench install clean
+.PHONY: all cuda demo demo-dna test check test-cuda fuzz bench install clean

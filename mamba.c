@@ -2,6 +2,8 @@
 //
 //   cc -std=gnu11 -O2 -ffp-contract=off -fopenmp mamba.c -o mamba -lm
 //
+// `make cuda` adds mamba_cuda.cu, which runs the same forwards on a GPU behind the interface at the end of section 0.
+//
 // A model is a GGUF file, read through mmap and used in place. Every sequence owns one recurrent state a layer, so
 // memory does not grow with the length of the text. One forward serves prefill, decode, scoring and embedding: it takes
 // any number of sequences with any number of new tokens each.
@@ -259,6 +261,11 @@ struct device_facts {
     double read_gb_per_s;      // what its memory gives, by its clock and width; 0: unknown
 };
 
+struct device_choice {
+    int32_t id;                // the likeliest token that may be drawn; -1: there is none
+    float max;                 // of all logits; NaN when one is not finite
+};
+
 // q, scales and minima of a row of block-quantised weights: element k = scale[k / group] * (q[k] - zero) + min[k / group].
 typedef void unpack_row(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min);
 
@@ -271,9 +278,11 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
 void device_close(struct device *d);
 struct device_facts device_facts(const struct device *d);
 // x [n_tokens][ld_x]: rows of the embedding, one a token. Row i of logits [rows][ld_logits] belongs to the i-th segment that
-// wants logits, as in forward().
+// wants logits, as in forward(); logits NULL: they stay where they are, and device_choose() reads them there.
 bool device_forward(struct device *d, const struct segment *segments, int n_segments, int n_layers, const float *x, int ld_x,
                     float *logits, int ld_logits, struct error *e);
+bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e);
+bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error *e);  // tokens that are never drawn
 // Of the last forward: logits of n of its tokens; a row a token of the final norm's output, or of the residual stream.
 bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e);
 bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct error *e);
@@ -338,6 +347,8 @@ struct context {               // what a forward needs besides the model; owner 
     int n_segments, n_tokens, n_rows, n_run_layers;
     struct device *device;     // runs the forwards; NULL: the CPU does. Owned
     bool wants_hidden;         // x and normed are read after a forward: a device copies them to here
+    bool only_choices;         // a device's next forward gives choices instead of logits
+    struct device_choice *choices;  // [max_rows]; NULL on the CPU
 };
 
 // ====================================================================================================================
@@ -3211,6 +3222,10 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
     (void)d, (void)segments, (void)n_segments, (void)n_layers, (void)x, (void)ld_x, (void)logits, (void)ld_logits;
     return device_usable(e);
 }
+bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
+    return (void)d, (void)n_rows, (void)choices, device_usable(e);
+}
+bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error *e) { return (void)d, (void)tokens, (void)n, device_usable(e); }
 bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e) {
     return (void)d, (void)tokens, (void)n, (void)logits, (void)ld_logits, device_usable(e);
 }
@@ -3304,6 +3319,7 @@ static struct context *context_new(const struct model *m, const struct kernels *
 static void context_free(struct context *ctx) {
     if (!ctx) return;
     if (ctx->device) device_close(ctx->device);
+    free(ctx->choices);
     for (int i = 0; i <= ctx->m->c.n_pools; i++) level_free(&ctx->level[i]);
     act_free(&ctx->head_in);
     free(ctx->logits);
@@ -3494,8 +3510,9 @@ static void forward_on_device(struct context *ctx) {
     struct error e = {""};
     run_team(ctx, embed_phase);
     struct level *v = &ctx->level[0];
-    device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, v->x, v->ld_model, ctx->logits,
-                               ctx->ld_vocab, &e), &e);
+    device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, v->x, v->ld_model,
+                               ctx->only_choices ? NULL : ctx->logits, ctx->ld_vocab, &e), &e);
+    if (ctx->only_choices) device_must(device_choose(ctx->device, ctx->n_rows, ctx->choices, &e), &e);
     if (!ctx->wants_hidden) return;
     const bool normed = ctx->n_run_layers == ctx->m->c.n_layer;
     device_must(device_hidden(ctx->device, false, v->x, v->ld_model, &e), &e);
@@ -6416,6 +6433,7 @@ static void context_use_device(struct context *ctx, const struct options *o, int
     }
     ctx->device = device_open(ctx->m, shape, ctx->k->unpack_weights, &e);
     if (!ctx->device) die("%s: %s", o->model, e.text);
+    ctx->choices = xcalloc((size_t)ctx->max_rows, sizeof *ctx->choices);
 }
 
 static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tokens, FILE *output) {
@@ -6434,6 +6452,8 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     en->ctx->wants_hidden = o->command == EMBED || o->command == CLASSIFY;
     // Sequences: of requests, of --vcf's bases, of what every request continues, and one that is kept to be saved.
     context_use_device(en->ctx, o, n_slots * (o->vcf ? 2 : 1) + 2);
+    struct error e = {""};
+    if (en->ctx->device) device_must(device_ban(en->ctx->device, s->banned.p, s->banned.n, &e), &e);
     en->end = &en->first;
     en->n_slots = n_slots;
     en->running = xcalloc((size_t)n_slots, sizeof(void *));
@@ -7249,6 +7269,12 @@ static void judge_row(struct engine *en, struct row *row, const float *logits, s
     const bool draws = row->at + 1 >= n_tokens_of(r) && en->s->o->command == GENERATE;
     struct token_logprob *next = &row->next;
     *next = (struct token_logprob){.id = -1};
+    if (en->ctx->only_choices) {
+        const struct device_choice *choice = &en->ctx->choices[row - en->rows];
+        row->max = choice->max;
+        next->id = choice->id;
+        return;
+    }
     row->max = en->ctx->k->finite_max(logits, n_vocab);
     if (!isfinite(row->max)) return;
     if (row->at + 1 < n_tokens_of(r)) next->id = token_at(r, row->at + 1);
@@ -7310,15 +7336,30 @@ static void engine_score(struct engine *en, int n) {
     engine_take_rows(en, n_rows);
 }
 
+// Are the logits of this step's n segments wanted for their likeliest token alone? A GPU finds that itself.
+static bool all_greedy(const struct engine *en, int n) {
+    int n_rows = 0;
+    for (int i = 0; i < n; i++) {
+        const struct settings *settings = &en->batch[i]->settings;
+        const struct sampling *how = &settings->sampling;
+        if (!en->segments[i].want_logits) continue;
+        n_rows++;
+        if (!(how->greedy || how->temperature < 1e-5f) || how->repeat_penalty != 1.0f || settings->logprobs >= 0) return false;
+    }
+    return n_rows > 0;
+}
+
 // One forward, and what its results mean to each request.
 static void engine_step(struct engine *en) {
     const enum command command = en->s->o->command;
     double start = now_seconds(), *time = en->n_sampled ? &en->sample_seconds : &en->prompt_seconds;
     int n = engine_batch(en), n_rows = 0;
+    en->ctx->only_choices = en->ctx->device && all_greedy(en, n);
     forward(en->ctx, en->segments, n, en->n_layers);
     for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
         if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = n_tokens_of(en->batch[i])};
     engine_take_rows(en, n_rows);
+    en->ctx->only_choices = false;
     engine_score(en, n);
     for (int i = 0, token = 0; i < n; token += en->segments[i++].n_tokens) {
         struct request *r = en->batch[i];

@@ -2,9 +2,12 @@
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
+
+import emulated_cuda
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -32,3 +35,43 @@ def peak_rss(pid):
 @pytest.fixture
 def mamba():
     return run_mamba
+
+
+# ---- the GPU backend: test_cuda.py, check_cuda.py ----
+
+PLACES = ["emulated"] + (["gpu"] if os.environ.get("MAMBA_TEST_GPU") else [])
+
+
+@pytest.fixture(scope="session")
+def emulated_program(tmp_path_factory):
+    if emulated_cuda.available():
+        pytest.skip(emulated_cuda.available())
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def gpu_program(tmp_path_factory):
+    """What `make cuda` builds, where there is a GPU."""
+    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.DEVNULL).returncode != 0:
+        pytest.skip("no GPU here")
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("gpu")
+    for name in ("Makefile", "mamba.c", "mamba_cuda.cu"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run(["make", "cuda"], cwd=folder, check=True)
+    return folder / "mamba"
+
+
+@pytest.fixture(params=PLACES)
+def cuda(request):
+    """The program on the device: cuda(*arguments, **environment) to what it did."""
+    program = request.getfixturevalue(f"{request.param}_program")
+
+    def run(*arguments, input=None, check=True, **environment):
+        stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+        done = subprocess.run([program, *map(str, arguments)], **stdin, capture_output=True, env={**os.environ, **environment}, timeout=600)
+        assert not check or done.returncode == 0, done.stderr.decode()
+        return done
+    run.program, run.emulated = program, request.param == "emulated"
+    return run

@@ -3,9 +3,10 @@
 
     tests/run.py quick    C unit tests and tests/test_*.py
     tests/run.py slow     tests/check_*.py: PyTorch, llama.cpp, sanitizers, linters
+    tests/run.py cuda     those of the GPU backend, emulated, and on a GPU where there is one
 
 The exit status is 0 only when nothing failed and something passed. `make test` calls the
-first, `make check` both.
+first, `make check` the first two, `make test-cuda` the third.
 """
 import os
 import pathlib
@@ -54,13 +55,16 @@ def run_pytest(files):
 
 
 def main():
-    if sys.argv[1:] not in (["quick"], ["slow"]):
+    if sys.argv[1:] not in (["quick"], ["slow"], ["cuda"]):
         sys.exit(__doc__)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would the tests
     start = time.monotonic()
     if sys.argv[1] == "quick":
         counts = [run_unit_tests(), run_pytest(sorted(TESTS.glob("test_*.py")))]
+    elif sys.argv[1] == "cuda":
+        os.environ["MAMBA_TEST_GPU"] = "1"
+        counts = [run_pytest([TESTS / "test_cuda.py", TESTS / "check_cuda.py"])]
     else:
         counts = [run_pytest(sorted(TESTS.glob("check_*.py")))]
     passed, failed, skipped = (sum(column) for column in zip(*counts))

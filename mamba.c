@@ -5611,7 +5611,7 @@ static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e
         at += 8;
         const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size == 0 || (size >= 0x7ff00000 && size > n - at);
         if (is_data && unknown) size = n - at;
-        if (is_data && unknown && f.coding) size -= size % (f.bits / 8 * f.channels);
+        if (is_data && unknown && f.coding) size -= size % ((size_t)(f.bits / 8) * f.channels);
         if (size > n - at) return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk, size, n - at);
         if (memcmp(chunk, "fmt ", 4) == 0 && !wav_format_read(&f, chunk + 8, size, e)) return false;
         if (is_data) return f.coding ? wav_data_read(w, &f, chunk + 8, size, e) : fail(e, "its data come before their format");
@@ -7827,7 +7827,7 @@ static void finish_sound(const struct session *s, int64_t n) {
     add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
     if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
     const int64_t bytes = s->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
-    if (fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size == (int64_t)header.n + bytes &&
+    if (header.n && fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size == (int64_t)header.n + bytes &&
         fseeko(f, 0, SEEK_SET) == 0) {
         fwrite(header.p, 1, header.n, f);
         fseeko(f, 0, SEEK_END);

@@ -295,3 +295,18 @@ def test_a_model_without_nucleotides(mamba, tmp_path):
 def test_wrong_combinations(mamba, model, options, words):
     done = mamba("score", model, *options, check=False)
     assert done.returncode == 2 and words in done.stderr.decode()
+
+
+def test_demo():
+    """models/demo_dna.sh: the Alu is foreseen, coin tosses are not; the cytochrome b is a human's; a CpG that becomes TG is the likeliest change."""
+    done = subprocess.run([ROOT / "models" / "demo_dna.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    bits = {row[0]: float(row[3]) for row in lines if len(row) == 5 and row[0] != "id"}
+    assert bits["random"] > 1.95 and bits["alu"] < bits["random"] - 0.2 and bits["reverse"] < bits["random"] - 0.2
+    bars = {line[:13].strip(): line[13:] for line in done.stdout.splitlines() if "\u2588" in line}
+    assert {len(bars[name]) for name in ("alu", "reverse")} == {90}
+    chance = {row[1]: float(row[2]) for row in lines if len(row) == 3 and row[0].startswith("cytochrome_b:")}
+    assert len(chance) == 5 and abs(sum(chance.values()) - 1) < 1e-5 and chance["human"] > 0.5
+    ratios = {row[4]: float(row[5]) for row in lines if row[:2] == ["alu", "330"]}
+    assert set(ratios) == set("AGT") and max(ratios, key=ratios.get) == "T"

@@ -5,7 +5,7 @@ shared prefix.
     dna.py [--short]
 
 Models of the paper's 1.4M and 7M shapes with random weights, float32. A file holds records of one length, 65,536 bases or more in
-all; transformers, which is given the same ids in batches of 16,384 tokens, reads as far as a batch takes it less than two minutes. All take turns, medians of three
+all; transformers, which is given the same ids in batches of 16,384 tokens, reads as far as a batch takes it less than one minute. All take turns, medians of three
 rounds. "Without" a shared prefix means a FASTA file of both windows of each variant. --short runs a small model once, to see that
 this script works."""
 import argparse
@@ -27,7 +27,7 @@ from nucleotides import convert, random_checkpoint  # noqa: E402
 
 MAMBA = ROOT / "mamba"
 SHAPES = {"1.4M": (12, 128), "7.0M": (16, 256)}
-TOTAL, BATCH, PATIENCE = 1 << 16, 1 << 14, 120
+TOTAL, BATCH, PATIENCE = 1 << 16, 1 << 14, 60
 WINDOW = 1024
 
 

@@ -190,8 +190,8 @@ struct layer {
                                // imaginary part
     struct matrix dt;          // [d_inner][dt_rank]
     const float *dt_b;         // [d_inner]
-    const float *a2;           // [d_inner/16][d_state][R][16]: A * log2(e), so that exp(dt*A) = exp2(dt*a2); its imaginary part in
-                               // turns, A / (2 pi)
+    const float *a2;           // [d_inner/16][d_state][R][16]: A * log2(e), so that exp(dt*A) = exp2(dt*a2); its imaginary part as
+                               // it is, an angle
     const float *a_inverse;    // [d_inner/16][d_state][R][16]: 1 / A, with zero-order hold
     const float *decay, *weight;  // [d_inner/16][d_state][R][16] of S4: exp(dt*A), and C times the discretised B
     const float *d;            // [d_inner]
@@ -1153,7 +1153,7 @@ static size_t state_at(size_t ch, size_t n, size_t n_state, size_t parts) {
     return ((ch / 16 * n_state + n) * parts) * 16 + ch % 16;
 }
 
-// A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state][R], as exponents of 2 and turns; and 1 / A.
+// A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state][R], as exponents of 2 and angles; and 1 / A.
 static void bind_a(struct binder *b, struct layer *l, const char *name, const struct config *c) {
     const struct level_size *size = &c->level[l->level];
     const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex, floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
@@ -1165,7 +1165,7 @@ static void bind_a(struct binder *b, struct layer *l, const char *name, const st
             const float *from = a + (ch * n_state + n) * parts, im = l->is_complex ? from[1] : 0.0f;
             const double squared = (double)*from * (double)*from + (double)im * (double)im;
             a2[to] = *from * 0x1.715476p+0f;
-            if (l->is_complex) a2[to + 16] = (float)((double)im * 0.15915494309189535);
+            if (l->is_complex) a2[to + 16] = im;
             if (!inverse) continue;
             inverse[to] = (float)((double)*from / squared);
             if (l->is_complex) inverse[to + 16] = (float)(-(double)im / squared);
@@ -1932,10 +1932,12 @@ MATH vf v_exp2_minus_1(vf t) {
     return v_fma(power, v_mul(p, f), v_sub(power, one));
 }
 
-// Sine, and cosine minus 1, of an angle in turns. Those of half the angle, which is at most a quarter turn, are Taylor series to
-// x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1 = -2 sin^2 x.
-MATH void v_sincos(vf turns, vf *sine, vf *cosine_minus_1) {
-    vf shift = v_set(0x1.8p23f), x = v_mul(v_sub(turns, v_sub(v_add(turns, shift), shift)), v_set(0x1.921fb6p+1f)), q = v_mul(x, x);
+// Sine, and cosine minus 1, of an angle in radians. Whole turns are taken off with 2 pi in two parts; sine and cosine of half of what
+// is left, which is at most a quarter turn, are Taylor series to x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1 = -2 sin^2 x.
+MATH void v_sincos(vf angle, vf *sine, vf *cosine_minus_1) {
+    vf shift = v_set(0x1.8p23f), turns = v_sub(v_fma(angle, v_set(0x1.45f306p-3f), shift), shift);
+    vf left = v_fma(turns, v_set(0x1.777a5cp-23f), v_fma(turns, v_set(-0x1.921fb6p+2f), angle));
+    vf x = v_mul(left, v_set(0.5f)), q = v_mul(x, x);
     vf s = v_set(-2.50521084e-8f), c = v_set(2.08767570e-9f);
     s = v_fma(s, q, v_set(2.75573192e-6f));
     s = v_fma(s, q, v_set(-1.98412698e-4f));

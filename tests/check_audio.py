@@ -34,19 +34,21 @@ def test_logits(tmp_path, variant):
     c = sounds.config(d_model=16, pool=[4, 2], **variant)
     w = sounds.random_weights(c, seed=3)
     path = sounds.convert(sounds.write_checkpoint(tmp_path / "c", c, w), tmp_path / "m.bin")
-    ids = [START, *RNG.integers(0, 256, 150)]  # complex S6 of random weights is chaotic: after 500 steps PyTorch's float32 is off by 1e-3, too
+    ids = [START, *RNG.integers(0, 256, 150)]
     with torch.no_grad():
-        expected = definition(c, w).logits(torch.tensor([ids]))[0].numpy()
+        expected, in_float = (m.logits(torch.tensor([ids]))[0].numpy() for m in (definition(c, w), definition(c, w).float()))
     run_mamba("score", path, "--ids", " ".join(map(str, ids)), "--logits", tmp_path / "l.npy", "-ub", "64")
     found = np.load(tmp_path / "l.npy")
-    assert np.all(np.abs(found - expected) <= 1e-4 * np.abs(expected).max())
+    # Complex S6 of random weights is chaotic: where PyTorch's own float32 is off by more than 1e-4, ours may be as far.
+    assert np.abs(found - expected).max() <= max(1e-4 * np.abs(expected).max(), 2 * np.abs(in_float - expected).max())
+    assert np.abs(in_float - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
 def test_the_shape_of_the_paper(tmp_path):
     """YouTubeMix: D = 64, p = 16, three blocks a stage, as train.py initialises it."""
     torch.manual_seed(0)
     model = train.UNet(train.UNetConfig(sample_rate=16000), train.PlainOps()).eval()
-    assert sum(p.numel() for p in model.parameters()) == 3664896  # "3.5M" of table 4, with complex S4
+    assert sum(p.numel() for p in model.parameters()) == 3663616  # "3.5M" of table 4, with complex S4
     train.export_unet(model, tmp_path / "hf")
     path = sounds.convert(tmp_path / "hf", tmp_path / "m.bin")
     ids = [START, *RNG.integers(0, 256, 2047)]

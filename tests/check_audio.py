@@ -36,12 +36,10 @@ def test_logits(tmp_path, variant):
     path = sounds.convert(sounds.write_checkpoint(tmp_path / "c", c, w), tmp_path / "m.bin")
     ids = [START, *RNG.integers(0, 256, 150)]
     with torch.no_grad():
-        expected, in_float = (m.logits(torch.tensor([ids]))[0].numpy() for m in (definition(c, w), definition(c, w).float()))
+        expected = definition(c, w).logits(torch.tensor([ids]))[0].numpy()
     run_mamba("score", path, "--ids", " ".join(map(str, ids)), "--logits", tmp_path / "l.npy", "-ub", "64")
     found = np.load(tmp_path / "l.npy")
-    # Complex S6 of random weights is chaotic: where PyTorch's own float32 is off by more than 1e-4, ours may be as far.
-    assert np.abs(found - expected).max() <= max(1e-4 * np.abs(expected).max(), 2 * np.abs(in_float - expected).max())
-    assert np.abs(in_float - expected).max() <= 2e-3 * np.abs(expected).max()
+    assert np.all(np.abs(found - expected) <= 1e-4 * np.abs(expected).max())
 
 
 def test_the_shape_of_the_paper(tmp_path):
@@ -137,7 +135,7 @@ def test_reads_what_sox_writes(sox, unet, tmp_path, options):
     found, expected = codes(clip), codes(plain)
     a, b = sounds.decode(found), sounds.decode(expected)
     coarse = "8" in str(options[1:2]) or "mu-law" in options
-    assert len(found) == len(expected) and np.all(np.abs(a - b) <= (0.05 if coarse else 0.0) * np.maximum(np.abs(b), 0.4) + (0.02 if coarse else 0))
+    assert len(found) == len(expected) and np.all(np.abs(a - b) <= (0.08 if coarse else 0.0) * np.maximum(np.abs(b), 0.4) + (0.02 if coarse else 0))
     piped = sox("-D", plain, *options, "-t", "wav", "-")
     assert np.array_equal(codes("-", input=piped), found)
 

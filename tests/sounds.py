@@ -43,8 +43,8 @@ def random_weights(c, seed=1):
                   p + "out_proj.weight": matrix(d, inner)}
             if pair:
                 w[p + "A_imag"] = rng.uniform(-6, 6, (inner, n))
-            if ssm == "s6":
-                w |= {p + "x_proj.weight": matrix(rank + 2 * n * (1 + len(pair)), inner), p + "dt_proj.weight": matrix(inner, rank, 1.5),
+            if ssm == "s6":  # complex ones with more gain are chaotic
+                w |= {p + "x_proj.weight": matrix(rank + 2 * n * (1 + len(pair)), inner, 0.4 if pair else 1.0), p + "dt_proj.weight": matrix(inner, rank, 1.5),
                       p + "dt_proj.bias": rng.uniform(-5, 0, inner)}
             else:
                 w |= {p + "dt_bias": rng.uniform(-4, 1, inner), p + "B": rng.normal(0, 1, (inner, n, *pair)), p + "C": rng.normal(0, 1, (inner, n, *pair))}

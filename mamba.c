@@ -3466,7 +3466,7 @@ static int team_size(struct context *ctx) {
             ctx->change.forward = ctx->n_forwards;
             ctx->change.time = now;
         }
-    } else if (ctx->n_left_out && ctx->n_forwards - ctx->change.forward >= RETRY * ctx->patience &&
+    } else if (ctx->n_left_out && ctx->n_forwards - ctx->change.forward >= (int64_t)RETRY * ctx->patience &&
                now - ctx->change.time >= retry_seconds * ctx->patience) {
         ctx->n_left_out--;
         ctx->on_probation = true;

@@ -184,11 +184,13 @@ def test_context_models(train):
     """By hand: counts of both strands, and each order's estimate from the one below."""
     ids = train.ID_OF_LETTER[np.frombuffer(b"ACGNACA", np.uint8)]
     both = "ACGNACA", "TGTNCGT"
-    counts = train.count_contexts([ids], 1)
+    on_both = lambda pieces: [train.bases_of(strand) for p in pieces for strand in (p, train.reverse_complement(p))]
+    counts = train.count_contexts(on_both([ids]), 4, 1)
     assert all(counts[a, b] == sum(s[i:i + 2] == "ACGT"[a] + "ACGT"[b] for s in both for i in range(6)) for a in range(4) for b in range(4))
     zero = [sum(s.count(c) for s in both) for c in "ACGT"]
     test = train.ID_OF_LETTER[np.frombuffer(b"ACNGT", np.uint8)]
-    bits = train.context_model_bits({"train": [ids, ids[:1]], "test": [test, test[:1]]}, "test", 1, [2.0])[0]
+    tables = [train.count_contexts(on_both([ids, ids[:1]]), 4, order) for order in (0, 1)]
+    bits = train.context_model_bits(tables, [train.bases_of(p) for p in (test, test[:1])], 4, 1, [2.0])[0]
     zero = [z + (c in "AT") for c, z in zip("ACGT", zero)]  # the second piece, too short for a context, on both strands
     order0 = [(z + 2 * 0.25) / (sum(zero) + 2) for z in zero]
     expected = [-np.log2((counts[a, b] + 2 * order0[b]) / (counts[a].sum() + 2)) for a, b in ((0, 1), (2, 3))]

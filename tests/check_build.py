@@ -112,7 +112,7 @@ def test_unit_tests_sanitized(sanitized):
     assert re.search(r"\d+ passed, 0 failed\n$", run(sanitized[1], "tests/fixtures"))
 
 
-@pytest.mark.parametrize("tests", ["test_cli.py", "test_model.py", "test_tokenizer.py", "test_requests.py", "test_dna.py", "test_regions.py"])
+@pytest.mark.parametrize("tests", ["test_cli.py", "test_model.py", "test_tokenizer.py", "test_requests.py", "test_dna.py", "test_regions.py", "test_audio.py"])
 def test_commands_sanitized(sanitized, tests):
     run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", ROOT / "tests" / tests,
         env={**os.environ, "MAMBA": str(sanitized[0])})

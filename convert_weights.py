@@ -179,6 +179,10 @@ class UNetConfig:
     def dt_rank(self, level):
         return math.ceil(self.width(level) / 16)
 
+    @property
+    def norm_parts(self):
+        return ("weight", "bias") if self.norm == "layernorm" else ("weight",)
+
 
 def config_unet(c, path):
     known = {f.name for f in fields(UNetConfig) if f.name != "labels"}
@@ -381,8 +385,7 @@ def block_table(config, stage):
     (ssm, numbers), level = config.stages[stage], config.level(stage)
     d_model, d_inner, n, rank = config.width(level), config.expand * config.width(level), config.d_state, config.dt_rank(level)
     pair = (2,) if numbers == "complex" else ()
-    norm = ["weight", "bias"] if config.norm == "layernorm" else ["weight"]
-    yield from ((f"attn_norm.{part}", f"norm.{part}", (d_model,), False) for part in norm)
+    yield from ((f"attn_norm.{part}", f"norm.{part}", (d_model,), False) for part in config.norm_parts)
     yield "ssm_in.weight", "mixer.in_proj.weight", (2 * d_inner, d_model), True
     yield "ssm_conv1d.weight", "mixer.conv1d.weight", (d_inner, 1, config.d_conv), False
     yield "ssm_conv1d.bias", "mixer.conv1d.bias", (d_inner,), False
@@ -405,9 +408,8 @@ def unet_table(config):
     n_pools, names = len(config.pool), ["center"]
     for level in reversed(range(n_pools)):              # the checkpoint counts from the outside in both directions
         names = [f"down.{level}", *names, f"up.{level}"]
-    norm = ["weight", "bias"] if config.norm == "layernorm" else ["weight"]
     yield "token_embd.weight", "embed.weight", (256, config.d_model), True
-    yield from ((f"output_norm.{part}", f"norm.{part}", (config.d_model,), False) for part in norm)
+    yield from ((f"output_norm.{part}", f"norm.{part}", (config.d_model,), False) for part in config.norm_parts)
     yield "output.weight", "head.weight", (256, config.d_model), True
     yield "output.bias", "head.bias", (256,), False
     for i, p in enumerate(config.pool):

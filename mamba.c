@@ -322,6 +322,11 @@ struct level {
     int *n_new;                // [max_tokens] of each of its segments
 };
 
+struct moment {
+    int64_t forward;           // counted from 1; 0: never
+    double time;               // in seconds
+};
+
 struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
     const struct model *m;
     const struct kernels *k;
@@ -334,10 +339,7 @@ struct context {               // what a forward needs besides the model; owner 
     bool on_probation;         // a thread that was left out is back, not for long
     int patience;              // how long one is left out; more after each try that failed
     int64_t n_forwards;
-    struct {                   // when a thread last lost its core, and when one was last left out or came back
-        int64_t forward;
-        double time;
-    } loss, change;
+    struct moment loss, change;  // when a thread last lost its core, and when one was last left out or came back
     int n_team;                // threads of the last forward
     double token_seconds;      // of the last forward, for each of its tokens
     atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
@@ -1502,6 +1504,7 @@ struct kernels {
 #define conv_4_taps ISA_NAME(conv_4_taps)
 #define conv_any_taps ISA_NAME(conv_any_taps)
 #define v_exp2_minus_1 ISA_NAME(v_exp2_minus_1)
+#define v_exp2_parts ISA_NAME(v_exp2_parts)
 #define v_sincos ISA_NAME(v_sincos)
 #define scan_step ISA_NAME(scan_step)
 #define scan_step_zoh ISA_NAME(scan_step_zoh)
@@ -1903,33 +1906,30 @@ LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // signe
 
 #endif  // vocabulary
 
-// 2^t for t clamped to [-126, 126]. t = n + f with n the nearest integer; 2^f by a polynomial with relative error 2e-8
-// (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
-MATH vf v_exp2(vf t) {
+// t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that gives 2^f
+// with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+LANE vf v_exp2_parts(vf t, vf *n, vf *f) {
     t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
-    vf shift = v_set(0x1.8p23f), rounded = v_add(t, shift), f = v_sub(t, v_sub(rounded, shift));
-    vf p = v_set(0x1.41fbbcp-13f);
-    p = v_fma(p, f, v_set(0x1.5f3e54p-10f));
-    p = v_fma(p, f, v_set(0x1.3b2d4cp-7f));
-    p = v_fma(p, f, v_set(0x1.c6aee8p-5f));
-    p = v_fma(p, f, v_set(0x1.ebfbdcp-3f));
-    p = v_fma(p, f, v_set(0x1.62e430p-1f));
-    p = v_fma(p, f, v_set(1.0f));
-    return v_add_exponent(p, rounded);
+    vf shift = v_set(0x1.8p23f), p = v_set(0x1.41fbbcp-13f);
+    *n = v_add(t, shift);
+    *f = v_sub(t, v_sub(*n, shift));
+    p = v_fma(p, *f, v_set(0x1.5f3e54p-10f));
+    p = v_fma(p, *f, v_set(0x1.3b2d4cp-7f));
+    p = v_fma(p, *f, v_set(0x1.c6aee8p-5f));
+    p = v_fma(p, *f, v_set(0x1.ebfbdcp-3f));
+    return v_fma(p, *f, v_set(0x1.62e430p-1f));
+}
+
+// 2^t
+MATH vf v_exp2(vf t) {
+    vf n, f, p = v_exp2_parts(t, &n, &f);
+    return v_add_exponent(v_fma(p, f, v_set(1.0f)), n);
 }
 
 // 2^t - 1 without the cancellation near t = 0: with 2^t = 2^n (1 + q), it is 2^n q + (2^n - 1).
 MATH vf v_exp2_minus_1(vf t) {
-    t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
-    vf shift = v_set(0x1.8p23f), rounded = v_add(t, shift), f = v_sub(t, v_sub(rounded, shift)), one = v_set(1.0f);
-    vf p = v_set(0x1.41fbbcp-13f);
-    p = v_fma(p, f, v_set(0x1.5f3e54p-10f));
-    p = v_fma(p, f, v_set(0x1.3b2d4cp-7f));
-    p = v_fma(p, f, v_set(0x1.c6aee8p-5f));
-    p = v_fma(p, f, v_set(0x1.ebfbdcp-3f));
-    p = v_fma(p, f, v_set(0x1.62e430p-1f));
-    vf power = v_add_exponent(one, rounded);
-    return v_fma(power, v_mul(p, f), v_sub(power, one));
+    vf n, f, p = v_exp2_parts(t, &n, &f), power = v_add_exponent(v_set(1.0f), n);
+    return v_fma(power, v_mul(p, f), v_sub(power, v_set(1.0f)));
 }
 
 // Sine, and cosine minus 1, of an angle in radians. Whole turns are taken off with 2 pi in two parts; sine and cosine of half of what
@@ -3088,8 +3088,19 @@ static void mamba_block(struct team *t, int layer, struct skips skips) {
 
 // ---- Poolings of a U-Net ----
 
-// Steps of a level that a segment's sequence had behind it before this batch.
-static int64_t steps_before(const struct segment *s, int period) { return (s->seq->n_past - s->n_tokens) / period; }
+// Where a segment's steps lie at pooling i: its first row in level i, its first in the next one, and the place among P of the step
+// that comes first, by what its sequence had behind it before this batch.
+struct pool_place {
+    int row, row_up, place;
+};
+
+static struct pool_place pool_place(const struct context *ctx, int i, int segment) {
+    const struct level *v = &ctx->level[i];
+    const struct segment *s = &ctx->segments[segment];
+    struct pool_place p = {.place = (int)((s->seq->n_past - s->n_tokens) / v->size.period % ctx->m->c.pool[i])};
+    for (int j = 0; j < segment; j++) p.row += v->n_new[j], p.row_up += v[1].n_new[j];
+    return p;
+}
 
 static float *skip_rows(const struct level *v, const struct context *ctx, int i) {
     return v->skip + (size_t)i * (size_t)ctx->max_tokens * (size_t)v->ld_model;
@@ -3099,24 +3110,21 @@ static float *skip_rows(const struct level *v, const struct context *ctx, int i)
 // the last skip.
 static void gather_down_phase(struct team *t, int i) {
     struct context *ctx = t->ctx;
-    struct level *v = &ctx->level[i], *next = v + 1;
+    struct level *v = &ctx->level[i];
     const int p = ctx->m->c.pool[i], n = v->size.d_model;
     int item;
     while (next_item(t, ctx->n_segments, &item)) {
-        const struct segment *s = &ctx->segments[item];
-        int row = 0, row_up = 0;
-        for (int j = 0; j < item; j++) row += v->n_new[j], row_up += next->n_new[j];
-        float *waiting = s->seq->pool + ctx->m->pools[i].at;
-        const float *x = v->x + (size_t)row * (size_t)v->ld_model;
-        memcpy(skip_rows(v, ctx, ctx->m->c.n_blocks) + (size_t)row * (size_t)v->ld_model, x,
-               (size_t)v->n_new[item] * (size_t)v->ld_model * sizeof *x);
-        int place = (int)(steps_before(s, v->size.period) % p);  // of the next step among P
+        struct pool_place at = pool_place(ctx, i, item);
+        const size_t first = (size_t)at.row * (size_t)v->ld_model;
+        float *waiting = ctx->segments[item].seq->pool + ctx->m->pools[i].at;
+        const float *x = v->x + first;
+        memcpy(skip_rows(v, ctx, ctx->m->c.n_blocks) + first, x, (size_t)v->n_new[item] * (size_t)v->ld_model * sizeof *x);
         for (int step = 0; step < v->n_new[item]; step++, x += v->ld_model) {
-            memcpy(waiting + (size_t)place * (size_t)n, x, (size_t)n * sizeof *x);
-            if (++place < p) continue;
-            place = 0;
-            memcpy(v->down_in.f + (size_t)row_up * (size_t)v->down_in.ld, waiting, (size_t)p * (size_t)n * sizeof *x);
-            quantize_rows(ctx->k, &v->down_in, row_up++, 1, 0, p * n);
+            memcpy(waiting + (size_t)at.place * (size_t)n, x, (size_t)n * sizeof *x);
+            if (++at.place < p) continue;
+            at.place = 0;
+            memcpy(v->down_in.f + (size_t)at.row_up * (size_t)v->down_in.ld, waiting, (size_t)p * (size_t)n * sizeof *x);
+            quantize_rows(ctx->k, &v->down_in, at.row_up++, 1, 0, p * n);
         }
     }
 }
@@ -3135,21 +3143,19 @@ static void copy_phase(struct team *t, struct level *next) {
 // themselves: a sequence holds the last one, and begins with zeros.
 static void scatter_up_phase(struct team *t, int i) {
     struct context *ctx = t->ctx;
-    struct level *v = &ctx->level[i], *next = v + 1;
+    struct level *v = &ctx->level[i];
     const int p = ctx->m->c.pool[i], n = v->size.d_model;
     int item;
     while (next_item(t, ctx->n_segments, &item)) {
-        const struct segment *s = &ctx->segments[item];
-        int row = 0, row_up = 0;
-        for (int j = 0; j < item; j++) row += v->n_new[j], row_up += next->n_new[j];
-        float *last = s->seq->pool + ctx->m->pools[i].at + (size_t)p * (size_t)n, *x = v->x + (size_t)row * (size_t)v->ld_model;
-        const float *skip = skip_rows(v, ctx, ctx->m->c.n_blocks) + (size_t)row * (size_t)v->ld_model, *from = last;
-        int place = (int)(steps_before(s, v->size.period) % p);
+        struct pool_place at = pool_place(ctx, i, item);
+        const size_t first = (size_t)at.row * (size_t)v->ld_model;
+        float *last = ctx->segments[item].seq->pool + ctx->m->pools[i].at + (size_t)p * (size_t)n, *x = v->x + first;
+        const float *skip = skip_rows(v, ctx, ctx->m->c.n_blocks) + first, *from = last;
         for (int step = 0; step < v->n_new[item]; step++, x += v->ld_model, skip += v->ld_model) {
-            for (int k = 0; k < n; k++) x[k] = from[place * n + k] + skip[k];
-            if (++place < p) continue;
-            place = 0;
-            from = v->up + (size_t)row_up++ * (size_t)v->ld_up;
+            for (int k = 0; k < n; k++) x[k] = from[at.place * n + k] + skip[k];
+            if (++at.place < p) continue;
+            at.place = 0;
+            from = v->up + (size_t)at.row_up++ * (size_t)v->ld_up;
         }
         if (from != last) memcpy(last, from, (size_t)p * (size_t)n * sizeof *x);
     }
@@ -3260,8 +3266,8 @@ static void level_init(struct level *v, const struct model *m, int i, int max_to
         const struct layer *l = &m->layers[j];
         if (l->level != i) continue;
         q_in |= is_quantized(&l->in);
-        q_x |= !l->s4 && is_quantized(&l->x);
-        q_dt |= !l->s4 && is_quantized(&l->dt);
+        q_x |= is_quantized(&l->x);
+        q_dt |= is_quantized(&l->dt);
         q_out |= is_quantized(&l->out);
         any_complex |= l->is_complex;
     }
@@ -3353,11 +3359,8 @@ static struct sequence *context_sequence(const struct context *ctx) {
 static void sequence_fetch(struct sequence *s, const struct config *c) {
     struct error e = {""};
     if (!s->device) return;
-    struct sequence *copy = sequence_new(c);
-    s->conv = copy->conv;
-    s->ssm = copy->ssm;
-    free(copy->pool);
-    free(copy);
+    s->conv = xcalloc(c->conv_floats, sizeof(float));
+    s->ssm = xcalloc(c->ssm_floats, sizeof(float));
     device_must(device_read_state(s->device, s->slot, s->conv, s->ssm, &e), &e);
 }
 
@@ -3436,7 +3439,8 @@ static void forward_team(struct team *t) {
     struct context *ctx = t->ctx;
     embed_phase(t);
     if (ctx->m->c.n_pools) unet(t, 0, 0);
-    for (int i = 0; !ctx->m->c.n_pools && i < ctx->n_run_layers; i++) mamba_block(t, i, (struct skips){NULL, NULL});
+    else
+        for (int i = 0; i < ctx->n_run_layers; i++) mamba_block(t, i, (struct skips){NULL, NULL});
     if (ctx->n_run_layers < ctx->m->c.n_layer) return;
     norm_phase(t, &ctx->level[0], ctx->m->norm, ctx->m->norm_b, (struct skips){NULL, NULL});
     if (!ctx->n_rows) return;
@@ -3444,35 +3448,37 @@ static void forward_team(struct team *t) {
     head_phase(t);
 }
 
+// Within a few forwards, or less than a few time slices of a process ago.
+static bool lately(struct moment then, struct moment now) {
+    enum { FEW = 8 };
+    const double few_seconds = 0.1;
+    return then.forward && (now.forward - then.forward <= FEW || now.time - then.time < few_seconds);
+}
+
 // How many threads the next forward uses. One that loses its core in the middle of an item, or has none when the others
 // are done, keeps them waiting for milliseconds, the length of several tokens: while that happens, short forwards do with a
 // thread less, and try again later.
 static int team_size(struct context *ctx) {
-    enum { FEW = 8, RETRY = 50, MAX_PATIENCE = 16 };  // forwards
-    const double few_seconds = 0.1, retry_seconds = 0.5;  // of forwards that are much shorter than a process's time slice
-    const double long_enough = 0.03;  // seconds, against which waiting means nothing
-    const double now = now_seconds();
+    enum { RETRY = 50, MAX_PATIENCE = 16 };  // forwards
+    const double retry_seconds = 0.5;  // of forwards that are much shorter than a process's time slice
+    const double long_enough = 0.03;   // seconds, against which waiting means nothing
     if (ctx->n_tokens > ROW_TOKENS && ctx->n_tokens * ctx->token_seconds > long_enough) return ctx->n_threads;
-    ctx->n_forwards++;
-    const bool recent = ctx->n_forwards - ctx->change.forward <= FEW || now - ctx->change.time < few_seconds;
+    const struct moment now = {++ctx->n_forwards, now_seconds()};
     if (atomic_exchange(&ctx->lost_a_core, false)) {
-        const bool again = ctx->loss.time > 0 && (ctx->n_forwards - ctx->loss.forward <= FEW || now - ctx->loss.time < few_seconds);
-        ctx->loss.forward = ctx->n_forwards;
-        ctx->loss.time = now;
+        const bool again = lately(ctx->loss, now);
+        ctx->loss = now;
         if ((again || ctx->on_probation) && ctx->n_left_out < ctx->n_threads - 1) {  // two losses are no accident
             ctx->patience = ctx->on_probation ? min_int(2 * ctx->patience, MAX_PATIENCE) : 1;
             ctx->n_left_out++;
             ctx->on_probation = false;
-            ctx->change.forward = ctx->n_forwards;
-            ctx->change.time = now;
+            ctx->change = now;
         }
-    } else if (ctx->n_left_out && ctx->n_forwards - ctx->change.forward >= (int64_t)RETRY * ctx->patience &&
-               now - ctx->change.time >= retry_seconds * ctx->patience) {
+    } else if (ctx->n_left_out && now.forward - ctx->change.forward >= (int64_t)RETRY * ctx->patience &&
+               now.time - ctx->change.time >= retry_seconds * ctx->patience) {
         ctx->n_left_out--;
         ctx->on_probation = true;
-        ctx->change.forward = ctx->n_forwards;
-        ctx->change.time = now;
-    } else if (!recent) {
+        ctx->change = now;
+    } else if (!lately(ctx->change, now)) {
         ctx->on_probation = false;
     }
     return ctx->n_threads - ctx->n_left_out;
@@ -5542,8 +5548,6 @@ struct wav_format {
     uint32_t sample_rate;
 };
 
-static uint32_t read_u16(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
-
 // G.711's mu-law, which WAV calls by that name: a sign, three bits of exponent, four of mantissa, all inverted.
 static float g711_decode(uint8_t byte) {
     const int code = ~byte & 0xff, magnitude = (((code & 15) << 3) + 132) << (code >> 4 & 7);
@@ -5567,14 +5571,14 @@ static float wav_sample(const struct wav_format *f, const uint8_t *p) {
     if (f->coding == WAV_MU_LAW) return g711_decode(*p);
     if (f->bits == 8) return ((float)*p - 128) / 128;  // the only unsigned one
     if (f->bits == 64) return memcpy(&wide, p, 8), (float)wide;
-    four.u = f->bits == 16 ? read_u16(p) << 16 : f->bits == 24 ? read_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
+    four.u = f->bits == 16 ? (uint32_t)load_u16(p) << 16 : f->bits == 24 ? (uint32_t)load_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
     return f->coding == WAV_FLOAT ? four.f : (float)((double)(int32_t)four.u / 2147483648.0);
 }
 
 static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
     if (n < 16) return fail(e, "its format has %zu bytes; expected 16 or more", n);
-    *f = (struct wav_format){read_u16(p), read_u16(p + 2), read_u16(p + 14), load_u32(p + 4)};
-    if (f->coding == WAV_EXTENSIBLE && n >= 26) f->coding = read_u16(p + 24);
+    *f = (struct wav_format){load_u16(p), load_u16(p + 2), load_u16(p + 14), load_u32(p + 4)};
+    if (f->coding == WAV_EXTENSIBLE && n >= 26) f->coding = load_u16(p + 24);
     const bool known = (f->coding == WAV_PCM && (f->bits == 8 || f->bits == 16 || f->bits == 24 || f->bits == 32)) ||
                        (f->coding == WAV_FLOAT && (f->bits == 32 || f->bits == 64)) || (f->coding == WAV_MU_LAW && f->bits == 8);
     if (!known)
@@ -6963,10 +6967,10 @@ static struct request *next_input_request(struct engine *en) {
     else buffer_printf(&id, "%d", en->next_input + 1);
     r->id = id.p;
     do {
-        bool continues = s->base || (together && en->next_input > 0);
-        if (en->next_input < o->n_inputs) read_input(s, &o->inputs[en->next_input], continues, &r->tokens, &r->scale, &r->error);
-        if (en->next_input < o->n_inputs && o->inputs[en->next_input].source == FROM_WAV && !continues && r->tokens.n)
-            r->n_carried = 1;  // what begins a clip is no sample of it
+        const struct input *in = en->next_input < o->n_inputs ? &o->inputs[en->next_input] : NULL;
+        const bool continues = s->base || (together && en->next_input > 0);
+        if (in) read_input(s, in, continues, &r->tokens, &r->scale, &r->error);
+        if (in && in->source == FROM_WAV && !continues && r->tokens.n) r->n_carried = 1;  // what begins a clip is no sample of it
         en->next_input++;
     } while (together && en->next_input < o->n_inputs);
     return r;

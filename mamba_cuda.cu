@@ -1158,8 +1158,8 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     d->ld_dt = whole_chunks(c->dt_rank);
     d->ld_state = (c->d_inner + 15) / 16 * 16;
     d->ld_bc = 2 * c->d_state;
-    d->slot_conv = (size_t)c->n_layer * (size_t)d->ld_state * (size_t)(c->d_conv - 1);
-    d->slot_ssm = (size_t)c->n_layer * (size_t)d->ld_state * (size_t)c->d_state;
+    d->slot_conv = c->conv_floats;
+    d->slot_ssm = c->ssm_floats;
     for (int i = 0; i < shape.max_sequences; i++) d->free_slots.push_back(i);  // taken from the end: what is read behind a state is seen
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&

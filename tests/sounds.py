@@ -25,14 +25,19 @@ def config(**changes):
             "layer_norm_epsilon": 1e-5, "sample_rate": RATE, "start_token": START, "normalization": "minmax", **MIXED, **changes}
 
 
+def stage_names(c):
+    """In order of flow; numbers count from the outside."""
+    levels = range(len(c["pool"]))
+    return [f"down.{i}" for i in levels] + ["center"] + [f"up.{i}" for i in reversed(levels)]
+
+
 def random_weights(c, seed=1):
     """{name: float32}, as config.json's model has them."""
     rng, w = np.random.default_rng(seed), {}
     norm = lambda name, d: w.update({f"{name}.weight": rng.uniform(0.5, 1.5, d)} | ({f"{name}.bias": rng.normal(0, 0.3, d)} if c["norm"] == "layernorm" else {}))
     matrix = lambda rows, cols, gain=1.0: rng.normal(0, gain / cols ** 0.5, (rows, cols))
     n_pools = len(c["pool"])
-    names = [f"down.{i}" for i in range(n_pools)] + ["center"] + [f"up.{i}" for i in reversed(range(n_pools))]
-    for stage, (name, (ssm, numbers)) in enumerate(zip(names, c["stages"])):
+    for stage, (name, (ssm, numbers)) in enumerate(zip(stage_names(c), c["stages"])):
         d = c["d_model"] << min(stage, 2 * n_pools - stage)
         inner, n, rank, pair = c["expand"] * d, c["d_state"], -(-d // 16), (2,) if numbers == "complex" else ()
         for i in range(c["n_blocks"]):
@@ -115,8 +120,7 @@ class UNet:
     """The whole model, a sample at a time: stages inside run when the ones outside have gathered enough steps for them."""
     def __init__(self, c, w):
         self.c, self.w, n = c, w, len(c["pool"])
-        names = [f"down.{i}" for i in range(n)] + ["center"] + [f"up.{i}" for i in reversed(range(n))]
-        self.stages = [[Block(c, w, f"{name}.blocks.{i}.", kind) for i in range(c["n_blocks"])] for name, kind in zip(names, c["stages"])]
+        self.stages = [[Block(c, w, f"{name}.blocks.{i}.", kind) for i in range(c["n_blocks"])] for name, kind in zip(stage_names(c), c["stages"])]
         self.gathered = [[] for _ in range(n)]
         self.waiting = [[np.zeros(c["d_model"] << i)] * p for i, p in enumerate(c["pool"])]  # zeros, not the bias, before anything came up
 

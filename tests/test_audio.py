@@ -11,26 +11,13 @@ import numpy as np
 import pytest
 
 import sounds
+import reference
 from conftest import FIXTURES, PROGRAM
 from sounds import RATE, START, unet  # noqa: F401 (a fixture)
+from test_model import npy, score_logits, text
 
 RNG = np.random.default_rng(5)
 CLIP = np.convolve(RNG.normal(0, 0.05, 700), np.ones(9), "same").clip(-1, 1)
-
-
-def text(ids):
-    return " ".join(map(str, ids))
-
-
-def logits_of(mamba, path, ids, tmp_path, *options, **keywords):
-    out = tmp_path / "logits.npy"
-    mamba("score", path, "--ids", text(ids), "--logits", out, *options, **keywords)
-    return out.read_bytes()
-
-
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def codes_of(mamba, path, file, **keywords):
@@ -62,7 +49,7 @@ def test_logits(mamba, tmp_path, variant):
     w = sounds.random_weights(c, seed=7)
     path = sounds.convert(sounds.write_checkpoint(tmp_path / "c", c, w), tmp_path / "m.bin")
     ids = [START, *RNG.integers(0, 256, 52)]
-    found, expected = np.load(io.BytesIO(logits_of(mamba, path, ids, tmp_path))), sounds.UNet(c, w).logits(ids)
+    found, expected = npy(score_logits(mamba, path, ids, tmp_path)), sounds.UNet(c, w).logits(ids)
     assert found.shape == expected.shape and expected.std() > 0.5
     assert np.all(np.abs(found - expected) <= 1e-4 * np.abs(expected).max())
 
@@ -74,17 +61,17 @@ def test_other_shapes(mamba, tmp_path, pool, blocks):
     path = sounds.convert(sounds.write_checkpoint(tmp_path / "c", c, w), tmp_path / "m.bin")
     for n in (1, 2, 77):  # neither a multiple of the poolings nor long enough for all of them
         ids = RNG.integers(0, 256, n)
-        found, expected = np.load(io.BytesIO(logits_of(mamba, path, ids, tmp_path))), sounds.UNet(c, w).logits(ids)
+        found, expected = npy(score_logits(mamba, path, ids, tmp_path)), sounds.UNet(c, w).logits(ids)
         assert np.all(np.abs(found - expected) <= 1e-4 * np.abs(expected).max())
 
 
 def test_the_same_bits(mamba, unet, tmp_path):
     """Whatever the chunks, the threads and the instruction set."""
     ids = RNG.integers(0, 256, 100)
-    whole = logits_of(mamba, unet[0], ids, tmp_path)
+    whole = score_logits(mamba, unet[0], ids, tmp_path)
     for options, env in [(("-ub", "1"), {}), (("-ub", "2"), {}), (("-ub", "7"), {}), (("-ub", "99"), {}), (("-t", "1"), {}), (("-t", "3"), {}),
                          ((), {"MAMBA_ISA": "generic"})]:
-        assert logits_of(mamba, unet[0], ids, tmp_path, *options, env=env) == whole, (options, env)
+        assert score_logits(mamba, unet[0], ids, tmp_path, *options, env=env) == whole, (options, env)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
@@ -92,7 +79,7 @@ def test_smaller_types(mamba, unet, tmp_path, kind):
     c = sounds.config(d_model=32)
     folder = sounds.write_checkpoint(tmp_path / "c", c, sounds.random_weights(c))
     ids = RNG.integers(0, 256, 60)
-    full, small = (np.load(io.BytesIO(logits_of(mamba, sounds.convert(folder, tmp_path / f"{k}.bin", k), ids, tmp_path))) for k in ("f32", kind))
+    full, small = (npy(score_logits(mamba, sounds.convert(folder, tmp_path / f"{k}.bin", k), ids, tmp_path)) for k in ("f32", kind))
     assert np.sqrt(np.mean((full - small) ** 2)) <= {"f16": 0.01, "q8_0": 0.2}[kind] * full.std()
 
 
@@ -137,7 +124,7 @@ def test_score(mamba, unet, tmp_path):
     clip.write_bytes(sounds.wav(sounds.pcm(CLIP[:90])))
     header, row = (line.split("\t") for line in mamba("score", path, "--wav", clip, "-q").stdout.decode().splitlines())
     codes = sounds.encode(np.frombuffer(sounds.pcm(CLIP[:90]), "<i2") / 32768)
-    nll = -log_softmax(sounds.UNet(c, w).logits([START, *codes[:-1]]))[np.arange(90), codes].sum()
+    nll = -reference.log_softmax(sounds.UNet(c, w).logits([START, *codes[:-1]]))[np.arange(90), codes].sum()
     assert header == ["id", "tokens", "nll", "bits_per_token", "perplexity"] and row[:2] == [str(clip), "90"]
     assert abs(float(row[2]) - nll) <= 1e-5 * nll and abs(float(row[3]) - nll / 90 / np.log(2)) <= 1e-5 * nll
 
@@ -165,7 +152,7 @@ def test_seconds_and_defaults(mamba, unet):
 def test_default_temperature_draws_from_the_model_itself(mamba, unet):
     """In 400 first samples each code comes as often as the model says."""
     path, c, w = unet
-    p = np.exp(log_softmax(sounds.UNet(c, w).logits([START])))[0]
+    p = np.exp(reference.log_softmax(sounds.UNet(c, w).logits([START])))[0]
     counts = np.bincount([int(mamba(path, "--print-ids", "-n", "1", "-s", str(s)).stdout) for s in range(400)], minlength=256)
     order = np.argsort(p)[::-1]
     for k in (8, 32, 64):  # the share of the k likeliest

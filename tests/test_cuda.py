@@ -9,26 +9,15 @@ import numpy as np
 import pytest
 
 import reference
-from conftest import FIXTURES, PROGRAM
+from conftest import PROGRAM
 from sounds import unet  # noqa: F401 (a fixture)
+from test_model import model_path as path_of, numbers, text
 
 # Of a log-probability in nats, against the CPU and the reference. BF16: activations keep 16 bits. Block-quantised weights: both round
 # activations to 8 bits, and a rounding that falls to the other side of a half shows.
 TOLERANCE = {"f32": 1e-4, "f16": 2e-3, "bf16": 2e-3, "q8_0": 2e-2}
 FILES = ["mamba_tied.f32", "mamba_untied.f32", "mamba_falcon.f32", "mamba_awkward.f32", "mamba_tied.f16", "mamba_tied.bf16", "mamba_tied.q8_0",
          "mamba_awkward.q8_0"]
-
-
-def path_of(name):
-    return FIXTURES / f"{name}.bin"
-
-
-def text(ids):
-    return " ".join(str(int(i)) for i in ids)
-
-
-def numbers(name):
-    return np.load(path_of(name).with_suffix(".npz"))
 
 
 def logits_of(run, path, ids, tmp_path, *options, **environment):

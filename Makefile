@@ -2,6 +2,7 @@
 # make cuda       builds ./mamba with the GPU backend (nvcc 12 or later)
 # make demo       builds it and tells a story
 # make demo-dna   scores, classifies and draws the DNA of models/demo.fa
+# make demo-audio speaks digits into digits.wav and draws them in digits.png
 # make test       quick tests, under five minutes          (python3; its packages come from PyPI into $(VENV))
 # make check      those, and the slow ones: PyTorch, llama.cpp, sanitizers, linters; what CI runs
 # make test-cuda  the GPU backend: emulated, and on a GPU where there is one
@@ -52,6 +53,11 @@ demo: mamba
 demo-dna: mamba
 	models/demo_dna.sh
 
+demo-audio: mamba $(VENV)/quick
+	./mamba models/digits.bin --seconds 8 -s 1 -o digits.wav
+	$(VENV)/bin/python models/draw_sound.py digits.wav digits.png
+	@echo "digits.wav is the sound (aplay digits.wav), digits.png its waveform and spectrogram"
+
 test: mamba tests/unit $(VENV)/quick
 	$(VENV)/bin/python tests/run.py quick
 
@@ -88,6 +94,6 @@ install: mamba
 	install -m 644 tokenizer.bin $(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin
 
 clean:
-	rm -f mamba tests/unit mamba_main.o mamba_cuda.o
+	rm -f mamba digits.wav digits.png tests/unit mamba_main.o mamba_cuda.o
 
-.PHONY: all cuda demo demo-dna test check test-cuda fuzz bench install clean
+.PHONY: all cuda demo demo-dna demo-audio test check test-cuda fuzz bench install clean

@@ -81,7 +81,8 @@
 // program may use it.
 #if defined(__x86_64__) && !defined(MAMBA_PLAIN_C)
 #define MAMBA_X86_KERNELS
-#elif defined(__aarch64__) && !defined(MAMBA_PLAIN_C) && (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
+#elif defined(__aarch64__) && !defined(MAMBA_PLAIN_C) && \
+    (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
 #define MAMBA_NEON_KERNELS
 #endif
 
@@ -798,7 +799,8 @@ static bool read_tensor_info(struct cursor *c, struct tensor *t) {
     int f = 0;
     while (f < N_FORMATS && (uint64_t)formats[f].gguf_id != type) f++;
     if (f == N_FORMATS)
-        return fail(c->error, "tensor '%.*s' has GGUF type %" PRIu64 "; expected F32, F16, BF16, Q8_0, Q4_0 to Q5_1 or Q2_K to Q6_K",
+        return fail(c->error,
+                    "tensor '%.*s' has GGUF type %" PRIu64 "; expected F32, F16, BF16, Q8_0, Q4_0 to Q5_1 or Q2_K to Q6_K",
                     str_show(t->name), t->name.p, type);
     t->format = (enum format)f;
     if (t->ne[0] % formats[f].block)
@@ -995,10 +997,13 @@ static bool unet_config_read(const struct gguf *g, struct config *c, struct erro
     int64_t rate = 0, start = -1, n_blocks = 0, tokens_a_step = 1;
     if (n_pools < 1 || gguf_ints(g, "mamba.unet.time_step_ranks", ranks, MAX_LEVELS) != n_pools + 1)
         return fail(e, "expected 1 to %d numbers in 'mamba.unet.pool', and one more in 'mamba.unet.time_step_ranks'", MAX_POOLS);
-    if (!gguf_int(g, "mamba.unet.blocks_per_stage", &n_blocks) || n_blocks < 1 || n_blocks > c->n_layer || n_blocks * (2 * n_pools + 1) != c->n_layer)
-        return fail(e, "mamba.unet.blocks_per_stage is %" PRId64 "; %d blocks in %d stages were expected", n_blocks, c->n_layer, 2 * n_pools + 1);
+    if (!gguf_int(g, "mamba.unet.blocks_per_stage", &n_blocks) || n_blocks < 1 || n_blocks > c->n_layer ||
+        n_blocks * (2 * n_pools + 1) != c->n_layer)
+        return fail(e, "mamba.unet.blocks_per_stage is %" PRId64 "; %d blocks in %d stages were expected", n_blocks, c->n_layer,
+                    2 * n_pools + 1);
     if (ranks[0] != c->dt_rank || c->dt_b_c_rms)
-        return fail(e, "a U-Net's mamba.ssm.time_step_rank is its first time_step_ranks, %d, and it has no norms of dt, B and C", ranks[0]);
+        return fail(e, "a U-Net's mamba.ssm.time_step_rank is its first time_step_ranks, %d, and it has no norms of dt, B and C",
+                    ranks[0]);
     for (int i = 0; i <= n_pools; i++) {
         if (ranks[i] < 1 || ranks[i] > 1 << 20 || c->d_inner > (1 << 20) >> i || c->d_model > (1 << 20) >> i)
             return fail(e, "level %d of the U-Net is wider than %d, or its time_step_rank %d is none", i, 1 << 20, ranks[i]);
@@ -1009,10 +1014,11 @@ static bool unet_config_read(const struct gguf *g, struct config *c, struct erro
     }
     const int norm = gguf_word(g, "mamba.unet.norm", (const char *const[]){"rmsnorm", "layernorm", NULL}, 1);
     const int hold = gguf_word(g, "mamba.ssm.discretization", (const char *const[]){"delta_b", "zoh", NULL}, 0);
-    const int loudness = gguf_word(g, "mamba.audio.normalization", (const char *const[]){"minmax", "peak", "none", NULL}, LOUDNESS_MINMAX);
+    const int loudness = gguf_word(g, "mamba.audio.normalization", (const char *const[]){"minmax", "peak", "none", NULL},
+                                   LOUDNESS_MINMAX);
     if (norm < 0 || hold < 0 || loudness < 0)
-        return fail(e, "expected rmsnorm or layernorm in 'mamba.unet.norm', delta_b or zoh in 'mamba.ssm.discretization', and minmax, peak "
-                    "or none in 'mamba.audio.normalization'");
+        return fail(e, "expected rmsnorm or layernorm in 'mamba.unet.norm', delta_b or zoh in 'mamba.ssm.discretization', and "
+                    "minmax, peak or none in 'mamba.audio.normalization'");
     if (!gguf_int(g, "mamba.audio.sample_rate", &rate) || rate < 1 || rate > 1 << 24)
         return fail(e, "mamba.audio.sample_rate is %" PRId64 "; expected samples a second", rate);
     if (!gguf_int(g, "mamba.audio.start_token", &start) || start < 0 || start > 255)
@@ -1158,7 +1164,8 @@ static size_t state_at(size_t ch, size_t n, size_t n_state, size_t parts) {
 // A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state][R], as exponents of 2 and angles; and 1 / A.
 static void bind_a(struct binder *b, struct layer *l, const char *name, const struct config *c) {
     const struct level_size *size = &c->level[l->level];
-    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex, floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex,
+                 floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
     float *a2 = arena_take(b, floats), *inverse = c->zoh ? arena_take(b, floats) : NULL;
     float *a = read_states(b, name, size, c->d_state * (int)parts);
     for (size_t ch = 0; a && !b->error->text[0] && ch < (size_t)size->d_inner; ch++)
@@ -1179,12 +1186,13 @@ static void bind_a(struct binder *b, struct layer *l, const char *name, const st
     free(a);
 }
 
-// What a time-invariant SSM (S4) needs for a step: h = decay h + u and y = weight . h, where decay = exp(dt A), weight = C B' and B' is
-// the discretised B (equation 4, or dt B). That B' is in the weight and not in the state saves a product. Complex states
-// stand for their conjugates, too: y is twice the real part.
+// What a time-invariant SSM (S4) needs for a step: h = decay h + u and y = weight . h, where decay = exp(dt A), weight = C B'
+// and B' is the discretised B (equation 4, or dt B). That B' is in the weight and not in the state saves a product. Complex
+// states stand for their conjugates, too: y is twice the real part.
 static void bind_fixed(struct binder *b, struct layer *l, const char *const names[3], const struct config *c) {
     const struct level_size *size = &c->level[l->level];
-    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex, floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex,
+                 floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
     float *decay = arena_take(b, floats), *weight = arena_take(b, floats), *abc[3];
     for (int i = 0; i < 3; i++) abc[i] = read_states(b, names[i], size, c->d_state * (int)parts);
     for (size_t ch = 0; decay && !b->error->text[0] && ch < (size_t)size->d_inner; ch++) {
@@ -1200,7 +1208,8 @@ static void bind_fixed(struct binder *b, struct layer *l, const char *const name
             weight[to] = (float)creal(w);
             if (l->is_complex) decay[to + 16] = (float)cimag(power), weight[to + 16] = (float)cimag(w);
             if (creal(v[0]) > 0)
-                set_error(b->error, "tensor '%s' has a positive real part at [%zu, %zu]: its state would grow without end", names[0], ch, n);
+                set_error(b->error, "tensor '%s' has a positive real part at [%zu, %zu]: its state would grow without end",
+                          names[0], ch, n);
             if (!isfinite(weight[to]) || !isfinite(weight[to + 16 * (parts - 1)]))
                 set_error(b->error, "tensor '%s' gives a state that is no finite number, at [%zu, %zu]", names[2], ch, n);
         }
@@ -1280,7 +1289,8 @@ static bool stages_read(struct model *m, struct error *e) {
         const struct str kind = gguf_next_str(&at);
         const bool s4 = str_begins(kind, "s4."), is_complex = str_is(kind, "s4.complex") || str_is(kind, "s6.complex");
         if (!is_complex && !str_is(kind, "s4.real") && !str_is(kind, "s6.real"))
-            return fail(e, "mamba.unet.stages holds \"%.*s\"; expected s4 or s6, a dot, and real or complex", str_show(kind), kind.p);
+            return fail(e, "mamba.unet.stages holds \"%.*s\"; expected s4 or s6, a dot, and real or complex", str_show(kind),
+                        kind.p);
         for (int i = 0; i < m->c.n_blocks; i++) {
             struct layer *l = &m->layers[stage * m->c.n_blocks + i];
             *l = (struct layer){.level = min_int(stage, n_stages - 1 - stage), .s4 = s4, .is_complex = is_complex};
@@ -1674,7 +1684,8 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     __m128i bytes = _mm_setr_epi32((int)a, (int)b, (int)c, (int)d);
-    return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+    return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
 #elif defined(ISA_NEON)
@@ -1896,7 +1907,8 @@ LANE vf v_from_int(vi a) {
     EACH r.lane[i] = (float)a.lane[i];
     return r;
 }
-LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // signed ones, in words that the compiler keeps in registers
+// Signed bytes, in words that the compiler keeps in registers.
+LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t words[4] = {a, b, c, d};
     vf r;
     EACH r.lane[i] = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
@@ -1906,8 +1918,9 @@ LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {  // signe
 
 #endif  // vocabulary
 
-// t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that gives 2^f
-// with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+// t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that
+// gives 2^f with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the
+// lowest bits.
 LANE vf v_exp2_parts(vf t, vf *n, vf *f) {
     t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
     vf shift = v_set(0x1.8p23f), p = v_set(0x1.41fbbcp-13f);
@@ -1932,8 +1945,9 @@ MATH vf v_exp2_minus_1(vf t) {
     return v_fma(power, v_mul(p, f), v_sub(power, v_set(1.0f)));
 }
 
-// Sine, and cosine minus 1, of an angle in radians. Whole turns are taken off with 2 pi in two parts; sine and cosine of half of what
-// is left, which is at most a quarter turn, are Taylor series to x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1 = -2 sin^2 x.
+// Sine, and cosine minus 1, of an angle in radians. Whole turns are taken off with 2 pi in two parts; sine and cosine of half
+// of what is left, which is at most a quarter turn, are Taylor series to x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1
+// = -2 sin^2 x.
 MATH void v_sincos(vf angle, vf *sine, vf *cosine_minus_1) {
     vf shift = v_set(0x1.8p23f), turns = v_sub(v_fma(angle, v_set(0x1.45f306p-3f), shift), shift);
     vf left = v_fma(turns, v_set(0x1.777a5cp-23f), v_fma(turns, v_set(-0x1.921fb6p+2f), angle));
@@ -2079,7 +2093,8 @@ LANE vb dot_bytes(vb w, vb x, bool is_signed) {
 #endif
 LANE vb add_pairs(vb a, vb b) {  // as hadd, which is slower: [a0 + a1, a2 + a3, b0 + b1, b2 + b3] in each half
     __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
-    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
+    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)),
+                            _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
 }
 #elif defined(ISA_NEON)
 typedef struct {
@@ -2571,7 +2586,9 @@ static void ISA_NAME(layer_norm)(const float *x, const float *w, const float *b,
     const vf r = v_set(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
     for (int k = 0; k < n; k += 16) {
         const int left = n - k;
-        if (left < 16) v_store_n(y + k, v_fma(v_mul(v_sub(v_load_n(x + k, left), mean), r), v_load_n(w + k, left), v_load_n(b + k, left)), left);
+        if (left < 16)
+            v_store_n(y + k, v_fma(v_mul(v_sub(v_load_n(x + k, left), mean), r), v_load_n(w + k, left), v_load_n(b + k, left)),
+                      left);
         else v_store(y + k, v_fma(v_mul(v_sub(v_load(x + k), mean), r), v_load(w + k), v_load(b + k)));
     }
 }
@@ -2659,7 +2676,8 @@ LANE vf scan_step_zoh(vf h, vf dt, vf u, const float *a2, const float *a_inverse
 }
 
 // And with complex numbers, where y = 2 Re(C * h). a_inverse NULL: B is discretised as dt * B.
-LANE void scan_step_complex(float *state, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c, vf *y) {
+LANE void scan_step_complex(float *state, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c,
+                            vf *y) {
     vf t = v_mul(dt, v_load(a2)), size = v_exp2(t), sine, turned, re = v_load(state), im = v_load(state + 16);
     v_sincos(v_mul(dt, v_load(a2 + 16)), &sine, &turned);
     vf a_re = v_fma(size, turned, size), a_im = v_mul(size, sine), factor = dt, b_re = v_set(b[0]), b_im = v_set(b[1]);
@@ -2693,7 +2711,9 @@ static void ISA_NAME(scan_rare)(const struct scan_args *a) {
                 const float *c_n = b + (n_state + n) * parts;
                 if (a->is_complex)
                     scan_step_complex(state + 32 * n, dt, u, a2 + 32 * n, inverse ? inverse + 32 * n : NULL, b + 2 * n, c_n, &y);
-                else v_store(state + 16 * n, scan_step_zoh(v_load(state + 16 * n), dt, u, a2 + 16 * n, inverse + 16 * n, b + n, c_n, &y));
+                else
+                    v_store(state + 16 * n,
+                            scan_step_zoh(v_load(state + 16 * n), dt, u, a2 + 16 * n, inverse + 16 * n, b + n, c_n, &y));
             }
             v_store(dt_y, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
         }
@@ -2772,7 +2792,8 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
     ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
-    ISA_NAME(rms_norm), ISA_NAME(layer_norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max), ISA_NAME(exp_minus),
+    ISA_NAME(rms_norm), ISA_NAME(layer_norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
+    ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
 #undef ISA_STRING2
@@ -2792,7 +2813,8 @@ static const struct kernels ISA_NAME(kernels) = {
 #if defined(MAMBA_EMULATE_AVX512)  // tests/emulate_avx512.h has replaced the intrinsics
 #include "mamba.c"
 #elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2"))), \
+                             apply_to = function)
 #include "mamba.c"
 #pragma clang attribute pop
 #else
@@ -2967,8 +2989,8 @@ static void embed_phase(struct team *t) {
     }
 }
 
-// normed = norm(x), of each token of a level. On its way a U-Net's x is kept for a skip, or is given one that was kept; the block's own
-// output is added later, which is only another order of the same sum.
+// normed = norm(x), of each token of a level. On its way a U-Net's x is kept for a skip, or is given one that was kept; the
+// block's own output is added later, which is only another order of the same sum.
 struct skips {
     float *keep;               // [tokens][ld_model], or NULL
     const float *add;          // likewise; what was kept last when it is the same buffer
@@ -3233,7 +3255,9 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
 bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
     return (void)d, (void)n_rows, (void)choices, device_usable(e);
 }
-bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error *e) { return (void)d, (void)tokens, (void)n, device_usable(e); }
+bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error *e) {
+    return (void)d, (void)tokens, (void)n, device_usable(e);
+}
 bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e) {
     return (void)d, (void)tokens, (void)n, (void)logits, (void)ld_logits, device_usable(e);
 }
@@ -3243,7 +3267,9 @@ bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct er
 int device_take_slot(struct device *d) { return (void)d, -1; }
 void device_leave_slot(struct device *d, int slot) { (void)d, (void)slot; }
 bool device_reset_state(struct device *d, int slot, struct error *e) { return (void)d, (void)slot, device_usable(e); }
-bool device_copy_state(struct device *d, int to, int from, struct error *e) { return (void)d, (void)to, (void)from, device_usable(e); }
+bool device_copy_state(struct device *d, int to, int from, struct error *e) {
+    return (void)d, (void)to, (void)from, device_usable(e);
+}
 bool device_read_state(struct device *d, int slot, float *conv, float *ssm, struct error *e) {
     return (void)d, (void)slot, (void)conv, (void)ssm, device_usable(e);
 }
@@ -4793,7 +4819,8 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
     for (size_t i = 0; i < banned->n; i++) c[banned->p[i]].logit = -INFINITY;
     for (int i = from; i < past->n_recent && how->repeat_penalty != 1.0f; i++) {
         struct choice *again = &c[past->recent[i]];
-        if (again->p == 0) again->logit = again->logit > 0 ? again->logit / how->repeat_penalty : again->logit * how->repeat_penalty;
+        if (again->p == 0)
+            again->logit = again->logit > 0 ? again->logit / how->repeat_penalty : again->logit * how->repeat_penalty;
         again->p = 1;  // a token is penalised once, however often it came
     }
     for (int32_t id = 0; id < s->n_vocab; id++)
@@ -5175,7 +5202,8 @@ static int by_record_name(const void *a, const void *b) {
 static bool fasta_index(struct fasta *fa, struct error *e) {
     struct fasta_line line = {0};
     const char *old_mac = "%s has lines that end as on old Macs; use: tr '\\r' '\\n' < FILE";
-    if (fseeko(fa->f, 0, SEEK_CUR) != 0) return fail(e, "%s is a pipe; regions need a file that can be read at any place", fa->path);
+    if (fseeko(fa->f, 0, SEEK_CUR) != 0)
+        return fail(e, "%s is a pipe; regions need a file that can be read at any place", fa->path);
     while (fasta_peek(fa) != EOF) {
         struct fasta_record *r = fa->n_indexed ? &fa->records[fa->n_indexed - 1] : NULL;
         if (r && !(fa->line_begins && fasta_peek(fa) == '>')) {
@@ -5210,8 +5238,9 @@ static const struct fasta_record *fasta_find(const struct fasta *fa, struct str 
         fa->n_indexed ? bsearch(&key, fa->records, fa->n_indexed, sizeof key, by_record_name) : NULL;
     free(key.name);
     if (!r) set_error(e, "%s has no record %.*s", fa->path, str_show(name), name.p);
-    else if (r->irregular) set_error(e, "%s: record %s: its lines differ in length, regions need lines of one length (seqkit seq -w 60)",
-                                     fa->path, r->name);
+    else if (r->irregular)
+        set_error(e, "%s: record %s: its lines differ in length, regions need lines of one length (seqkit seq -w 60)", fa->path,
+                  r->name);
     return e->text[0] ? NULL : r;
 }
 
@@ -5261,13 +5290,15 @@ static bool bed_is_comment(struct str line) {
 }
 
 // The first three columns of a line of BED: bases [begin, end) of a record, counted from 0. NULL, with an error: it names none.
-static const struct fasta_record *bed_parse(const struct fasta *fa, struct str line, int64_t *begin, int64_t *end, struct error *e) {
+static const struct fasta_record *bed_parse(const struct fasta *fa, struct str line, int64_t *begin, int64_t *end,
+                                            struct error *e) {
     struct str f[3];
     uint64_t from, to;
-    if (split_line(line.p, line.n, true, f, 3) < 3) return set_error(e, "fewer than three columns; expected record, start and end"), NULL;
+    if (split_line(line.p, line.n, true, f, 3) < 3)
+        return set_error(e, "fewer than three columns; expected record, start and end"), NULL;
     if (!parse_u64(f[1], &from) || !parse_u64(f[2], &to) || from > to) {
-        set_error(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]), f[1].p,
-                  str_show(f[2]), f[2].p);
+        set_error(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]),
+                  f[1].p, str_show(f[2]), f[2].p);
         return NULL;
     }
     const struct fasta_record *r = fasta_find(fa, f[0], e);
@@ -5396,8 +5427,10 @@ static void add_variant_line(struct buffer *out, const struct variant *v) {
 
 // A line about the file goes on as it is; before the last of them stand those about our entries. Returns whether it is the last.
 static bool add_vcf_header(struct buffer *out, struct str line) {
-    static const char *const about[] = {"Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
-                                        "reference, in nats, by mamba\"", "Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\""};
+    static const char *const about[] = {
+        "Number=A,Type=Float,Description=\"Log-likelihood of a window with this allele minus that with the "
+        "reference, in nats, by mamba\"",
+        "Number=1,Type=String,Description=\"Why MAMBA_LLR is missing\""};
     const bool is_last = str_begins(line, "#CHROM");
     bool is_ours = false;
     for (int i = 0; i < 2; i++) {
@@ -5571,7 +5604,8 @@ static float wav_sample(const struct wav_format *f, const uint8_t *p) {
     if (f->coding == WAV_MU_LAW) return g711_decode(*p);
     if (f->bits == 8) return ((float)*p - 128) / 128;  // the only unsigned one
     if (f->bits == 64) return memcpy(&wide, p, 8), (float)wide;
-    four.u = f->bits == 16 ? (uint32_t)load_u16(p) << 16 : f->bits == 24 ? (uint32_t)load_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
+    four.u = f->bits == 16 ? (uint32_t)load_u16(p) << 16
+           : f->bits == 24 ? (uint32_t)load_u16(p) << 8 | (uint32_t)p[2] << 24 : load_u32(p);
     return f->coding == WAV_FLOAT ? four.f : (float)((double)(int32_t)four.u / 2147483648.0);
 }
 
@@ -5582,8 +5616,8 @@ static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, st
     const bool known = (f->coding == WAV_PCM && (f->bits == 8 || f->bits == 16 || f->bits == 24 || f->bits == 32)) ||
                        (f->coding == WAV_FLOAT && (f->bits == 32 || f->bits == 64)) || (f->coding == WAV_MU_LAW && f->bits == 8);
     if (!known)
-        return fail(e, "samples of coding %u with %u bits; expected PCM (8, 16, 24, 32), float (32, 64) or mu-law (8): sox can convert "
-                    "it", f->coding, f->bits);
+        return fail(e, "samples of coding %u with %u bits; expected PCM (8, 16, 24, 32), float (32, 64) or mu-law (8): sox can "
+                    "convert it", f->coding, f->bits);
     if (!f->channels || !f->sample_rate || f->sample_rate > INT_MAX)
         return fail(e, "%u channels at %" PRIu32 " Hz", f->channels, f->sample_rate);
     return true;
@@ -5605,7 +5639,8 @@ static bool wav_data_read(struct wav *w, const struct wav_format *f, const uint8
     return true;
 }
 
-// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one there, or 0: it then ends with the file.
+// A whole WAV file; w->samples is to be freed in any case. Writers into a pipe do not know its length, and put a very large one
+// there, or 0: it then ends with the file.
 static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e) {
     struct wav_format f = {0};
     *w = (struct wav){0};
@@ -5618,7 +5653,9 @@ static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e
         const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size == 0 || (size >= 0x7ff00000 && size > n - at);
         if (is_data && unknown) size = n - at;
         if (is_data && unknown && f.coding) size -= size % ((size_t)(f.bits / 8) * f.channels);
-        if (size > n - at) return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk, size, n - at);
+        if (size > n - at)
+            return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk,
+                        size, n - at);
         if (memcmp(chunk, "fmt ", 4) == 0 && !wav_format_read(&f, chunk + 8, size, e)) return false;
         if (is_data) return f.coding ? wav_data_read(w, &f, chunk + 8, size, e) : fail(e, "its data come before their format");
         at += size;
@@ -5627,8 +5664,8 @@ static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e
     return fail(e, "it holds no chunk 'data'");
 }
 
-// How a clip is scaled before it is encoded. Its own span (minmax) is what SaShiMi's code takes, which moves silence away from 0; its
-// peak does not. A clip without any change is silence, of code 128, not 0 as by the formula.
+// How a clip is scaled before it is encoded. Its own span (minmax) is what SaShiMi's code takes, which moves silence away from
+// 0; its peak does not. A clip without any change is silence, of code 128, not 0 as by the formula.
 static struct clip_scale clip_scale(const float *x, size_t n, enum loudness loudness) {
     double min = n ? (double)x[0] : 0, max = min;
     for (size_t i = 0; i < n; i++) {
@@ -5876,7 +5913,8 @@ static void progress_show(struct progress *p, double fraction, int64_t n_request
     if (fraction >= 0) fprintf(stderr, " %3d %%", (int)(100 * fraction));
     if (n_requests >= 0) fprintf(stderr, " %" PRId64 " requests", n_requests);
     if (p->sample_rate > 0)
-        fprintf(stderr, " %.0f samples/s, %.2f times real time  ", (double)n_tokens / elapsed, (double)n_tokens / elapsed / p->sample_rate);
+        fprintf(stderr, " %.0f samples/s, %.2f times real time  ", (double)n_tokens / elapsed,
+                (double)n_tokens / elapsed / p->sample_rate);
     else fprintf(stderr, " %.0f tokens/s  ", (double)n_tokens / elapsed);
 }
 
@@ -5934,7 +5972,8 @@ static bool read_text(const struct session *s, struct str text, bool continues, 
 }
 
 // The samples of a WAV file, behind the token that begins a clip.
-static bool read_clip(const struct session *s, const char *path, bool continues, struct ids *out, struct clip_scale *scale, struct error *e) {
+static bool read_clip(const struct session *s, const char *path, bool continues, struct ids *out, struct clip_scale *scale,
+                      struct error *e) {
     const struct config *c = &s->model.c;
     struct buffer b = {0};
     struct error inner = {""};
@@ -5946,7 +5985,8 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     if (ok && !wav_parse(&w, (const uint8_t *)b.p, b.n, &inner)) ok = fail(e, "%s: %s", name, inner.text);
     free(b.p);
     if (ok && w.sample_rate != c->sample_rate)
-        ok = fail(e, "%s has %d samples a second, the model %d; convert it: sox %s -r %d OUT.wav", name, w.sample_rate, c->sample_rate, path, c->sample_rate);
+        ok = fail(e, "%s has %d samples a second, the model %d; convert it: sox %s -r %d OUT.wav", name, w.sample_rate,
+                  c->sample_rate, path, c->sample_rate);
     if (ok) *scale = clip_scale(w.samples, w.n, c->loudness);
     if (ok && !continues) ids_add(out, c->start_token);
     for (size_t i = 0; ok && i < w.n; i++) ids_add(out, mu_law_encode((double)w.samples[i], scale));
@@ -6603,7 +6643,8 @@ static bool generate_begin(struct engine *en, struct request *r) {
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
     if (s->sound) {
         const int64_t echoed = r->settings.echo ? (int64_t)(r->tokens.n - r->n_carried) : 0;
-        add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate, r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
+        add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate,
+                       r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
     }
     r->text = (struct emitter){.to = to, .stops = r->settings.stops, .n_stops = r->settings.n_stops};
     if (r->settings.echo) {
@@ -6795,7 +6836,8 @@ static void add_header(struct engine *en, struct request *r) {
     const struct options *o = en->s->o;
     const int64_t n = (int64_t)(r->tokens.n - r->n_carried);
     en->has_header = true;
-    if (o->track) fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
+    if (o->track)
+        fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
     if (o->command == SCORE && !o->vcf)
         buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n"
                                             : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
@@ -6868,7 +6910,8 @@ static struct request *new_bases_request(const struct session *s, struct base *b
 }
 
 static void add_bases(const struct session *s, struct request *r, const uint8_t *bases, size_t n) {
-    for (size_t i = 0; i < n; i++) ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
+    for (size_t i = 0; i < n; i++)
+        ids_add(&r->tokens, letter_token(&s->tokenizer, bases[i]));  // open_fasta() has found one for each
 }
 
 // A part of a variant, which continues the base.
@@ -7166,7 +7209,8 @@ static struct request *next_variant_request(struct engine *en) {
         if (en->s->o->tsv) r->out.n = n_before;
         return r;
     }
-    if (!en->vcf_declared) die("%s: line %" PRId64 " is no variant of a VCF: no line #CHROM came before it", en->lines.path, en->lines.n_lines);
+    if (!en->vcf_declared)
+        die("%s: line %" PRId64 " is no variant of a VCF: no line #CHROM came before it", en->lines.path, en->lines.n_lines);
     struct variant *v = r->variant = xcalloc(1, sizeof *v);
     if (!variant_parse(v, line, &e)) {
         request_free(r);
@@ -7430,7 +7474,8 @@ static double engine_fraction(const struct engine *en) {
     const struct line_reader *l = &en->lines;
     if (o->fasta || o->jsonl) {
         const bool by_lines = o->jsonl || o->bed || o->vcf;
-        int64_t done = by_lines ? l->n_bytes - (int64_t)(l->b.n - l->start) : en->fasta.n_read - (int64_t)(en->fasta.n - en->fasta.at);
+        int64_t done = by_lines ? l->n_bytes - (int64_t)(l->b.n - l->start)
+                                : en->fasta.n_read - (int64_t)(en->fasta.n - en->fasta.at);
         return en->input_size ? (double)done / (double)en->input_size : -1;
     }
     if (!r || !r->tokens.n) return -1;
@@ -7447,7 +7492,8 @@ static void engine_progress(struct engine *en) {
         en->progress.what = command_names[GENERATE];
         en->progress.start = now_seconds();
     }
-    progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1, draws ? en->n_sampled : en->n_fed + en->n_sampled);
+    progress_show(&en->progress, engine_fraction(en), o->jsonl || o->fasta ? en->n_requests : -1,
+                  draws ? en->n_sampled : en->n_fed + en->n_sampled);
 }
 
 // Runs all requests. Ends early when a signal came or the output's reader has gone.
@@ -7608,7 +7654,8 @@ static void sandbox_enter(const struct options *o, const struct outfile *out, co
     const char *named[] = {o->model, o->tokenizer, o->load_state, o->prefix, o->fasta, o->bed, o->vcf};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++) sandbox_allow(ruleset, named[i], FILES_READ);
     for (int i = 0; i < o->n_inputs; i++)
-        if (o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
+        if (o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV)
+            sandbox_allow(ruleset, o->inputs[i].value, FILES_READ);
     for (int i = 0; i < 3; i++) {
         char path[PATH_MAX + 64];
         if (default_tokenizer_path(o, i, path, sizeof path)) sandbox_allow(ruleset, path, FILES_READ);
@@ -7642,7 +7689,8 @@ static void fill_defaults(struct session *s) {
     if (how->top_k < 0) how->top_k = audio ? 0 : 40;
     if (isnan(how->top_p)) how->top_p = audio ? 1.0f : 0.95f;
     if (isnan(how->min_p)) how->min_p = audio ? 0.0f : 0.05f;
-    if (!audio && (o->seconds > 0 || o->sound_format)) die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
+    if (!audio && (o->seconds > 0 || o->sound_format))
+        die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
     if (o->settings.n_predict < -1) {
         const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
         o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)lrint(n);
@@ -7676,7 +7724,8 @@ static void open_session(struct session *s, const struct options *o, const char 
     s->banned = banned_tokens(s);
     s->tokenizer.keep_case = o->case_sensitive;
     const bool is_dna = s->has_tokenizer && (s->tokenizer.nucleotides || o->fasta);
-    for (int i = 0; i < 2; i++) s->unscored[i] = is_dna && (i == 0 || o->case_sensitive) ? letter_token(&s->tokenizer, "Nn"[i]) : -1;
+    for (int i = 0; i < 2; i++)
+        s->unscored[i] = is_dna && (i == 0 || o->case_sensitive) ? letter_token(&s->tokenizer, "Nn"[i]) : -1;
 }
 
 static void close_session(struct session *s) {
@@ -7833,8 +7882,8 @@ static void finish_sound(const struct session *s, int64_t n) {
     add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
     if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
     const int64_t bytes = s->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
-    if (header.n && fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) && st.st_size == (int64_t)header.n + bytes &&
-        fseeko(f, 0, SEEK_SET) == 0) {
+    if (header.n && fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) &&
+        st.st_size == (int64_t)header.n + bytes && fseeko(f, 0, SEEK_SET) == 0) {
         fwrite(header.p, 1, header.n, f);
         fseeko(f, 0, SEEK_END);
     }
@@ -7847,11 +7896,16 @@ static void say_generated(const struct engine *en) {
     const int rate = en->s->model.c.sample_rate;
     if (o->quiet || o->jsonl || en->n_failed) return;
     if (rate)
-        fprintf(stderr, "mamba: prompt %" PRId64 " samples, generated %" PRId64 ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %"
-                PRIu64 "\n", en->n_fed - (o->load_state || o->prefix ? 0 : 1), en->n_sampled, (double)en->n_sampled / rate, speed, speed / rate, o->settings.sampling.seed);
+        fprintf(stderr,
+                "mamba: prompt %" PRId64 " samples, generated %" PRId64
+                ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %" PRIu64 "\n",
+                en->n_fed - (o->load_state || o->prefix ? 0 : 1), en->n_sampled, (double)en->n_sampled / rate, speed,
+                speed / rate, o->settings.sampling.seed);
     else
-        fprintf(stderr, "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
-                "\n", en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
+        fprintf(stderr,
+                "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
+                "\n",
+                en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
 }
 
 static int command_generate(const struct options *o) {
@@ -7871,7 +7925,8 @@ static int command_generate(const struct options *o) {
         en->n_running = 0;  // it was the only one
         write_answers(en);
     }
-    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !to_file && !s.sound && !en->reader_gone && isatty(STDOUT_FILENO))
+    if (!o->quiet && !o->print_ids && !o->jsonl && !writes_fasta(o) && !to_file && !s.sound && !en->reader_gone &&
+        isatty(STDOUT_FILENO))
         putchar('\n');
     if (s.sound && !en->n_failed && !en->reader_gone) finish_sound(&s, en->n_samples);
     if (!en->reader_gone) check_stdout();
@@ -8271,8 +8326,8 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
             flush_denormals();
             k->scan(&(struct scan_args){
                 .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c,
-                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS, .ld_z = SCAN_CHANNELS,
-                .ld_bc = 2 * SCAN_STATE});
+                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS,
+                .ld_z = SCAN_CHANNELS, .ld_bc = 2 * SCAN_STATE});
         }
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
     }
@@ -8417,7 +8472,8 @@ static int bench_tests(const struct options *o, struct bench_test **tests) {
     snprintf(default_list, sizeof default_list, "%d", default_threads());
 #define GIVEN(list, otherwise) (o->list ? o->list : (otherwise))
     struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
-    struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper || cuda ? "1,2,4,8,16,32,64,128" : "1"), 1, MAX_SLOTS);
+    struct bench_list parallels = parse_list("-np", GIVEN(bench_parallels, o->paper || cuda ? "1,2,4,8,16,32,64,128" : "1"), 1,
+                                             MAX_SLOTS);
     struct bench_list prompts = parse_list("-p", GIVEN(bench_prompts, o->paper ? "2048" : "512"), 0, 1 << 24);
     struct bench_list gens = parse_list("-n", GIVEN(bench_gens, "128"), 0, 1 << 24);
 #undef GIVEN
@@ -8431,7 +8487,8 @@ static int bench_tests(const struct options *o, struct bench_test **tests) {
         for (int np = 0; np < parallels.n; np++)
             for (int p = 0; p <= prompts.n; p++)      // the last of each list: none
                 for (int g = 0; g <= gens.n; g++) {
-                    struct bench_test test = {p < prompts.n ? prompts.v[p] : 0, g < gens.n ? gens.v[g] : 0, parallels.v[np], threads.v[t]};
+                    struct bench_test test = {p < prompts.n ? prompts.v[p] : 0, g < gens.n ? gens.v[g] : 0, parallels.v[np],
+                                              threads.v[t]};
                     bool both = p < prompts.n && g < gens.n, apart = (p < prompts.n) != (g < gens.n);
                     if ((o->paper ? both : apart) && (test.n_prompt || test.n_gen)) (*tests)[n++] = test;
                 }
@@ -8455,7 +8512,8 @@ static double read_bandwidth_apart(int n_threads) {
     return rate;
 }
 
-// Bytes of weights and of a sequence's state that a token takes in the mean: those of a U-Net's inner levels are read every `period`.
+// Bytes of weights and of a sequence's state that a token takes in the mean: those of a U-Net's inner levels are read every
+// `period`.
 static void unet_bytes(const struct model *m, double *weights, double *state) {
     const struct config *c = &m->c;
     *weights = (double)m->embd.row_bytes + (double)m->head.rows * (double)m->head.row_bytes;
@@ -8539,7 +8597,8 @@ static const struct {
                   "mamba models/tales.bin -p \"Once upon a time\" -n 200 -s 7"},
     [SCORE] = {command_score, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
                "mamba score model.bin -f chapter1.txt -f chapter2.txt"},
-    [EMBED] = {command_embed, "a text's hidden states, as .npy (float32)", "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
+    [EMBED] = {command_embed, "a text's hidden states, as .npy (float32)",
+               "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
     [CLASSIFY] = {command_classify, "probabilities of a classifier's labels, as a table: id label probability",
                   "mamba classify model.bin -f letter1.txt -f letter2.txt"},
     [TOKENIZE] = {command_tokenize, "token ids of a text, one line a text; --decode turns them back",
@@ -8549,7 +8608,9 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, INPUT_WAV, STOP_TEXT, OPERATION, HELP, VERSION };
+enum option_kind {
+    FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, INPUT_WAV, STOP_TEXT, OPERATION, HELP, VERSION
+};
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
@@ -8565,16 +8626,18 @@ static const struct option {
     {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input", INPUT_WAV,
      ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
-    {"-n", "--n-predict", "N", "tokens (128) or samples (5 s of them) to generate; -1: to the end of the text", INTEGER, ON(GENERATE),
-     FIELD(settings.n_predict), -1, 1e9},
+    {"-n", "--n-predict", "N", "tokens (128) or samples (5 s of them) to generate; -1: to the end of the text", INTEGER,
+     ON(GENERATE), FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
-    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output), 0, 0},
+    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output),
+     0, 0},
     {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
      ON(GENERATE), FIELD(sound_format), 0, 0},
     {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
-    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE), FIELD(settings.sampling.top_k), 0, 1e9},
+    {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE),
+     FIELD(settings.sampling.top_k), 0, 1e9},
     {NULL, "--top-p", "P", "choose among the likeliest that make up P (0.95; of sound 1); 1: all", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.top_p), 0, 1},
     {NULL, "--min-p", "P", "leave out what is less likely than P times the likeliest (0.05; of sound 0)", NUMBER, ON(GENERATE),
@@ -8599,44 +8662,50 @@ static const struct option {
      ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
     {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS | ON(GENERATE),
      FIELD(fasta), 0, 0},
-    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS | ON(GENERATE), FIELD(bed), 0, 0},
-    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA (standard output, as letters)", TEXT, ON(GENERATE), FIELD(fasta_out), 0, 0},
+    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS | ON(GENERATE),
+     FIELD(bed), 0, 0},
+    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA (standard output, as letters)", TEXT, ON(GENERATE),
+     FIELD(fasta_out), 0, 0},
     {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF, written with their ratios (INFO/MAMBA_LLR)", TEXT, ON(SCORE),
      FIELD(vcf), 0, 0},
     {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
-    {NULL, "--window", "W", "--fasta: windows of W bases, not whole records; --vcf: around a variant (1024)", INTEGER,
-     ON(SCORE), FIELD(window), 1, 1 << 30},
-    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON(EMBED) | ON(CLASSIFY), FIELD(window), 1,
-     1 << 30},
+    {NULL, "--window", "W", "--fasta: windows of W bases, not whole records; --vcf: around a variant (1024)", INTEGER, ON(SCORE),
+     FIELD(window), 1, 1 << 30},
+    {NULL, "--window", "W", "--fasta: windows of W bases instead of whole records", INTEGER, ON(EMBED) | ON(CLASSIFY),
+     FIELD(window), 1, 1 << 30},
     {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
     {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
     {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
-    {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT, FIELD(case_sensitive), 0, 0},
+    {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT, FIELD(case_sensitive),
+     0, 0},
     {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL, FIELD(n_parallel), 1,
      MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
     {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
     {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
-    {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", TEXT, ON(CLASSIFY), FIELD(pool), 0, 0},
+    {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", TEXT, ON(CLASSIFY),
+     FIELD(pool), 0, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
     {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
     {NULL, "--decode", NULL, "turn ids into text", FLAG, ON(TOKENIZE), FIELD(decode), 0, 0},
-    {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT,
-     FIELD(parse_special), 0, 0},
+    {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT, FIELD(parse_special),
+     0, 0},
     {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", TEXT, ON_INPUT, FIELD(tokenizer), 0, 0},
     {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
     {"-p", "--n-prompt", "N,...", "lengths of prompts to read (512); 0: none", TEXT, ON(BENCH), FIELD(bench_prompts), 0, 0},
     {"-n", "--n-gen", "N,...", "numbers of tokens to generate (128); 0: none", TEXT, ON(BENCH), FIELD(bench_gens), 0, 0},
     {"-np", "--parallel", "N,...", "sequences at once (1)", TEXT, ON(BENCH), FIELD(bench_parallels), 0, 0},
-    {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH), FIELD(bench_threads), 0, 0},
+    {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH), FIELD(bench_threads), 0,
+     0},
     {"-r", "--repetitions", "N", "runs of each test (3)", INTEGER, ON(BENCH), FIELD(repeats), 1, MAX_REPEATS},
     {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", TEXT, ON(BENCH), FIELD(bench_format), 0, 0},
     {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
      FIELD(paper), 0, 0},
     {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", OPERATION, ON(BENCH),
      FIELD(bench_scan), 0, 0},
-    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH), FIELD(device), 0, 0},
+    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH), FIELD(device),
+     0, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
@@ -8746,7 +8815,8 @@ static void default_input(struct options *o) {
     if (o->command == INSPECT || o->command == BENCH || o->n_inputs || o->fasta || continues) return;
     o->input_implied = !o->jsonl && !isatty(STDIN_FILENO);
     if (o->input_implied || o->jsonl) add_input(o, FROM_FILE, "-");
-    else if (o->command != GENERATE) usage_error("%s: no input; use -p TEXT, -f FILE, --wav FILE or a pipe", command_names[o->command]);
+    else if (o->command != GENERATE)
+        usage_error("%s: no input; use -p TEXT, -f FILE, --wav FILE or a pipe", command_names[o->command]);
 }
 
 static void check_options(struct options *o) {
@@ -8771,11 +8841,13 @@ static void check_options(struct options *o) {
         if (files[i] && strcmp(files[i], "-") == 0) usage_error("%s -: standard output has something else to carry", names[i]);
     if (o->command == CLASSIFY && strcmp(o->pool, "none") == 0) usage_error("--pool none does not apply to classify");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
-    if (o->jsonl && !one_file) usage_error("--jsonl reads requests from standard input or one -f FILE; -p, --ids and --wav do not apply");
+    if (o->jsonl && !one_file)
+        usage_error("--jsonl reads requests from standard input or one -f FILE; -p, --ids and --wav do not apply");
     const char *not_jsonl = o->save_state ? "--save-state" : o->logits ? "--logits"
                             : o->output ? "--output" : NULL;
     if (o->jsonl && not_jsonl) usage_error("%s does not apply with --jsonl", not_jsonl);
-    const char *of_fasta = o->bed ? "--bed" : o->vcf ? "--vcf" : o->window ? "--window" : o->rc_average ? "--rc-average" : o->track ? "--track" : NULL;
+    const char *of_fasta = o->bed ? "--bed" : o->vcf ? "--vcf" : o->window ? "--window" : o->rc_average ? "--rc-average"
+                         : o->track ? "--track" : NULL;
     if (!o->fasta && of_fasta) usage_error("%s needs --fasta", of_fasta);
     if (o->stride && !o->window) usage_error("--stride needs --window");
     const char *lines = o->bed ? "--bed" : "--vcf", *not_vcf = o->bed ? "--bed" : o->stride ? "--stride" : o->track ? "--track"
@@ -8783,7 +8855,8 @@ static void check_options(struct options *o) {
     if (o->vcf && not_vcf) usage_error("%s does not apply with --vcf", not_vcf);
     if (o->tsv && !o->vcf) usage_error("--tsv needs --vcf");
     if (o->vcf && o->window == 1) usage_error("--vcf needs a --window of 2 or more: the first base has no score");
-    if ((o->bed || o->vcf) && strcmp(o->fasta, "-") == 0) usage_error("%s needs a FASTA file that can be read at any place, not --fasta -", lines);
+    if ((o->bed || o->vcf) && strcmp(o->fasta, "-") == 0)
+        usage_error("%s needs a FASTA file that can be read at any place, not --fasta -", lines);
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
@@ -8791,7 +8864,8 @@ static void check_options(struct options *o) {
     if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
     if (o->sound_format && word_among((struct str){o->sound_format, strlen(o->sound_format)}, sound_formats) < 0)
         usage_error("--sound-format %s: expected wav, mulaw or raw", o->sound_format);
-    if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0) usage_error("--output and --save-state name the same file");
+    if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0)
+        usage_error("--output and --save-state name the same file");
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");

@@ -74,8 +74,8 @@ static constexpr __host__ __device__ int scale_words(enum format f) {
     return !is_quantized(f) ? 0 : is_k(f) ? 1 + CHUNK / group_of(f) / 4 * (has_min(f) ? 2 : 1) : has_min(f) ? 8 : 4;
 }
 
-// Blocks whose weights are loaded together: more where a warp has one tile of rows and few columns, since then loads in flight are what
-// counts, and registers are left.
+// Blocks whose weights are loaded together: more where a warp has one tile of rows and few columns, since then loads in flight
+// are what counts, and registers are left.
 static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
     const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
     return r * c > 1 ? n : n == 1 ? 4 : 8;

@@ -1634,8 +1634,8 @@ def command_train(o):
         print(f"stopped after step {run.step}; --resume goes on")
         return
     best, report = export_best(out, ops)
-    report |= {"test": task.scores(best, "test"), "options": comparable(o) | {"steps": o.steps}, "seconds": round(run.seconds),
-               "data": task.describe()}
+    report |= {"test": task.scores(best, "test"), "parameters": sum(p.numel() for p in best.parameters()),
+               "options": comparable(o) | {"steps": o.steps}, "seconds": round(run.seconds), "data": task.describe()}
     print(f"test {short(report['test'])}", *task.show(best), sep="\n", flush=True)
     write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
 

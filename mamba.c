@@ -343,6 +343,7 @@ struct context {               // what a forward needs besides the model; owner 
     struct moment loss, change;  // when a thread last lost its core, and when one was last left out or came back
     int n_team;                // threads of the last forward
     double token_seconds;      // of the last forward, for each of its tokens
+    double row_seconds;        // of the last logits_of(), for each of its rows
     atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
     struct phase *phases;      // [n_phases] of a forward
     int n_phases;
@@ -3481,14 +3482,14 @@ static bool lately(struct moment then, struct moment now) {
     return then.forward && (now.forward - then.forward <= FEW || now.time - then.time < few_seconds);
 }
 
-// How many threads the next forward uses. One that loses its core in the middle of an item, or has none when the others
-// are done, keeps them waiting for milliseconds, the length of several tokens: while that happens, short forwards do with a
-// thread less, and try again later.
-static int team_size(struct context *ctx) {
+// How many threads do the next work, on n tokens or rows that take about each_seconds each. One that loses its core in the
+// middle of an item, or has none when the others are done, keeps them waiting for milliseconds, the length of several tokens:
+// while that happens, short work is done with a thread less, and later it is tried again.
+static int team_size(struct context *ctx, int n, double each_seconds) {
     enum { RETRY = 50, MAX_PATIENCE = 16 };  // forwards
     const double retry_seconds = 0.5;  // of forwards that are much shorter than a process's time slice
     const double long_enough = 0.03;   // seconds, against which waiting means nothing
-    if (ctx->n_tokens > ROW_TOKENS && ctx->n_tokens * ctx->token_seconds > long_enough) return ctx->n_threads;
+    if (n > ROW_TOKENS && n * each_seconds > long_enough) return ctx->n_threads;
     const struct moment now = {++ctx->n_forwards, now_seconds()};
     if (atomic_exchange(&ctx->lost_a_core, false)) {
         const bool again = lately(ctx->loss, now);
@@ -3510,9 +3511,10 @@ static int team_size(struct context *ctx) {
     return ctx->n_threads - ctx->n_left_out;
 }
 
-// Runs body on a team of threads, in one parallel region.
-static void run_team(struct context *ctx, void (*body)(struct team *)) {
-    const int n_threads = team_size(ctx);
+// Runs body on a team of threads, in one parallel region. It works on n tokens or rows; *each_seconds is what one of them took
+// the last time, and afterwards what it took now.
+static void run_team(struct context *ctx, void (*body)(struct team *), int n, double *each_seconds) {
+    const int n_threads = team_size(ctx, n, *each_seconds);
     const double start = now_seconds();
     double began = start, ended = start;  // for the first thread, which waits for the others at both ends
     ctx->n_team = n_threads;
@@ -3535,14 +3537,15 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
 #endif
     }
     if (n_threads > 1 && fmax(began - start, now_seconds() - ended) > LOST_SECONDS) atomic_store(&ctx->lost_a_core, true);
-    ctx->token_seconds = (ended - start) / ctx->n_tokens;
+    *each_seconds = (ended - start) / n;
 }
 
 // forward() where a GPU runs it. The embedding's rows are made here, so that the table itself, which may be large, need not be
 // there; it is the head as well in many models, and then it is.
 static void forward_on_device(struct context *ctx) {
     struct error e = {""};
-    run_team(ctx, embed_phase);
+    double rows_of_a_table = 0;  // they take no time
+    run_team(ctx, embed_phase, ctx->n_tokens, &rows_of_a_table);
     struct level *v = &ctx->level[0];
     device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, v->x, v->ld_model,
                                ctx->only_choices ? NULL : ctx->logits, ctx->ld_vocab, &e), &e);
@@ -3580,7 +3583,7 @@ static void forward(struct context *ctx, const struct segment *segments, int n_s
         segments[i].seq->n_past += segments[i].n_tokens;
     }
     if (ctx->n_tokens && ctx->device) forward_on_device(ctx);
-    else if (ctx->n_tokens) run_team(ctx, forward_team);
+    else if (ctx->n_tokens) run_team(ctx, forward_team, ctx->n_tokens, &ctx->token_seconds);
 }
 
 // Logits of n of the last forward's tokens, at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
@@ -3592,7 +3595,7 @@ static void logits_of(struct context *ctx, const int *tokens, int n) {
     }
     for (int i = 0; i < n; i++) gather_row(ctx, tokens[i], i);
     ctx->n_rows = n;
-    run_team(ctx, head_phase);
+    run_team(ctx, head_phase, n, &ctx->row_seconds);
 }
 
 // ====================================================================================================================

@@ -255,30 +255,27 @@ static void test_quantize(void) {
 
 // Decoding does without a thread that keeps losing its core, and tries again; a single loss is an accident.
 static void test_team_size(void) {
-    struct context ctx = {.n_threads = 2, .n_tokens = 1};
+    struct context ctx = {.n_threads = 2};
     int sizes = 0;
     atomic_store(&ctx.lost_a_core, true);
-    for (int i = 0; i < 20; i++) sizes += team_size(&ctx);
+    for (int i = 0; i < 20; i++) sizes += team_size(&ctx, 1, 1e-2);
     CHECK(sizes == 40, "one loss changed the team: %d", sizes);
     atomic_store(&ctx.lost_a_core, true);
-    team_size(&ctx);
+    team_size(&ctx, 1, 1e-2);
     atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx) == 1, "two losses left the team as it was");
+    CHECK(team_size(&ctx, 1, 1e-2) == 1, "two losses left the team as it was");
     int n = 0;
-    for (; n < 1000 && team_size(&ctx) == 1; n++) nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+    for (; n < 1000 && team_size(&ctx, 1, 1e-2) == 1; n++) nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
     CHECK(n > 40 && n <= 110, "tried again after %d forwards", n);  // half a second, and not before 50
     atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx) == 1, "a loss on probation left the team as it was");
-    ctx.n_tokens = 100;
-    ctx.token_seconds = 1e-5;
-    CHECK(team_size(&ctx) == 1, "a short forward of many tokens waited for a lost thread");
-    ctx.token_seconds = 1e-3;
-    CHECK(team_size(&ctx) == 2, "a long prompt was read by a part of the team");
-    ctx = (struct context){.n_threads = 1, .n_tokens = 1};
+    CHECK(team_size(&ctx, 1, 1e-2) == 1, "a loss on probation left the team as it was");
+    CHECK(team_size(&ctx, 100, 1e-5) == 1, "a short forward of many tokens waited for a lost thread");
+    CHECK(team_size(&ctx, 100, 1e-3) == 2, "a long prompt was read by a part of the team");
+    ctx = (struct context){.n_threads = 1};
     atomic_store(&ctx.lost_a_core, true);
-    team_size(&ctx);
+    team_size(&ctx, 1, 1e-2);
     atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx) == 1 && ctx.n_left_out == 0, "nobody is left");
+    CHECK(team_size(&ctx, 1, 1e-2) == 1 && ctx.n_left_out == 0, "nobody is left");
 }
 
 // ---- the model: one result, however a run is cut up ----
@@ -442,6 +439,14 @@ static void test_one_result(struct config c, enum format format) {
             long before = n_allocations;
             for (int i = 0; i < 5; i++) forward(ctx, &one, 1, c.n_layer);
             CHECK(n_allocations == before, "decoding allocated %ld times", n_allocations - before);
+
+            // A long prompt is read by all threads, also when a few of its tokens were scored in between.
+            ctx->n_left_out = threads - 1;
+            ctx->patience = 1000;
+            ctx->token_seconds = 1;
+            logits_of(ctx, (int[]){0}, 1);
+            forward(ctx, &(struct segment){s, tokens, N_TOKENS, false}, 1, c.n_layer);
+            CHECK(ctx->n_team == threads, "%d of %d threads read a prompt", ctx->n_team, threads);
             sequence_free(s);
             sequence_free(other);
             sequence_free(third);

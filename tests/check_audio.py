@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sounds
-from conftest import ROOT, run_mamba
+from conftest import PROGRAM, ROOT, run_mamba
 from sounds import RATE, START, unet  # noqa: F401 (a fixture)
 
 torch = pytest.importorskip("torch")
@@ -121,6 +121,15 @@ def test_sox_reads_what_is_written(sox, unet, tmp_path, form):
 def test_sox_reads_a_pipe(sox, unet):
     sound = run_mamba(unet[0], "-n", "50", "-s", "1", "-o", "-").stdout
     assert len(sox("-t", "wav", "-", "-t", "raw", "-", input=sound)) == 100
+
+
+def test_sox_reads_a_pipe_without_end(sox, unet):
+    """-n -1, as in: mamba audio.bin -n -1 -o - | sox -t wav - ...; the reader leaves first, the header knows no length."""
+    with subprocess.Popen([PROGRAM, unet[0], "-n", "-1", "-s", "1", "-q", "-o", "-"], stdout=subprocess.PIPE) as process:
+        sound = process.stdout.read(44 + 2000)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+    assert len(sox("-t", "wav", "-", "-t", "raw", "-", input=sound)) == 2000
 
 
 @pytest.mark.parametrize("options", [["-b", 8], ["-b", 16], ["-b", 24], ["-b", 32], ["-e", "float", "-b", 32], ["-e", "float", "-b", 64], ["-e", "mu-law"],

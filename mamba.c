@@ -323,11 +323,6 @@ struct level {
     int *n_new;                // [max_tokens] of each of its segments
 };
 
-struct moment {
-    int64_t forward;           // counted from 1; 0: never
-    double time;               // in seconds
-};
-
 struct context {               // what a forward needs besides the model; owner of all buffers, allocated once
     const struct model *m;
     const struct kernels *k;
@@ -336,15 +331,13 @@ struct context {               // what a forward needs besides the model; owner 
     struct act head_in;        // [max_rows][d_model]
     float *logits;             // [max_rows][ld_vocab]
     int ld_vocab;
-    int n_left_out;            // threads that decoding does without, because other processes have their cores: team_size()
+    int n_team;                // threads of the last forward
+    int n_left_out;            // threads that are done without, because other processes have their cores: review_team()
     bool on_probation;         // a thread that was left out is back, not for long
     int patience;              // how long one is left out; more after each try that failed
-    int64_t n_forwards;
-    struct moment loss, change;  // when a thread last lost its core, and when one was last left out or came back
-    int n_team;                // threads of the last forward
-    double token_seconds;      // of the last forward, for each of its tokens
-    double row_seconds;        // of the last logits_of(), for each of its rows
-    atomic_bool lost_a_core;   // a thread of the forward in progress did, or of the last one
+    double worked;             // seconds of work so far
+    double loss, change;       // at what of these a thread last lost its core, and one was last left out or came back
+    atomic_llong longest_wait; // nanoseconds that a thread waited for another in the forward in progress
     struct phase *phases;      // [n_phases] of a forward
     int n_phases;
     const struct segment *segments;  // the batch in progress
@@ -2913,7 +2906,11 @@ struct team {               // one thread's view of a forward in progress
     bool has_item;          // it is working on an item of that phase
 };
 
-static const double LOST_SECONDS = 1e-3;  // a thread that is waited for longer has lost its core
+static void note_wait(struct context *ctx, double seconds) {
+    const long long now = (long long)(1e9 * seconds);
+    long long longest = atomic_load_explicit(&ctx->longest_wait, memory_order_relaxed);
+    while (now > longest && !atomic_compare_exchange_weak(&ctx->longest_wait, &longest, now)) continue;
+}
 
 // Waits until a phase's items are done: spins for a few microseconds, and then offers its core to whoever wants it, since
 // the thread that is waited for may be the one that does not run.
@@ -2923,7 +2920,6 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
         if (spins >= 4000) {
             if (!start) start = now_seconds();
             sched_yield();  // which may take as long as another process's time slice
-            if (now_seconds() - start > LOST_SECONDS) atomic_store_explicit(&ctx->lost_a_core, true, memory_order_relaxed);
         }
 #if defined(__x86_64__)
         else _mm_pause();
@@ -2931,6 +2927,7 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
         else __asm__ volatile("yield");
 #endif
     }
+    if (start) note_wait(ctx, now_seconds() - start);
 }
 
 // The next item of the phase for this thread, as in: while (next_item(t, n_items, &item)) { ... }. When none is left it
@@ -3475,46 +3472,35 @@ static void forward_team(struct team *t) {
     head_phase(t);
 }
 
-// Within a few forwards, or less than a few time slices of a process ago.
-static bool lately(struct moment then, struct moment now) {
-    enum { FEW = 8 };
-    const double few_seconds = 0.1;
-    return then.forward && (now.forward - then.forward <= FEW || now.time - then.time < few_seconds);
-}
-
-// How many threads do the next work, on n tokens or rows that take about each_seconds each. One that loses its core in the
-// middle of an item, or has none when the others are done, keeps them waiting for milliseconds, the length of several tokens:
-// while that happens, short work is done with a thread less, and later it is tried again.
-static int team_size(struct context *ctx, int n, double each_seconds) {
-    enum { RETRY = 50, MAX_PATIENCE = 16 };  // forwards
-    const double retry_seconds = 0.5;  // of forwards that are much shorter than a process's time slice
-    const double long_enough = 0.03;   // seconds, against which waiting means nothing
-    if (n > ROW_TOKENS && n * each_seconds > long_enough) return ctx->n_threads;
-    const struct moment now = {++ctx->n_forwards, now_seconds()};
-    if (atomic_exchange(&ctx->lost_a_core, false)) {
-        const bool again = lately(ctx->loss, now);
-        ctx->loss = now;
-        if ((again || ctx->on_probation) && ctx->n_left_out < ctx->n_threads - 1) {  // two losses are no accident
+// Chooses the size of the next teams, after one of n threads worked for some time. A thread that loses its core in the middle of
+// an item, or has none when the others are done, keeps them waiting for milliseconds. Where that is much of a forward and happens
+// twice, which is no accident, the next ones do with a thread less, and later it is tried again.
+static void review_team(struct context *ctx, int n, double seconds) {
+    enum { MAX_PATIENCE = 16 };
+    const double lost = 1e-3, lately = 0.1, retry = 0.5;  // seconds; a process's time slice is some milliseconds
+    const double waited = 1e-9 * (double)atomic_exchange(&ctx->longest_wait, 0);
+    ctx->worked += seconds;
+    if (n > 1 && waited > fmax(lost, seconds / 8)) {
+        const bool again = ctx->loss > 0 && ctx->worked - ctx->loss < lately + seconds;
+        ctx->loss = ctx->worked;
+        if (again || ctx->on_probation) {
             ctx->patience = ctx->on_probation ? min_int(2 * ctx->patience, MAX_PATIENCE) : 1;
             ctx->n_left_out++;
             ctx->on_probation = false;
-            ctx->change = now;
+            ctx->change = ctx->worked;
         }
-    } else if (ctx->n_left_out && now.forward - ctx->change.forward >= (int64_t)RETRY * ctx->patience &&
-               now.time - ctx->change.time >= retry_seconds * ctx->patience) {
+    } else if (ctx->n_left_out && ctx->worked - ctx->change >= retry * ctx->patience) {
         ctx->n_left_out--;
         ctx->on_probation = true;
-        ctx->change = now;
-    } else if (!lately(ctx->change, now)) {
+        ctx->change = ctx->worked;
+    } else if (ctx->worked - ctx->change >= lately) {
         ctx->on_probation = false;
     }
-    return ctx->n_threads - ctx->n_left_out;
 }
 
-// Runs body on a team of threads, in one parallel region. It works on n tokens or rows; *each_seconds is what one of them took
-// the last time, and afterwards what it took now.
-static void run_team(struct context *ctx, void (*body)(struct team *), int n, double *each_seconds) {
-    const int n_threads = team_size(ctx, n, *each_seconds);
+// Runs body on a team of threads, in one parallel region.
+static void run_team(struct context *ctx, void (*body)(struct team *)) {
+    const int n_threads = ctx->n_threads - ctx->n_left_out;
     const double start = now_seconds();
     double began = start, ended = start;  // for the first thread, which waits for the others at both ends
     ctx->n_team = n_threads;
@@ -3536,16 +3522,16 @@ static void run_team(struct context *ctx, void (*body)(struct team *), int n, do
         if (omp_get_thread_num() == 0) ended = now_seconds();
 #endif
     }
-    if (n_threads > 1 && fmax(began - start, now_seconds() - ended) > LOST_SECONDS) atomic_store(&ctx->lost_a_core, true);
-    *each_seconds = (ended - start) / n;
+    const double now = now_seconds();
+    note_wait(ctx, fmax(began - start, now - ended));
+    review_team(ctx, n_threads, now - start);
 }
 
 // forward() where a GPU runs it. The embedding's rows are made here, so that the table itself, which may be large, need not be
 // there; it is the head as well in many models, and then it is.
 static void forward_on_device(struct context *ctx) {
     struct error e = {""};
-    double rows_of_a_table = 0;  // they take no time
-    run_team(ctx, embed_phase, ctx->n_tokens, &rows_of_a_table);
+    run_team(ctx, embed_phase);
     struct level *v = &ctx->level[0];
     device_must(device_forward(ctx->device, ctx->segments, ctx->n_segments, ctx->n_run_layers, v->x, v->ld_model,
                                ctx->only_choices ? NULL : ctx->logits, ctx->ld_vocab, &e), &e);
@@ -3583,7 +3569,7 @@ static void forward(struct context *ctx, const struct segment *segments, int n_s
         segments[i].seq->n_past += segments[i].n_tokens;
     }
     if (ctx->n_tokens && ctx->device) forward_on_device(ctx);
-    else if (ctx->n_tokens) run_team(ctx, forward_team, ctx->n_tokens, &ctx->token_seconds);
+    else if (ctx->n_tokens) run_team(ctx, forward_team);
 }
 
 // Logits of n of the last forward's tokens, at most max_rows of them, to rows 0 ... n-1 of ctx->logits.
@@ -3595,7 +3581,7 @@ static void logits_of(struct context *ctx, const int *tokens, int n) {
     }
     for (int i = 0; i < n; i++) gather_row(ctx, tokens[i], i);
     ctx->n_rows = n;
-    run_team(ctx, head_phase, n, &ctx->row_seconds);
+    run_team(ctx, head_phase);
 }
 
 // ====================================================================================================================

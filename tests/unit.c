@@ -253,29 +253,33 @@ static void test_quantize(void) {
 
 // ---- threads ----
 
-// Decoding does without a thread that keeps losing its core, and tries again; a single loss is an accident.
-static void test_team_size(void) {
+// Forwards of some length, in each of which a thread waits for another; returns the next team's size.
+static int team_after(struct context *ctx, int n_forwards, double seconds, double waited) {
+    for (int i = 0; i < n_forwards; i++) {
+        note_wait(ctx, waited / 2);
+        note_wait(ctx, waited);
+        review_team(ctx, ctx->n_threads - ctx->n_left_out, seconds);
+    }
+    return ctx->n_threads - ctx->n_left_out;
+}
+
+// A thread that keeps losing its core is left out, and tried again; a single loss is an accident, and so is one of little weight.
+static void test_review_team(void) {
     struct context ctx = {.n_threads = 2};
-    int sizes = 0;
-    atomic_store(&ctx.lost_a_core, true);
-    for (int i = 0; i < 20; i++) sizes += team_size(&ctx, 1, 1e-2);
-    CHECK(sizes == 40, "one loss changed the team: %d", sizes);
-    atomic_store(&ctx.lost_a_core, true);
-    team_size(&ctx, 1, 1e-2);
-    atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx, 1, 1e-2) == 1, "two losses left the team as it was");
+    CHECK(team_after(&ctx, 1, 5e-3, 4e-3) == 2 && team_after(&ctx, 50, 5e-3, 0) == 2, "one loss changed the team");
+    CHECK(team_after(&ctx, 1, 5e-3, 4e-3) == 2, "two losses at different times changed the team");
+    CHECK(team_after(&ctx, 1, 5e-3, 4e-3) == 1, "two losses left the team as it was");
     int n = 0;
-    for (; n < 1000 && team_size(&ctx, 1, 1e-2) == 1; n++) nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
-    CHECK(n > 40 && n <= 110, "tried again after %d forwards", n);  // half a second, and not before 50
-    atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx, 1, 1e-2) == 1, "a loss on probation left the team as it was");
-    CHECK(team_size(&ctx, 100, 1e-5) == 1, "a short forward of many tokens waited for a lost thread");
-    CHECK(team_size(&ctx, 100, 1e-3) == 2, "a long prompt was read by a part of the team");
+    while (n < 1000 && team_after(&ctx, 1, 5e-3, 0) == 1) n++;
+    CHECK(n >= 99 && n <= 101, "tried again after %d forwards", n);  // half a second
+    CHECK(team_after(&ctx, 1, 5e-3, 4e-3) == 1, "a loss on probation left the team as it was");
+    for (n = 0; n < 1000 && team_after(&ctx, 1, 5e-3, 0) == 1;) n++;
+    CHECK(n >= 199 && n <= 201, "tried again after %d forwards, the second time", n);
+    CHECK(team_after(&ctx, 50, 5e-3, 0) == 2 && team_after(&ctx, 50, 1e-4, 5e-4) == 2, "unevenness was taken for a loss");
+    CHECK(team_after(&ctx, 50, 0.2, 4e-3) == 2, "a thread was left out whose losses hardly count in long forwards");
+    CHECK(team_after(&ctx, 2, 0.2, 0.1) == 1, "a thread stayed whose losses are half of long forwards");
     ctx = (struct context){.n_threads = 1};
-    atomic_store(&ctx.lost_a_core, true);
-    team_size(&ctx, 1, 1e-2);
-    atomic_store(&ctx.lost_a_core, true);
-    CHECK(team_size(&ctx, 1, 1e-2) == 1 && ctx.n_left_out == 0, "nobody is left");
+    CHECK(team_after(&ctx, 50, 5e-3, 4e-3) == 1 && ctx.n_left_out == 0, "nobody is left");
 }
 
 // ---- the model: one result, however a run is cut up ----
@@ -439,14 +443,6 @@ static void test_one_result(struct config c, enum format format) {
             long before = n_allocations;
             for (int i = 0; i < 5; i++) forward(ctx, &one, 1, c.n_layer);
             CHECK(n_allocations == before, "decoding allocated %ld times", n_allocations - before);
-
-            // A long prompt is read by all threads, also when a few of its tokens were scored in between.
-            ctx->n_left_out = threads - 1;
-            ctx->patience = 1000;
-            ctx->token_seconds = 1;
-            logits_of(ctx, (int[]){0}, 1);
-            forward(ctx, &(struct segment){s, tokens, N_TOKENS, false}, 1, c.n_layer);
-            CHECK(ctx->n_team == threads, "%d of %d threads read a prompt", ctx->n_team, threads);
             sequence_free(s);
             sequence_free(other);
             sequence_free(third);
@@ -739,7 +735,7 @@ int main(int argc, char **argv) {
     test_half_floats();
     for (int i = 0; i < n_isa; i++) test_functions(isa[i]);
     test_quantize();
-    test_team_size();
+    test_review_team();
     for (int f = 0; f < N_FORMATS; f++) {
         int block = formats[f].block;
         test_products((enum format)f, 5, round_up(3 * 32, block), 7);

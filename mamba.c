@@ -1473,7 +1473,10 @@ struct kernels {
 #define v_set_int ISA_NAME(v_set_int)
 #define v_dot4 ISA_NAME(v_dot4)
 #define v_from_int ISA_NAME(v_from_int)
-#define v_from_bytes ISA_NAME(v_from_bytes)
+#define v_from_byte ISA_NAME(v_from_byte)
+#define v_from_halves ISA_NAME(v_from_halves)
+#define v_bits ISA_NAME(v_bits)
+#define v_join ISA_NAME(v_join)
 #define h_load ISA_NAME(h_load)
 #define vb ISA_NAME(vb)
 #define b_load ISA_NAME(b_load)
@@ -1488,7 +1491,6 @@ struct kernels {
 #define dot_16_rows ISA_NAME(dot_16_rows)
 #define transpose_dwords ISA_NAME(transpose_dwords)
 #define unpack ISA_NAME(unpack)
-#define unpack_scales ISA_NAME(unpack_scales)
 #define chunk_scales ISA_NAME(chunk_scales)
 #define chunk ISA_NAME(chunk)
 #define chunk_block ISA_NAME(chunk_block)
@@ -1497,6 +1499,8 @@ struct kernels {
 #define chunk_dot ISA_NAME(chunk_dot)
 #define rows_dot ISA_NAME(rows_dot)
 #define chunk_halves ISA_NAME(chunk_halves)
+#define chunk_words ISA_NAME(chunk_words)
+#define same_rows ISA_NAME(same_rows)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
 #define panel_dot ISA_NAME(panel_dot)
@@ -1585,9 +1589,10 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
 LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
-LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi32((int)a, (int)b, (int)c, (int)d)));
-}
+LANE vi v_bits(vi a, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi32(a, (unsigned)shift), _mm512_set1_epi32(mask)); }
+LANE vi v_join(vi low, vi high, int shift) { return _mm512_or_si512(low, _mm512_slli_epi32(high, (unsigned)shift)); }
+LANE vf v_from_byte(vi a, int i) { return v_from_int(_mm512_srai_epi32(_mm512_slli_epi32(a, (unsigned)(24 - 8 * i)), 24)); }
+LANE vf v_from_halves(vi a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 
 #elif defined(ISA_AVX2)
 
@@ -1676,10 +1681,21 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     return (vi){_mm256_add_epi32(sum.lo, dot_bytes(lo, b, is_signed)), _mm256_add_epi32(sum.hi, dot_bytes(hi, b, is_signed))};
 }
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    __m128i bytes = _mm_setr_epi32((int)a, (int)b, (int)c, (int)d);
-    return (vf){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+LANE vi v_bits(vi a, int shift, int mask) {
+    __m256i bits = _mm256_set1_epi32(mask);
+    return (vi){_mm256_and_si256(_mm256_srli_epi32(a.lo, shift), bits), _mm256_and_si256(_mm256_srli_epi32(a.hi, shift), bits)};
+}
+LANE vi v_join(vi low, vi high, int shift) {
+    return (vi){_mm256_or_si256(low.lo, _mm256_slli_epi32(high.lo, shift)), _mm256_or_si256(low.hi, _mm256_slli_epi32(high.hi, shift))};
+}
+LANE vf v_from_byte(vi a, int i) {
+    return v_from_int((vi){_mm256_srai_epi32(_mm256_slli_epi32(a.lo, 24 - 8 * i), 24),
+                           _mm256_srai_epi32(_mm256_slli_epi32(a.hi, 24 - 8 * i), 24)});
+}
+LANE vf v_from_halves(vi a) {
+    a = v_bits(a, 0, 0xffff);
+    __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.lo, a.hi), 0xd8);
+    return (vf){_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 
 #elif defined(ISA_NEON)
@@ -1786,10 +1802,22 @@ LANE vf v_from_int(vi a) {
     EACH r.q[i] = vcvtq_f32_s32(a.q[i]);
     return r;
 }
-LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const uint32_t words[4] = {a, b, c, d};
+LANE vi v_bits(vi a, int shift, int mask) {
+    EACH a.q[i] = vandq_s32(vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.q[i]), vdupq_n_s32(-shift))), vdupq_n_s32(mask));
+    return a;
+}
+LANE vi v_join(vi low, vi high, int shift) {
+    EACH low.q[i] = vorrq_s32(low.q[i], vshlq_s32(high.q[i], vdupq_n_s32(shift)));
+    return low;
+}
+LANE vf v_from_byte(vi a, int byte) {
     vf r;
-    EACH r.q[i] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(words[i]))))));
+    EACH r.q[i] = vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(a.q[i], vdupq_n_s32(24 - 8 * byte)), 24));
+    return r;
+}
+LANE vf v_from_halves(vi a) {
+    vf r;
+    EACH r.q[i] = vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(a.q[i])));
     return r;
 }
 #undef EACH
@@ -1901,11 +1929,22 @@ LANE vf v_from_int(vi a) {
     EACH r.lane[i] = (float)a.lane[i];
     return r;
 }
-// Signed bytes, in words that the compiler keeps in registers.
-LANE vf v_from_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const uint32_t words[4] = {a, b, c, d};
+LANE vi v_bits(vi a, int shift, int mask) {
+    EACH a.lane[i] = (int32_t)((uint32_t)a.lane[i] >> shift) & mask;
+    return a;
+}
+LANE vi v_join(vi low, vi high, int shift) {
+    EACH low.lane[i] |= (int32_t)((uint32_t)high.lane[i] << shift);
+    return low;
+}
+LANE vf v_from_byte(vi a, int byte) {  // which is signed
     vf r;
-    EACH r.lane[i] = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
+    EACH r.lane[i] = (float)(int8_t)((uint32_t)a.lane[i] >> 8 * byte);
+    return r;
+}
+LANE vf v_from_halves(vi a) {  // the lower half of each, as a half float
+    vf r;
+    EACH r.lane[i] = f16_to_f32((uint16_t)a.lane[i]);
     return r;
 }
 #undef EACH
@@ -2054,7 +2093,7 @@ LANE void matmul_float(enum format format, const uint8_t *w, size_t row_bytes, i
 
 // ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
 //
-// unpack() and unpack_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
+// unpack() and chunk_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
 // rows_dot() for one token, straight from the blocks; for more tokens panel_fill() once, which interleaves the rows, and
 // panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
 
@@ -2181,78 +2220,6 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     }
 }
 
-// Scales and, where the format has them, minima of a block's groups: scale and min have room for 16.
-LANE void unpack_scales(enum format format, const uint8_t *p, float *scale, float *min) {
-    const uint32_t nibble = 0x0f0f0f0f, two = 0x03030303, six = 0x3f3f3f3f;  // masks of four bytes at once
-    const vf zero = v_set(0.0f);
-    switch (format) {
-    case Q8_0: case Q4_0: case Q5_0: *scale = h_load(p); break;
-    case Q4_1: case Q5_1:
-        *scale = h_load(p);
-        *min = h_load(p + 2);
-        break;
-    case Q2_K: {  // low nibble: scale, high nibble: minimum
-        uint32_t a = load_u32(p), b = load_u32(p + 4), c = load_u32(p + 8), d = load_u32(p + 12);
-        v_store(scale, v_mul(v_set(h_load(p + 80)), v_from_bytes(a & nibble, b & nibble, c & nibble, d & nibble)));
-        v_store(min, v_sub(zero, v_mul(v_set(h_load(p + 82)), v_from_bytes(a >> 4 & nibble, b >> 4 & nibble, c >> 4 & nibble,
-                                                                          d >> 4 & nibble))));
-        break;
-    }
-    case Q3_K: {  // 6 bits, zero at 32: 16 nibbles, then 16 times two upper bits
-        uint32_t a = load_u32(p + 96), b = load_u32(p + 100), high = load_u32(p + 104);
-        vf six_bits = v_from_bytes((a & nibble) | (high & two) << 4, (b & nibble) | (high >> 2 & two) << 4,
-                                   (a >> 4 & nibble) | (high >> 4 & two) << 4, (b >> 4 & nibble) | (high >> 6 & two) << 4);
-        v_store(scale, v_mul(v_set(h_load(p + 108)), v_sub(six_bits, v_set(32.0f))));
-        break;
-    }
-    case Q4_K: case Q5_K: {  // 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
-        uint32_t a = load_u32(p + 4), b = load_u32(p + 8), c = load_u32(p + 12);
-        vf sc = v_from_bytes(a & six, (c & nibble) | (a >> 6 & two) << 4, 0, 0);
-        vf m = v_from_bytes(b & six, (c >> 4 & nibble) | (b >> 6 & two) << 4, 0, 0);
-        v_store(scale, v_mul(v_set(h_load(p)), sc));
-        v_store(min, v_sub(zero, v_mul(v_set(h_load(p + 2)), m)));
-        break;
-    }
-    case Q6_K: {
-        vf sc = v_from_bytes(load_u32(p + 192), load_u32(p + 196), load_u32(p + 200), load_u32(p + 204));
-        v_store(scale, v_mul(v_set(h_load(p + 208)), sc));
-        break;
-    }
-    default: break;
-    }
-}
-
-// Element = scale * (q - zero) + min, each operation rounded, as gguf-py does it.
-static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
-    if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
-    else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
-    else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
-    else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
-        float scale[16], min[16] = {0};
-        unpack_scales(format, row, scale, min);
-        for (int i = 0; i < formats[format].block; i += 32) {
-            int8_t q[32] = {0};
-            b_store(q, unpack(format, row, i / 32));
-            for (int j = 0; j < 32; j++) {
-                int g = (i + j) / formats[format].group;
-                x[k + i + j] = scale[g] * (float)(q[j] - formats[format].zero) + min[g];
-            }
-        }
-    }
-}
-
-// Of block-quantised formats, for a device that lays its weights out in another way. min stays as it is in formats without.
-static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
-    const int block = formats[format].block, groups = block / formats[format].group;
-    for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
-        float s[16], m[16] = {0};
-        unpack_scales(format, row, s, m);
-        memcpy(scale, s, (size_t)groups * sizeof *s);
-        if (formats[format].has_min) memcpy(min, m, (size_t)groups * sizeof *m);
-        for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
-    }
-}
-
 // 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
     float scale[16][16];       // [group][row]
@@ -2309,16 +2276,139 @@ LANE void chunk_halves(enum format format, const struct chunk *c, size_t at, flo
     for (int b = 0; b < c->n / 32; b++) v_store(to[b], v_load_f16(half[b]));
 }
 
+// 16 bytes at offset `at` of the first block of each row, as four vectors of dwords, whose lanes are the rows.
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+LANE void chunk_words(enum format format, const struct chunk *c, size_t at, vi w[4]) {
+    __m256i to[2][4];
+    UNROLL for (int h = 0; h < 2; h++) {
+        __m256i r[4];  // rows i and i + 4 of a half
+        UNROLL for (int i = 0; i < 4; i++)
+            r[i] = _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(chunk_block(format, c, 8 * h + i + 4, 0) + at)),
+                                    _mm_loadu_si128((const __m128i *)(chunk_block(format, c, 8 * h + i, 0) + at)));
+        __m256i low[2] = {_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpacklo_epi32(r[2], r[3])};
+        __m256i high[2] = {_mm256_unpackhi_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[2], r[3])};
+        to[h][0] = _mm256_unpacklo_epi64(low[0], low[1]);
+        to[h][1] = _mm256_unpackhi_epi64(low[0], low[1]);
+        to[h][2] = _mm256_unpacklo_epi64(high[0], high[1]);
+        to[h][3] = _mm256_unpackhi_epi64(high[0], high[1]);
+    }
+#if defined(ISA_AVX512)
+    UNROLL for (int i = 0; i < 4; i++) w[i] = _mm512_inserti64x4(_mm512_castsi256_si512(to[0][i]), to[1][i], 1);
+#else
+    UNROLL for (int i = 0; i < 4; i++) w[i] = (vi){to[0][i], to[1][i]};
+#endif
+}
+#elif defined(ISA_NEON)
+LANE void chunk_words(enum format format, const struct chunk *c, size_t at, vi w[4]) {
+    UNROLL for (int q = 0; q < 4; q++) {
+        int32x4_t r[4];
+        UNROLL for (int i = 0; i < 4; i++) r[i] = vreinterpretq_s32_u8(vld1q_u8(chunk_block(format, c, 4 * q + i, 0) + at));
+        int32x4x2_t even = vzipq_s32(r[0], r[2]), odd = vzipq_s32(r[1], r[3]);
+        int32x4x2_t low = vzipq_s32(even.val[0], odd.val[0]), high = vzipq_s32(even.val[1], odd.val[1]);
+        w[0].q[q] = low.val[0];
+        w[1].q[q] = low.val[1];
+        w[2].q[q] = high.val[0];
+        w[3].q[q] = high.val[1];
+    }
+}
+#else
+LANE void chunk_words(enum format format, const struct chunk *c, size_t at, vi w[4]) {
+    for (int r = 0; r < 16; r++)
+        for (int i = 0; i < 4; i++) w[i].lane[r] = (int32_t)load_u32(chunk_block(format, c, r, 0) + at + 4 * (size_t)i);
+}
+#endif
+
+// Scales and, where the format has them, minima of a chunk's groups, of all rows at once.
 LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *p) {
-    const int block = formats[format].block, groups = block / formats[format].group;
-    if (block == 32) {
+    const int nibble = 0x0f0f0f0f, two = 0x03030303, six = 0x3f3f3f3f;  // masks of four bytes at once
+    const bool has_min = formats[format].has_min;
+    if (formats[format].block == 32) {
         chunk_halves(format, c, 0, p->scale);
-        if (formats[format].has_min) chunk_halves(format, c, 2, p->min);
-    } else {  // one block of 256
-        float scale[16][16], min[16][16];
-        for (int r = 0; r < 16; r++) unpack_scales(format, chunk_block(format, c, r, 0), scale[r], min[r]);
-        transpose_dwords((const int32_t *)scale, 16, (int32_t (*)[16])p->scale, groups);
-        if (formats[format].has_min) transpose_dwords((const int32_t *)min, 16, (int32_t (*)[16])p->min, groups);
+        if (has_min) chunk_halves(format, c, 2, p->min);
+        return;
+    }
+    vi w[4], d, sc[4], m[4];  // d: a half float, and above it dmin; sc and m: a byte a group
+    switch (format) {
+    case Q2_K:  // low nibble: scale, high nibble: minimum
+        chunk_words(format, c, 68, w);
+        d = w[3];
+        chunk_words(format, c, 0, w);
+        UNROLL for (int i = 0; i < 4; i++) {
+            sc[i] = v_bits(w[i], 0, nibble);
+            m[i] = v_bits(w[i], 4, nibble);
+        }
+        break;
+    case Q3_K:  // 6 bits: 16 nibbles, then 16 times two upper bits
+        chunk_words(format, c, 94, w);
+        d = v_bits(w[3], 16, 0xffff);
+        chunk_words(format, c, 92, w);
+        sc[0] = v_join(v_bits(w[1], 0, nibble), v_bits(w[3], 0, two), 4);
+        sc[1] = v_join(v_bits(w[2], 0, nibble), v_bits(w[3], 2, two), 4);
+        sc[2] = v_join(v_bits(w[1], 4, nibble), v_bits(w[3], 4, two), 4);
+        sc[3] = v_join(v_bits(w[2], 4, nibble), v_bits(w[3], 6, two), 4);
+        break;
+    case Q6_K:  // signed bytes
+        chunk_words(format, c, 194, w);
+        d = v_bits(w[3], 16, 0xffff);
+        chunk_words(format, c, 192, sc);
+        break;
+    default:  // Q4_K, Q5_K: 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
+        chunk_words(format, c, 0, w);
+        d = w[0];
+        sc[0] = v_bits(w[1], 0, six);
+        sc[1] = v_join(v_bits(w[3], 0, nibble), v_bits(w[1], 6, two), 4);
+        m[0] = v_bits(w[2], 0, six);
+        m[1] = v_join(v_bits(w[3], 4, nibble), v_bits(w[2], 6, two), 4);
+    }
+    const vf scale = v_from_halves(d), zero = v_set(format == Q3_K ? 32.0f : 0.0f);
+    UNROLL for (int g = 0; g < 256 / formats[format].group; g++)
+        v_store(p->scale[g], v_mul(scale, v_sub(v_from_byte(sc[g / 4], g % 4), zero)));
+    if (!has_min) return;
+    const vf min = v_sub(v_set(0.0f), v_from_halves(v_bits(d, 16, 0xffff)));
+    UNROLL for (int g = 0; g < 256 / formats[format].group; g++) v_store(p->min[g], v_mul(min, v_from_byte(m[g / 4], g % 4)));
+}
+
+// ---- one row ----
+
+// The row, sixteen times.
+LANE struct chunk same_rows(const uint8_t *row, int n) {
+    struct chunk c = {.n = n};
+    for (int r = 0; r < 16; r++) c.row[r] = row;
+    return c;
+}
+
+// Element = scale * (q - zero) + min, each operation rounded, as gguf-py does it.
+static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
+    const int block = formats[format].block;
+    if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
+    else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
+    else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
+    else for (int k = 0; k < n; k += block, row += formats[format].bytes) {
+        const struct chunk c = same_rows(row, block);
+        struct panel p;
+        chunk_scales(format, &c, &p);
+        for (int i = 0; i < block; i += 32) {
+            int8_t q[32] = {0};
+            b_store(q, unpack(format, row, i / 32));
+            for (int j = 0; j < 32; j++) {
+                const int g = (i + j) / formats[format].group;
+                const float min = formats[format].has_min ? p.min[g][0] : 0;
+                x[k + i + j] = p.scale[g][0] * (float)(q[j] - formats[format].zero) + min;
+            }
+        }
+    }
+}
+
+// Of block-quantised formats, for a device that lays its weights out in another way. min stays as it is in formats without.
+static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
+    const int block = formats[format].block, groups = block / formats[format].group;
+    for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
+        const struct chunk c = same_rows(row, block);
+        struct panel p;
+        chunk_scales(format, &c, &p);
+        for (int g = 0; g < groups; g++) scale[g] = p.scale[g][0];
+        for (int g = 0; g < groups && formats[format].has_min; g++) min[g] = p.min[g][0];
+        for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
     }
 }
 

@@ -4,8 +4,8 @@ trained on as many samples.
 
     ablation.py --data FOLDER --out FOLDER [--steps 400] [options of `train.py audio`]
 
-Trains the variants one after the other into OUT/VARIANT, goes on where it was stopped, and skips what is finished. Then prints a
-table and draws held-out bits per sample against the samples read in training, to models/ablation.svg."""
+Trains the variants one after the other into OUT/VARIANT, goes on where it was stopped, and skips what is finished. Then prints
+a table and draws held-out bits per sample against the samples read in training, to models/ablation.svg."""
 import argparse
 import json
 import pathlib
@@ -40,11 +40,9 @@ def train(o, name, options):
 
 
 def row(o, name):
-    """One line of the table: parameters, held-out bits, seconds a step."""
+    """One line of the table: parameters, held-out bits."""
     report = json.loads((folder(o, name) / "report.json").read_text())
-    last = json.loads((folder(o, name) / "log.jsonl").read_text().splitlines()[-1])
-    return (f"| {name} | {report['parameters']:,} | {report['valid']['bits']:.3f} | {report['test']['bits']:.3f} "
-            f"| {last['seconds_a_step']:.2f} |")
+    return f"| {name} | {report['parameters']:,} | {report['valid']['bits']:.3f} | {report['test']['bits']:.3f} |"
 
 
 def draw(o, path):
@@ -71,7 +69,7 @@ def main():
     o, options = parser.parse_known_args()
     for name in VARIANTS:
         train(o, name, options)
-    print("| blocks | parameters | valid | test | seconds a step |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| blocks | parameters | valid | test |\n| --- | ---: | ---: | ---: |")
     print("\n".join(row(o, name) for name in VARIANTS))
     draw(o, o.plot)
 

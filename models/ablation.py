@@ -51,9 +51,9 @@ def draw(o, path):
         report = json.loads((folder(o, name) / "report.json").read_text())
         a_step = report["options"]["batch"] * report["options"]["length"]
         log = [json.loads(line) for line in (folder(o, name) / "log.jsonl").read_text().splitlines()]
-        axes.plot([entry["step"] * a_step / 1e6 for entry in log], [entry["valid"]["average"]["bits"] for entry in log],
+        axes.plot([entry["step"] * a_step / 1e6 for entry in log], [min(scores["bits"] for scores in entry["valid"].values()) for entry in log],
                   color=f"C{i // 2}", linestyle="-" if i % 2 else "--", marker="o", markersize=3, label=name)
-    axes.set(xlabel="samples read in training, millions", ylabel="bits per held-out sample", title="Spoken digits, 8 kHz, averaged weights")
+    axes.set(xlabel="samples read in training, millions", ylabel="bits per held-out sample", title="Spoken digits, 8 kHz")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -1500,6 +1500,7 @@ struct kernels {
 #define rows_dot ISA_NAME(rows_dot)
 #define chunk_halves ISA_NAME(chunk_halves)
 #define chunk_words ISA_NAME(chunk_words)
+#define four_groups ISA_NAME(four_groups)
 #define same_rows ISA_NAME(same_rows)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
@@ -2318,54 +2319,53 @@ LANE void chunk_words(enum format format, const struct chunk *c, size_t at, vi w
 }
 #endif
 
+// Scales or minima of four groups, whose bytes, and what of them stands for 0, are to be multiplied by d.
+LANE void four_groups(float (*to)[16], vf d, vi bytes, float zero) {
+    UNROLL for (int i = 0; i < 4; i++) v_store(to[i], v_mul(d, v_sub(v_from_byte(bytes, i), v_set(zero))));
+}
+
 // Scales and, where the format has them, minima of a chunk's groups, of all rows at once.
 LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *p) {
     const int nibble = 0x0f0f0f0f, two = 0x03030303, six = 0x3f3f3f3f;  // masks of four bytes at once
-    const bool has_min = formats[format].has_min;
-    if (formats[format].block == 32) {
-        chunk_halves(format, c, 0, p->scale);
-        if (has_min) chunk_halves(format, c, 2, p->min);
-        return;
-    }
-    vi w[4], d, sc[4], m[4];  // d: a half float, and above it dmin; sc and m: a byte a group
+    vi w[4];
+    vf d, dmin;
     switch (format) {
     case Q2_K:  // low nibble: scale, high nibble: minimum
         chunk_words(format, c, 68, w);
-        d = w[3];
+        d = v_from_halves(w[3]);
+        dmin = v_sub(v_set(0.0f), v_from_halves(v_bits(w[3], 16, 0xffff)));
         chunk_words(format, c, 0, w);
         UNROLL for (int i = 0; i < 4; i++) {
-            sc[i] = v_bits(w[i], 0, nibble);
-            m[i] = v_bits(w[i], 4, nibble);
+            four_groups(p->scale + 4 * i, d, v_bits(w[i], 0, nibble), 0);
+            four_groups(p->min + 4 * i, dmin, v_bits(w[i], 4, nibble), 0);
         }
         break;
-    case Q3_K:  // 6 bits: 16 nibbles, then 16 times two upper bits
+    case Q3_K:  // 6 bits, zero at 32: 16 nibbles, then 16 times two upper bits
         chunk_words(format, c, 94, w);
-        d = v_bits(w[3], 16, 0xffff);
+        d = v_from_halves(v_bits(w[3], 16, 0xffff));
         chunk_words(format, c, 92, w);
-        sc[0] = v_join(v_bits(w[1], 0, nibble), v_bits(w[3], 0, two), 4);
-        sc[1] = v_join(v_bits(w[2], 0, nibble), v_bits(w[3], 2, two), 4);
-        sc[2] = v_join(v_bits(w[1], 4, nibble), v_bits(w[3], 4, two), 4);
-        sc[3] = v_join(v_bits(w[2], 4, nibble), v_bits(w[3], 6, two), 4);
+        UNROLL for (int i = 0; i < 4; i++)
+            four_groups(p->scale + 4 * i, d, v_join(v_bits(w[1 + i % 2], i / 2 * 4, nibble), v_bits(w[3], 2 * i, two), 4), 32);
+        break;
+    case Q4_K: case Q5_K:  // 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
+        chunk_words(format, c, 0, w);
+        d = v_from_halves(w[0]);
+        dmin = v_sub(v_set(0.0f), v_from_halves(v_bits(w[0], 16, 0xffff)));
+        four_groups(p->scale, d, v_bits(w[1], 0, six), 0);
+        four_groups(p->scale + 4, d, v_join(v_bits(w[3], 0, nibble), v_bits(w[1], 6, two), 4), 0);
+        four_groups(p->min, dmin, v_bits(w[2], 0, six), 0);
+        four_groups(p->min + 4, dmin, v_join(v_bits(w[3], 4, nibble), v_bits(w[2], 6, two), 4), 0);
         break;
     case Q6_K:  // signed bytes
         chunk_words(format, c, 194, w);
-        d = v_bits(w[3], 16, 0xffff);
-        chunk_words(format, c, 192, sc);
+        d = v_from_halves(v_bits(w[3], 16, 0xffff));
+        chunk_words(format, c, 192, w);
+        UNROLL for (int i = 0; i < 4; i++) four_groups(p->scale + 4 * i, d, w[i], 0);
         break;
-    default:  // Q4_K, Q5_K: 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
-        chunk_words(format, c, 0, w);
-        d = w[0];
-        sc[0] = v_bits(w[1], 0, six);
-        sc[1] = v_join(v_bits(w[3], 0, nibble), v_bits(w[1], 6, two), 4);
-        m[0] = v_bits(w[2], 0, six);
-        m[1] = v_join(v_bits(w[3], 4, nibble), v_bits(w[2], 6, two), 4);
+    default:    // blocks of 32
+        chunk_halves(format, c, 0, p->scale);
+        if (formats[format].has_min) chunk_halves(format, c, 2, p->min);
     }
-    const vf scale = v_from_halves(d), zero = v_set(format == Q3_K ? 32.0f : 0.0f);
-    UNROLL for (int g = 0; g < 256 / formats[format].group; g++)
-        v_store(p->scale[g], v_mul(scale, v_sub(v_from_byte(sc[g / 4], g % 4), zero)));
-    if (!has_min) return;
-    const vf min = v_sub(v_set(0.0f), v_from_halves(v_bits(d, 16, 0xffff)));
-    UNROLL for (int g = 0; g < 256 / formats[format].group; g++) v_store(p->min[g], v_mul(min, v_from_byte(m[g / 4], g % 4)));
 }
 
 // ---- one row ----

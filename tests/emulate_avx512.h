@@ -38,12 +38,11 @@ static inline __m128i emulated_cvtepi32_epi8(simde__m512i a) {
     for (int i = 0; i < 16; i++) bytes[i] = (int8_t)v.i[i];
     return _mm_loadu_si128((const __m128i *)bytes);
 }
-static inline simde__m512i emulated_cvtepi8_epi32(__m128i a) {
-    int8_t bytes[16];
-    emulated v;
-    memcpy(bytes, &a, sizeof bytes);
-    for (int i = 0; i < 16; i++) v.i[i] = bytes[i];
-    return v.si;
+static inline __m256i emulated_cvtepi32_epi16(simde__m512i a) {
+    emulated v = {.si = a};
+    int16_t words[16];
+    for (int i = 0; i < 16; i++) words[i] = (int16_t)v.i[i];
+    return _mm256_loadu_si256((const __m256i *)words);
 }
 static inline simde__m512 emulated_cvtepi32_ps(simde__m512i a) {
     emulated v = {.si = a};
@@ -74,7 +73,7 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
-#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32

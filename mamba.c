@@ -1155,12 +1155,16 @@ static size_t state_at(size_t ch, size_t n, size_t n_state, size_t parts) {
     return ((ch / 16 * n_state + n) * parts) * 16 + ch % 16;
 }
 
+// Room for a number for each state of a layer, at state_at().
+static float *take_states(struct binder *b, const struct layer *l, const struct config *c) {
+    return arena_take(b, (size_t)round_up(c->level[l->level].d_inner, 16) * (size_t)c->d_state * (1 + (size_t)l->is_complex));
+}
+
 // A of equation 2, which the file holds as -exp(A_log) [d_inner][d_state][R], as exponents of 2 and angles; and 1 / A.
 static void bind_a(struct binder *b, struct layer *l, const char *name, const struct config *c) {
     const struct level_size *size = &c->level[l->level];
-    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex,
-                 floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
-    float *a2 = arena_take(b, floats), *inverse = c->zoh ? arena_take(b, floats) : NULL;
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex;
+    float *a2 = take_states(b, l, c), *inverse = c->zoh ? take_states(b, l, c) : NULL;
     float *a = read_states(b, name, size, c->d_state * (int)parts);
     for (size_t ch = 0; a && !b->error->text[0] && ch < (size_t)size->d_inner; ch++)
         for (size_t n = 0; n < n_state; n++) {
@@ -1185,9 +1189,8 @@ static void bind_a(struct binder *b, struct layer *l, const char *name, const st
 // states stand for their conjugates, too: y is twice the real part.
 static void bind_fixed(struct binder *b, struct layer *l, const char *const names[3], const struct config *c) {
     const struct level_size *size = &c->level[l->level];
-    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex,
-                 floats = (size_t)round_up(size->d_inner, 16) * n_state * parts;
-    float *decay = arena_take(b, floats), *weight = arena_take(b, floats), *abc[3];
+    const size_t n_state = (size_t)c->d_state, parts = 1 + l->is_complex;
+    float *decay = take_states(b, l, c), *weight = take_states(b, l, c), *abc[3];
     for (int i = 0; i < 3; i++) abc[i] = read_states(b, names[i], size, c->d_state * (int)parts);
     for (size_t ch = 0; decay && !b->error->text[0] && ch < (size_t)size->d_inner; ch++) {
         const double raw = (double)l->dt_b[ch], dt = fmax(raw, 0) + log1p(exp(-fabs(raw)));  // softplus
@@ -1501,7 +1504,7 @@ struct kernels {
 #define chunk_halves ISA_NAME(chunk_halves)
 #define chunk_words ISA_NAME(chunk_words)
 #define four_groups ISA_NAME(four_groups)
-#define same_rows ISA_NAME(same_rows)
+#define block_scales ISA_NAME(block_scales)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
 #define panel_dot ISA_NAME(panel_dot)
@@ -1590,10 +1593,12 @@ LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
 LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
-LANE vi v_bits(vi a, int shift, int mask) { return _mm512_and_si512(_mm512_srli_epi32(a, (unsigned)shift), _mm512_set1_epi32(mask)); }
+LANE vi v_bits(vi a, int shift, int mask) {
+    return _mm512_and_si512(_mm512_srli_epi32(a, (unsigned)shift), _mm512_set1_epi32(mask));
+}
 LANE vi v_join(vi low, vi high, int shift) { return _mm512_or_si512(low, _mm512_slli_epi32(high, (unsigned)shift)); }
 LANE vf v_from_byte(vi a, int i) { return v_from_int(_mm512_srai_epi32(_mm512_slli_epi32(a, (unsigned)(24 - 8 * i)), 24)); }
-LANE vf v_from_halves(vi a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+LANE vf v_from_halves(vi a, int shift) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, (unsigned)shift))); }
 
 #elif defined(ISA_AVX2)
 
@@ -1687,14 +1692,15 @@ LANE vi v_bits(vi a, int shift, int mask) {
     return (vi){_mm256_and_si256(_mm256_srli_epi32(a.lo, shift), bits), _mm256_and_si256(_mm256_srli_epi32(a.hi, shift), bits)};
 }
 LANE vi v_join(vi low, vi high, int shift) {
-    return (vi){_mm256_or_si256(low.lo, _mm256_slli_epi32(high.lo, shift)), _mm256_or_si256(low.hi, _mm256_slli_epi32(high.hi, shift))};
+    return (vi){_mm256_or_si256(low.lo, _mm256_slli_epi32(high.lo, shift)),
+                _mm256_or_si256(low.hi, _mm256_slli_epi32(high.hi, shift))};
 }
 LANE vf v_from_byte(vi a, int i) {
     return v_from_int((vi){_mm256_srai_epi32(_mm256_slli_epi32(a.lo, 24 - 8 * i), 24),
                            _mm256_srai_epi32(_mm256_slli_epi32(a.hi, 24 - 8 * i), 24)});
 }
-LANE vf v_from_halves(vi a) {
-    a = v_bits(a, 0, 0xffff);
+LANE vf v_from_halves(vi a, int shift) {
+    a = v_bits(a, shift, 0xffff);
     __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.lo, a.hi), 0xd8);
     return (vf){_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
@@ -1804,7 +1810,8 @@ LANE vf v_from_int(vi a) {
     return r;
 }
 LANE vi v_bits(vi a, int shift, int mask) {
-    EACH a.q[i] = vandq_s32(vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.q[i]), vdupq_n_s32(-shift))), vdupq_n_s32(mask));
+    int32x4_t right = vdupq_n_s32(-shift), bits = vdupq_n_s32(mask);
+    EACH a.q[i] = vandq_s32(vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.q[i]), right)), bits);
     return a;
 }
 LANE vi v_join(vi low, vi high, int shift) {
@@ -1816,8 +1823,9 @@ LANE vf v_from_byte(vi a, int byte) {
     EACH r.q[i] = vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(a.q[i], vdupq_n_s32(24 - 8 * byte)), 24));
     return r;
 }
-LANE vf v_from_halves(vi a) {
+LANE vf v_from_halves(vi a, int shift) {
     vf r;
+    a = v_bits(a, shift, 0xffff);
     EACH r.q[i] = vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(a.q[i])));
     return r;
 }
@@ -1943,9 +1951,9 @@ LANE vf v_from_byte(vi a, int byte) {  // which is signed
     EACH r.lane[i] = (float)(int8_t)((uint32_t)a.lane[i] >> 8 * byte);
     return r;
 }
-LANE vf v_from_halves(vi a) {  // the lower half of each, as a half float
+LANE vf v_from_halves(vi a, int shift) {  // a half float in 16 bits of each
     vf r;
-    EACH r.lane[i] = f16_to_f32((uint16_t)a.lane[i]);
+    EACH r.lane[i] = f16_to_f32((uint16_t)((uint32_t)a.lane[i] >> shift));
     return r;
 }
 #undef EACH
@@ -2319,7 +2327,7 @@ LANE void chunk_words(enum format format, const struct chunk *c, size_t at, vi w
 }
 #endif
 
-// Scales or minima of four groups, whose bytes, and what of them stands for 0, are to be multiplied by d.
+// Scales or minima of four groups of each row: d times its byte of `bytes`, less zero.
 LANE void four_groups(float (*to)[16], vf d, vi bytes, float zero) {
     UNROLL for (int i = 0; i < 4; i++) v_store(to[i], v_mul(d, v_sub(v_from_byte(bytes, i), v_set(zero))));
 }
@@ -2328,37 +2336,37 @@ LANE void four_groups(float (*to)[16], vf d, vi bytes, float zero) {
 LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *p) {
     const int nibble = 0x0f0f0f0f, two = 0x03030303, six = 0x3f3f3f3f;  // masks of four bytes at once
     vi w[4];
-    vf d, dmin;
+    vf d, minus_dmin;
     switch (format) {
     case Q2_K:  // low nibble: scale, high nibble: minimum
         chunk_words(format, c, 68, w);
-        d = v_from_halves(w[3]);
-        dmin = v_sub(v_set(0.0f), v_from_halves(v_bits(w[3], 16, 0xffff)));
+        d = v_from_halves(w[3], 0);
+        minus_dmin = v_sub(v_set(0.0f), v_from_halves(w[3], 16));
         chunk_words(format, c, 0, w);
         UNROLL for (int i = 0; i < 4; i++) {
             four_groups(p->scale + 4 * i, d, v_bits(w[i], 0, nibble), 0);
-            four_groups(p->min + 4 * i, dmin, v_bits(w[i], 4, nibble), 0);
+            four_groups(p->min + 4 * i, minus_dmin, v_bits(w[i], 4, nibble), 0);
         }
         break;
     case Q3_K:  // 6 bits, zero at 32: 16 nibbles, then 16 times two upper bits
         chunk_words(format, c, 94, w);
-        d = v_from_halves(v_bits(w[3], 16, 0xffff));
+        d = v_from_halves(w[3], 16);
         chunk_words(format, c, 92, w);
         UNROLL for (int i = 0; i < 4; i++)
             four_groups(p->scale + 4 * i, d, v_join(v_bits(w[1 + i % 2], i / 2 * 4, nibble), v_bits(w[3], 2 * i, two), 4), 32);
         break;
     case Q4_K: case Q5_K:  // 8 scales and 8 minima of 6 bits: four of each in whole bytes, the others in what is left
         chunk_words(format, c, 0, w);
-        d = v_from_halves(w[0]);
-        dmin = v_sub(v_set(0.0f), v_from_halves(v_bits(w[0], 16, 0xffff)));
+        d = v_from_halves(w[0], 0);
+        minus_dmin = v_sub(v_set(0.0f), v_from_halves(w[0], 16));
         four_groups(p->scale, d, v_bits(w[1], 0, six), 0);
         four_groups(p->scale + 4, d, v_join(v_bits(w[3], 0, nibble), v_bits(w[1], 6, two), 4), 0);
-        four_groups(p->min, dmin, v_bits(w[2], 0, six), 0);
-        four_groups(p->min + 4, dmin, v_join(v_bits(w[3], 4, nibble), v_bits(w[2], 6, two), 4), 0);
+        four_groups(p->min, minus_dmin, v_bits(w[2], 0, six), 0);
+        four_groups(p->min + 4, minus_dmin, v_join(v_bits(w[3], 4, nibble), v_bits(w[2], 6, two), 4), 0);
         break;
     case Q6_K:  // signed bytes
         chunk_words(format, c, 194, w);
-        d = v_from_halves(v_bits(w[3], 16, 0xffff));
+        d = v_from_halves(w[3], 16);
         chunk_words(format, c, 192, w);
         UNROLL for (int i = 0; i < 4; i++) four_groups(p->scale + 4 * i, d, w[i], 0);
         break;
@@ -2370,30 +2378,38 @@ LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *
 
 // ---- one row ----
 
-// The row, sixteen times.
-LANE struct chunk same_rows(const uint8_t *row, int n) {
-    struct chunk c = {.n = n};
-    for (int r = 0; r < 16; r++) c.row[r] = row;
-    return c;
+// Scales and minima of one block's groups; no minima are 0.
+LANE void block_scales(enum format format, const uint8_t *block, float scale[16], float min[16]) {
+    const bool has_min = formats[format].has_min;
+    if (formats[format].block == 32) {
+        *scale = h_load(block);
+        *min = has_min ? h_load(block + 2) : 0;
+        return;
+    }
+    struct chunk c = {.n = 256};
+    struct panel p;
+    for (int r = 0; r < 16; r++) c.row[r] = block;
+    chunk_scales(format, &c, &p);
+    for (int g = 0; g < 256 / formats[format].group; g++) {
+        scale[g] = p.scale[g][0];
+        min[g] = has_min ? p.min[g][0] : 0;
+    }
 }
 
 // Element = scale * (q - zero) + min, each operation rounded, as gguf-py does it.
 static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
-    const int block = formats[format].block;
     if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
     else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
     else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
-    else for (int k = 0; k < n; k += block, row += formats[format].bytes) {
-        const struct chunk c = same_rows(row, block);
-        struct panel p;
-        chunk_scales(format, &c, &p);
-        for (int i = 0; i < block; i += 32) {
+    else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
+        float scale[16], min[16];
+        block_scales(format, row, scale, min);
+        for (int i = 0; i < formats[format].block; i += 32) {
             int8_t q[32] = {0};
             b_store(q, unpack(format, row, i / 32));
             for (int j = 0; j < 32; j++) {
                 const int g = (i + j) / formats[format].group;
-                const float min = formats[format].has_min ? p.min[g][0] : 0;
-                x[k + i + j] = p.scale[g][0] * (float)(q[j] - formats[format].zero) + min;
+                x[k + i + j] = scale[g] * (float)(q[j] - formats[format].zero) + min[g];
             }
         }
     }
@@ -2403,11 +2419,10 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
 static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
     const int block = formats[format].block, groups = block / formats[format].group;
     for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
-        const struct chunk c = same_rows(row, block);
-        struct panel p;
-        chunk_scales(format, &c, &p);
-        for (int g = 0; g < groups; g++) scale[g] = p.scale[g][0];
-        for (int g = 0; g < groups && formats[format].has_min; g++) min[g] = p.min[g][0];
+        float s[16], m[16];
+        block_scales(format, row, s, m);
+        memcpy(scale, s, (size_t)groups * sizeof *s);
+        if (formats[format].has_min) memcpy(min, m, (size_t)groups * sizeof *m);
         for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
     }
 }
@@ -2996,6 +3011,7 @@ struct team {               // one thread's view of a forward in progress
     bool has_item;          // it is working on an item of that phase
 };
 
+// Keeps the longest of a forward's waits, by any thread.
 static void note_wait(struct context *ctx, double seconds) {
     const long long now = (long long)(1e9 * seconds);
     long long longest = atomic_load_explicit(&ctx->longest_wait, memory_order_relaxed);
@@ -8708,8 +8724,8 @@ static const struct option {
     {"-n", "--n-predict", "N", "tokens (128) or samples (5 s of them) to generate; -1: to the end of the text", INTEGER,
      ON(GENERATE), FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
-    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE), FIELD(output),
-     0, 0},
+    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE),
+     FIELD(output), 0, 0},
     {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
      ON(GENERATE), FIELD(sound_format), 0, 0},
     {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
@@ -8755,10 +8771,10 @@ static const struct option {
     {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
     {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
     {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
-    {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT, FIELD(case_sensitive),
-     0, 0},
-    {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL, FIELD(n_parallel), 1,
-     MAX_SLOTS},
+    {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT,
+     FIELD(case_sensitive), 0, 0},
+    {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL,
+     FIELD(n_parallel), 1, MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
     {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
     {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
@@ -8768,23 +8784,23 @@ static const struct option {
      FIELD(layer), 0, 1e6},
     {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
     {NULL, "--decode", NULL, "turn ids into text", FLAG, ON(TOKENIZE), FIELD(decode), 0, 0},
-    {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT, FIELD(parse_special),
-     0, 0},
+    {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT,
+     FIELD(parse_special), 0, 0},
     {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", TEXT, ON_INPUT, FIELD(tokenizer), 0, 0},
     {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
     {"-p", "--n-prompt", "N,...", "lengths of prompts to read (512); 0: none", TEXT, ON(BENCH), FIELD(bench_prompts), 0, 0},
     {"-n", "--n-gen", "N,...", "numbers of tokens to generate (128); 0: none", TEXT, ON(BENCH), FIELD(bench_gens), 0, 0},
     {"-np", "--parallel", "N,...", "sequences at once (1)", TEXT, ON(BENCH), FIELD(bench_parallels), 0, 0},
-    {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH), FIELD(bench_threads), 0,
-     0},
+    {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH),
+     FIELD(bench_threads), 0, 0},
     {"-r", "--repetitions", "N", "runs of each test (3)", INTEGER, ON(BENCH), FIELD(repeats), 1, MAX_REPEATS},
     {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", TEXT, ON(BENCH), FIELD(bench_format), 0, 0},
     {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
      FIELD(paper), 0, 0},
     {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", OPERATION, ON(BENCH),
      FIELD(bench_scan), 0, 0},
-    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH), FIELD(device),
-     0, 0},
+    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH),
+     FIELD(device), 0, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},

@@ -39,17 +39,21 @@ def train(o, name, options):
                     "--steps", str(o.steps), *options, *resume], check=True)
 
 
+def report_of(o, name):
+    return json.loads((folder(o, name) / "report.json").read_text())
+
+
 def row(o, name):
     """One line of the table: parameters, held-out bits."""
-    report = json.loads((folder(o, name) / "report.json").read_text())
+    report = report_of(o, name)
     return f"| {name} | {report['parameters']:,} | {report['valid']['bits']:.3f} | {report['test']['bits']:.3f} |"
 
 
 def draw(o, path):
     figure, axes = plt.subplots(figsize=(7, 4))
     for i, name in enumerate(VARIANTS):
-        report = json.loads((folder(o, name) / "report.json").read_text())
-        a_step = report["options"]["batch"] * report["options"]["length"]
+        options = report_of(o, name)["options"]
+        a_step = options["batch"] * options["length"]
         log = [json.loads(line) for line in (folder(o, name) / "log.jsonl").read_text().splitlines()]
         axes.plot([entry["step"] * a_step / 1e6 for entry in log], [min(scores["bits"] for scores in entry["valid"].values()) for entry in log],
                   color=f"C{i // 2}", linestyle="-" if i % 2 else "--", marker="o", markersize=3, label=name)

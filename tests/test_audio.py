@@ -440,8 +440,8 @@ def test_a_text_can_go_to_a_file(mamba, tmp_path):
 
 
 def test_digits(mamba, tmp_path):
-    """The model that is shipped, and what `make demo-audio` does with it: it finds its own sound likelier than the same samples in
-    another order, by more than the context models of models/README.md would."""
+    """The model that is shipped, and what `make demo-audio` does with it: it finds its own sound much likelier than the same samples
+    in another order."""
     model, file = ROOT / "models" / "digits.bin", tmp_path / "digits.wav"
     mamba(model, "--seconds", 2, "-s", 1, "-o", file)
     with wave.open(str(file)) as sound:

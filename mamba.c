@@ -673,22 +673,23 @@ static const struct {
     int block, bytes;  // elements a block, bytes a block
     int gguf_id;       // number of the type in the file
     int group;         // elements that share a scale; 0: not quantised
+    int bits;          // of q, without a sign but in Q8_0
     int zero;          // element = scale * (q - zero), and with has_min + min
     bool has_min;
 } formats[N_FORMATS] = {
-    [F32] = {"F32", 1, 4, 0, 0, 0, false},
-    [F16] = {"F16", 1, 2, 1, 0, 0, false},
-    [BF16] = {"BF16", 1, 2, 30, 0, 0, false},
-    [Q8_0] = {"Q8_0", 32, 34, 8, 32, 0, false},  // the only one with signed q
-    [Q4_0] = {"Q4_0", 32, 18, 2, 32, 8, false},
-    [Q4_1] = {"Q4_1", 32, 20, 3, 32, 0, true},
-    [Q5_0] = {"Q5_0", 32, 22, 6, 32, 16, false},
-    [Q5_1] = {"Q5_1", 32, 24, 7, 32, 0, true},
-    [Q2_K] = {"Q2_K", 256, 84, 10, 16, 0, true},
-    [Q3_K] = {"Q3_K", 256, 110, 11, 16, 4, false},
-    [Q4_K] = {"Q4_K", 256, 144, 12, 32, 0, true},
-    [Q5_K] = {"Q5_K", 256, 176, 13, 32, 0, true},
-    [Q6_K] = {"Q6_K", 256, 210, 14, 16, 32, false},
+    [F32] = {"F32", 1, 4, 0, 0, 0, 0, false},
+    [F16] = {"F16", 1, 2, 1, 0, 0, 0, false},
+    [BF16] = {"BF16", 1, 2, 30, 0, 0, 0, false},
+    [Q8_0] = {"Q8_0", 32, 34, 8, 32, 8, 0, false},
+    [Q4_0] = {"Q4_0", 32, 18, 2, 32, 4, 8, false},
+    [Q4_1] = {"Q4_1", 32, 20, 3, 32, 4, 0, true},
+    [Q5_0] = {"Q5_0", 32, 22, 6, 32, 5, 16, false},
+    [Q5_1] = {"Q5_1", 32, 24, 7, 32, 5, 0, true},
+    [Q2_K] = {"Q2_K", 256, 84, 10, 16, 2, 0, true},
+    [Q3_K] = {"Q3_K", 256, 110, 11, 16, 3, 4, false},
+    [Q4_K] = {"Q4_K", 256, 144, 12, 32, 4, 0, true},
+    [Q5_K] = {"Q5_K", 256, 176, 13, 32, 5, 0, true},
+    [Q6_K] = {"Q6_K", 256, 210, 14, 16, 6, 32, false},
 };
 
 static const struct {
@@ -1474,7 +1475,10 @@ struct kernels {
 #define v_load_weights ISA_NAME(v_load_weights)
 #define vi ISA_NAME(vi)
 #define v_set_int ISA_NAME(v_set_int)
+#define vw ISA_NAME(vw)
+#define v_dots_begin ISA_NAME(v_dots_begin)
 #define v_dot4 ISA_NAME(v_dot4)
+#define v_dots_end ISA_NAME(v_dots_end)
 #define v_from_int ISA_NAME(v_from_int)
 #define v_from_byte ISA_NAME(v_from_byte)
 #define v_from_halves ISA_NAME(v_from_halves)
@@ -1489,7 +1493,12 @@ struct kernels {
 #define b_field ISA_NAME(b_field)
 #define b_join ISA_NAME(b_join)
 #define b_flip ISA_NAME(b_flip)
-#define dot_bytes ISA_NAME(dot_bytes)
+#define dot_words ISA_NAME(dot_words)
+#define add_words ISA_NAME(add_words)
+#define even_dwords ISA_NAME(even_dwords)
+#define odd_dwords ISA_NAME(odd_dwords)
+#define add_word_pairs ISA_NAME(add_word_pairs)
+#define dot_4_rows ISA_NAME(dot_4_rows)
 #define add_pairs ISA_NAME(add_pairs)
 #define dot_16_rows ISA_NAME(dot_16_rows)
 #define transpose_dwords ISA_NAME(transpose_dwords)
@@ -1508,7 +1517,6 @@ struct kernels {
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
 #define panel_dot ISA_NAME(panel_dot)
-#define panel_tokens ISA_NAME(panel_tokens)
 #define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
 #define matmul_float ISA_NAME(matmul_float)
@@ -1586,7 +1594,10 @@ typedef __m512i vi;
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
 LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
+typedef vi vw;
+LANE vw v_dots_begin(vi sum) { return sum; }
+LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
+LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
     (void)is_signed;  // panels are not
@@ -1674,17 +1685,31 @@ typedef struct {
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
 LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-LANE __m256i dot_bytes(__m256i w, __m256i x, bool is_signed) {
+// gcc would put an addition off until its sum is used, and keep every product in memory until then.
+#define DONE_HERE(v) __asm__("" : "+x"(v.lo), "+x"(v.hi))
+LANE __m256i dot_words(__m256i w, __m256i x, bool is_signed) {
     // Unsigned q have 6 bits at most and signed ones are at most 128 in magnitude, x at most 127: pairs stay below 2^15.
-    __m256i pairs = is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
 }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
+LANE __m256i add_words(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+typedef struct {
+    __m256i lo, hi;
+} vw;
+LANE vw v_dots_begin(vi sum) { return (void)sum, (vw){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+LANE vi v_dots_end(vi sum, vw dots) {
+    sum = v_add_int(sum, (vi){add_words(dots.lo), add_words(dots.hi)});
+    DONE_HERE(sum);
+    return sum;
+}
+LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
     __m256i b = _mm256_set1_epi32(four);
     __m256i lo = _mm256_loadu_si256((const __m256i *)w), hi = _mm256_loadu_si256((const __m256i *)(w + 32));
-    return (vi){_mm256_add_epi32(sum.lo, dot_bytes(lo, b, is_signed)), _mm256_add_epi32(sum.hi, dot_bytes(hi, b, is_signed))};
+    sum.lo = _mm256_add_epi16(sum.lo, dot_words(lo, b, is_signed));
+    sum.hi = _mm256_add_epi16(sum.hi, dot_words(hi, b, is_signed));
+    DONE_HERE(sum);
+    return sum;
 }
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 LANE vi v_bits(vi a, int shift, int mask) {
@@ -1798,7 +1823,10 @@ LANE vi v_add_int(vi a, vi b) {
     EACH a.q[i] = vaddq_s32(a.q[i], b.q[i]);
     return a;
 }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // unsigned q have 6 bits at most
+typedef vi vw;
+LANE vw v_dots_begin(vi sum) { return sum; }
+LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
+LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {  // unsigned q have 6 bits at most
     (void)is_signed;
     int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(load_u32((const uint8_t *)x)));
     EACH sum.q[i] = vdotq_s32(sum.q[i], vld1q_s8(w + 16 * i), four);
@@ -1929,7 +1957,12 @@ LANE vi v_add_int(vi a, vi b) {
     EACH a.lane[i] += b.lane[i];
     return a;
 }
-LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // lane i adds four products: w[i] [4] with x [4]
+// Sums of a few dot products of bytes, on their way from a vi to a vi: in other vocabularies their lanes may be narrower. An
+// unsigned q of b bits leaves room for 2^(7 - b) products of four, a signed one for one.
+typedef vi vw;
+LANE vw v_dots_begin(vi sum) { return sum; }
+LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
+LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {  // lane i adds four products: w[i] [4] with x [4]
     EACH for (int j = 0; j < 4; j++) sum.lane[i] += (is_signed ? w[4 * i + j] : (uint8_t)w[4 * i + j]) * x[j];
     return sum;
 }
@@ -2127,17 +2160,36 @@ LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte
 }
 LANE vb b_flip(vb a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
 LANE vb b_join(vb low, vb high, int shift) { return _mm256_or_si256(low, _mm256_slli_epi16(high, shift)); }
+// The even and the odd dwords of a and then b, in each half: what is to be added pair by pair.
+LANE vb even_dwords(vb a, vb b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+}
+LANE vb odd_dwords(vb a, vb b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+}
+LANE vb add_pairs(vb a, vb b) { return _mm256_add_epi32(even_dwords(a, b), odd_dwords(a, b)); }  // as hadd, which is slower
+
+// Dot products of four rows with x: dwords of the lower half over elements 0 to 15, of the upper half over 16 to 31.
 #if defined(ISA_AVX512)
-LANE vb dot_bytes(vb w, vb x, bool is_signed) {
-    vb a = is_signed ? _mm256_abs_epi8(w) : w, b = is_signed ? _mm256_sign_epi8(x, w) : x;
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b);
+LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {
+    vb s[4];
+    UNROLL for (int i = 0; i < 4; i++)
+        s[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), format == Q8_0 ? _mm256_abs_epi8(w[i]) : w[i],
+                                   format == Q8_0 ? _mm256_sign_epi8(x, w[i]) : x);
+    return add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
+}
+#else
+LANE vb add_word_pairs(vb a, vb b) { return _mm256_add_epi16(even_dwords(a, b), odd_dwords(a, b)); }
+
+LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {  // in words as long as the sums of so many bits fit
+    vb s[4];
+    UNROLL for (int i = 0; i < 4; i++) s[i] = dot_words(w[i], x, format == Q8_0);
+    if (formats[format].bits <= 5) return add_words(add_word_pairs(add_word_pairs(s[0], s[1]), add_word_pairs(s[2], s[3])));
+    if (formats[format].bits <= 6) return add_pairs(add_words(add_word_pairs(s[0], s[1])), add_words(add_word_pairs(s[2], s[3])));
+    UNROLL for (int i = 0; i < 4; i++) s[i] = add_words(s[i]);
+    return add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
 }
 #endif
-LANE vb add_pairs(vb a, vb b) {  // as hadd, which is slower: [a0 + a1, a2 + a3, b0 + b1, b2 + b3] in each half
-    __m256 fa = _mm256_castsi256_ps(a), fb = _mm256_castsi256_ps(b);
-    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0x88)),
-                            _mm256_castps_si256(_mm256_shuffle_ps(fa, fb, 0xdd)));
-}
 #elif defined(ISA_NEON)
 typedef struct {
     uint8x16_t lo, hi;
@@ -2229,12 +2281,14 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     }
 }
 
+// Signed q are stored as unsigned bytes, q + 128, where the dot product wants those.
+#define FLIPPED(format) ((format) == Q8_0 && !SIGNED_PANELS)
+
 // 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
     float scale[16][16];       // [group][row]
     float min[16][16];         // [group][row]
-    int8_t w[64][16][4];       // [column/4][row][column%4] q
-    int zero;                  // of q, as in formats[]
+    int8_t w[64][16][4];       // [column/4][row][column%4] q, FLIPPED
 };
 
 // A chunk of weights: n columns of 16 rows.
@@ -2434,11 +2488,10 @@ static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, 
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
     const int in_block = i % (formats[format].block / 32);
     vb x = b_load(xp), d[4];
-    NO_UNROLL for (int r = 0; r < 16; r += 4) {  // four rows: lower half over elements 0 to 15, upper half over 16 to 31
-        vb s[4];
-        UNROLL for (int j = 0; j < 4; j++)
-            s[j] = dot_bytes(unpack(format, chunk_block(format, c, r + j, i), in_block), x, format == Q8_0);
-        d[r / 4] = add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
+    NO_UNROLL for (int r = 0; r < 16; r += 4) {
+        vb w[4];
+        UNROLL for (int j = 0; j < 4; j++) w[j] = unpack(format, chunk_block(format, c, r + j, i), in_block);
+        d[r / 4] = dot_4_rows(format, w, x);
     }
     vb lo_first = _mm256_permute2x128_si256(d[0], d[1], 0x20), lo_second = _mm256_permute2x128_si256(d[0], d[1], 0x31);
     vb hi_first = _mm256_permute2x128_si256(d[2], d[3], 0x20), hi_second = _mm256_permute2x128_si256(d[2], d[3], 0x31);
@@ -2514,57 +2567,54 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 // The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call.
 LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
     int32_t q[16][64];
-    const bool flip = format == Q8_0 && !SIGNED_PANELS;  // q + 128 as an unsigned byte
-    p->zero = flip ? 128 : formats[format].zero;
     for (int r = 0; r < 16; r++)
         for (int i = 0; i < c->n / 32; i++) {
             vb row = unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32));
-            b_store(&q[r][8 * i], flip ? b_flip(row) : row);
+            b_store(&q[r][8 * i], FLIPPED(format) ? b_flip(row) : row);
         }
     transpose_dwords(q[0], 64, (int32_t (*)[16])p->w, c->n / 4);
 }
 
-// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. group, has_min, is_signed and tokens are constants
-// at every call. q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
-LANE void panel_dot(const struct panel *p, int n, int group, bool has_min, bool is_signed, int tokens, const int8_t *q,
-                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
+// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. format and tokens are constants at every call.
+// q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
+LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, const int8_t *q, const float *scale,
+                    const int32_t *sum, size_t ld, float (*sums)[16]) {
+    const int group = formats[format].group, zero = FLIPPED(format) ? 128 : formats[format].zero;
+    const bool is_signed = format == Q8_0 && SIGNED_PANELS;
+    const int together = min_int(group / 4, format == Q8_0 ? 1 : 1 << (7 - formats[format].bits));  // products in a vw
+    const int abreast = together <= 2 ? 1 : tokens;  // registers for a few weights and all sums, or for all tokens' vw
     for (int g = 0; g < n / group; g++) {
         vi dot[Q_TOKENS];
         int x_sum[Q_TOKENS];
         UNROLL for (int t = 0; t < tokens; t++) {
             const int32_t *s = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
             x_sum[t] = group == 32 ? s[0] + s[1] : s[0];
-            dot[t] = v_set_int(-p->zero * x_sum[t]);
+            dot[t] = v_set_int(-zero * x_sum[t]);
         }
-        UNROLL for (int i = 0; i < group / 4; i++)
-            UNROLL for (int t = 0; t < tokens; t++)
-                dot[t] = v_dot4(dot[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i, is_signed);
+        UNROLL for (int k = 0; k < group / 4; k += together)
+            UNROLL for (int t0 = 0; t0 < tokens; t0 += abreast) {
+                vw dots[Q_TOKENS];
+                UNROLL for (int t = t0; t < t0 + abreast; t++) dots[t] = v_dots_begin(dot[t]);
+                UNROLL for (int i = k; i < k + together; i++)
+                    UNROLL for (int t = t0; t < t0 + abreast; t++)
+                        dots[t] = v_dot4(dots[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i, is_signed);
+                UNROLL for (int t = t0; t < t0 + abreast; t++) dot[t] = v_dots_end(dot[t], dots[t]);
+            }
         UNROLL for (int t = 0; t < tokens; t++)
-            v_store(sums[t], add_group(p, has_min, g, dot[t], scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)], x_sum[t],
-                                       v_load(sums[t])));
+            v_store(sums[t], add_group(p, formats[format].has_min, g, dot[t],
+                                       scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)], x_sum[t], v_load(sums[t])));
     }
 }
 
 // The same for any number of tokens.
-LANE void panel_tokens(const struct panel *p, int n, int group, bool has_min, bool is_signed, int n_tokens, const int8_t *q,
-                       const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
-    int t = 0;
-    for (; t + Q_TOKENS <= n_tokens; t += Q_TOKENS)
-        panel_dot(p, n, group, has_min, is_signed, Q_TOKENS, q + (size_t)t * ld, scale + (size_t)t * (ld / 32),
-                  sum + (size_t)t * (ld / 16), ld, sums + t);
-    for (; t < n_tokens; t++)
-        panel_dot(p, n, group, has_min, is_signed, 1, q + (size_t)t * ld, scale + (size_t)t * (ld / 32),
-                  sum + (size_t)t * (ld / 16), ld, sums + t);
-}
-
-static void panel_multiply(const struct panel *p, enum format format, int n, int n_tokens, const int8_t *q, const float *scale,
-                           const int32_t *sum, size_t ld, float (*sums)[16]) {
-    const bool has_min = formats[format].has_min;
-    if (format == Q8_0) panel_tokens(p, n, 32, false, SIGNED_PANELS, n_tokens, q, scale, sum, ld, sums);
-    else if (formats[format].group == 32 && !has_min) panel_tokens(p, n, 32, false, false, n_tokens, q, scale, sum, ld, sums);
-    else if (formats[format].group == 32) panel_tokens(p, n, 32, true, false, n_tokens, q, scale, sum, ld, sums);
-    else if (!has_min) panel_tokens(p, n, 16, false, false, n_tokens, q, scale, sum, ld, sums);
-    else panel_tokens(p, n, 16, true, false, n_tokens, q, scale, sum, ld, sums);
+LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
+                         const int32_t *sum, size_t ld, float (*sums)[16]) {
+    for (int left = n_tokens, step; left > 0; left -= step) {
+        if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, q, scale, sum, ld, sums);
+        else if (left >= 4 && Q_TOKENS > 4) panel_dot(format, p, n, step = 4, q, scale, sum, ld, sums);
+        else panel_dot(format, p, n, step = 1, q, scale, sum, ld, sums);
+        q += (size_t)step * ld, scale += (size_t)step * (ld / 32), sum += (size_t)step * (ld / 16), sums += step;
+    }
 }
 
 // Adds a chunk times n_tokens tokens to sums [n_tokens][16].
@@ -2578,7 +2628,7 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ah
         return;
     }
     panel_fill(format, c, &p);
-    panel_multiply(&p, format, c->n, n_tokens, q, scale, sum, ld, sums);
+    panel_multiply(format, &p, c->n, n_tokens, q, scale, sum, ld, sums);
 }
 
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
@@ -2901,6 +2951,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef Q_TOKENS
 #undef MATH
 #undef SIGNED_PANELS
+#undef FLIPPED
 #undef UNROLL
 
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------

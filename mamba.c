@@ -2487,14 +2487,15 @@ static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, 
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
     const int in_block = i % (formats[format].block / 32);
-    vb x = b_load(xp), d[4];
+    const vb x = b_load(xp);
+    __m128i d[8];  // of each four rows the first and the second
     NO_UNROLL for (int r = 0; r < 16; r += 4) {
         vb w[4];
         UNROLL for (int j = 0; j < 4; j++) w[j] = unpack(format, chunk_block(format, c, r + j, i), in_block);
-        d[r / 4] = dot_4_rows(format, w, x);
+        b_store(d + r / 2, dot_4_rows(format, w, x));
     }
-    vb lo_first = _mm256_permute2x128_si256(d[0], d[1], 0x20), lo_second = _mm256_permute2x128_si256(d[0], d[1], 0x31);
-    vb hi_first = _mm256_permute2x128_si256(d[2], d[3], 0x20), hi_second = _mm256_permute2x128_si256(d[2], d[3], 0x31);
+    vb lo_first = _mm256_set_m128i(d[2], d[0]), lo_second = _mm256_set_m128i(d[3], d[1]);
+    vb hi_first = _mm256_set_m128i(d[6], d[4]), hi_second = _mm256_set_m128i(d[7], d[5]);
 #if defined(ISA_AVX512)
     *first = _mm512_inserti64x4(_mm512_castsi256_si512(lo_first), hi_first, 1);
     *second = _mm512_inserti64x4(_mm512_castsi256_si512(lo_second), hi_second, 1);
@@ -2549,7 +2550,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
-        for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + i * bytes + at);
+        UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + i * bytes + at);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
             int x_sum = sum[2 * i] + sum[2 * i + 1];

@@ -1395,7 +1395,13 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // How many rows and tokens are in flight together never changes a sum, so a GEMV and a GEMM give the same bits.
 // ====================================================================================================================
 
-enum { ROW_TOKENS = 5 };    // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+enum {
+    ROW_TOKENS = 5,         // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+    TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
+    ROW_BLOCK = 48,         // so many rows are one item of work, when there are many tokens
+    ROW_GROUP = 24,         // so many rows of float weights, and
+    COLUMN_BLOCK = 1024,    // so many columns, are multiplied with a block of tokens at a time
+};
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]
@@ -1453,8 +1459,12 @@ struct kernels {
 #define v_set ISA_NAME(v_set)
 #define v_load ISA_NAME(v_load)
 #define v_load_n ISA_NAME(v_load_n)
-#define v_load_f16 ISA_NAME(v_load_f16)
-#define v_load_bf16 ISA_NAME(v_load_bf16)
+#define vt ISA_NAME(vt)
+#define t_load ISA_NAME(t_load)
+#define t_load_f16 ISA_NAME(t_load_f16)
+#define t_load_bf16 ISA_NAME(t_load_bf16)
+#define t_store ISA_NAME(t_store)
+#define t_fma ISA_NAME(t_fma)
 #define v_store ISA_NAME(v_store)
 #define v_store_n ISA_NAME(v_store_n)
 #define v_store_i8 ISA_NAME(v_store_i8)
@@ -1472,7 +1482,7 @@ struct kernels {
 #define v_silu ISA_NAME(v_silu)
 #define v_softplus ISA_NAME(v_softplus)
 #define v_reduce_max ISA_NAME(v_reduce_max)
-#define v_load_weights ISA_NAME(v_load_weights)
+#define t_load_weights ISA_NAME(t_load_weights)
 #define vi ISA_NAME(vi)
 #define v_set_int ISA_NAME(v_set_int)
 #define vw ISA_NAME(vw)
@@ -1519,6 +1529,8 @@ struct kernels {
 #define panel_dot ISA_NAME(panel_dot)
 #define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
+#define tile_row ISA_NAME(tile_row)
+#define tiles ISA_NAME(tiles)
 #define matmul_float ISA_NAME(matmul_float)
 #define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
@@ -1551,17 +1563,21 @@ struct kernels {
 #if defined(ISA_AVX512)
 
 typedef __m512 vf;
-#define TILE_ROWS 4
-#define TILE_TOKENS 6
+typedef __m512 vt;
+#define TILE_LANES 16
+#define TILE_ROWS(format) 4
+#define TILE_TOKENS(format) 6
+LANE vt t_load(const float *p) { return _mm512_loadu_ps(p); }
+LANE vt t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+LANE vt t_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+LANE void t_store(float *p, vt a) { _mm512_storeu_ps(p, a); }
+LANE vt t_fma(vt a, vt b, vt c) { return _mm512_fmadd_ps(a, b, c); }
 #define UNROLL UNROLL_FULLY
 LANE vf v_set(float x) { return _mm512_set1_ps(x); }
 LANE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 LANE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-LANE vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-LANE vf v_load_bf16(const uint16_t *p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
 LANE void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 LANE void v_store_n(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 LANE void v_store_i8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
@@ -1616,8 +1632,17 @@ LANE vf v_from_halves(vi a, int shift) { return _mm512_cvtph_ps(_mm512_cvtepi32_
 typedef struct {
     __m256 lo, hi;
 } vf;
-#define TILE_ROWS 2
-#define TILE_TOKENS 3
+typedef __m256 vt;
+#define TILE_LANES 8
+#define TILE_ROWS(format) ((format) == F32 ? 3 : 2)  // a weight of 16 bits costs more to load: it serves more tokens
+#define TILE_TOKENS(format) ((format) == F32 ? 4 : 6)
+LANE vt t_load(const float *p) { return _mm256_loadu_ps(p); }
+LANE vt t_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+LANE vt t_load_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+LANE void t_store(float *p, vt a) { _mm256_storeu_ps(p, a); }
+LANE vt t_fma(vt a, vt b, vt c) { return _mm256_fmadd_ps(a, b, c); }
 #define UNROLL UNROLL_FULLY
 LANE vf v_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 LANE vf v_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -1625,15 +1650,6 @@ LANE vf v_load_n(const float *p, int n) {
     float full[16] = {0};
     memcpy(full, p, (size_t)n * sizeof *p);
     return v_load(full);
-}
-LANE vf v_load_f16(const uint16_t *p) {
-    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
-                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
-}
-LANE vf v_load_bf16(const uint16_t *p) {
-    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
-    return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
 LANE void v_store(float *p, vf a) {
     _mm256_storeu_ps(p, a.lo);
@@ -1735,8 +1751,15 @@ LANE vf v_from_halves(vi a, int shift) {
 typedef struct {
     float32x4_t q[4];
 } vf;
-#define TILE_ROWS 2
-#define TILE_TOKENS 2
+typedef float32x4_t vt;
+#define TILE_LANES 4
+#define TILE_ROWS(format) 4
+#define TILE_TOKENS(format) 6
+LANE vt t_load(const float *p) { return vld1q_f32(p); }
+LANE vt t_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LANE vt t_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+LANE void t_store(float *p, vt a) { vst1q_f32(p, a); }
+LANE vt t_fma(vt a, vt b, vt c) { return vfmaq_f32(c, a, b); }
 #define UNROLL UNROLL_FULLY
 #define EACH UNROLL_FULLY for (int i = 0; i < 4; i++)
 LANE vf v_set(float x) { return (vf){{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
@@ -1745,16 +1768,6 @@ LANE vf v_load_n(const float *p, int n) {
     float full[16] = {0};
     memcpy(full, p, (size_t)n * sizeof *p);
     return v_load(full);
-}
-LANE vf v_load_f16(const uint16_t *p) {
-    vf r;
-    EACH r.q[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
-    return r;
-}
-LANE vf v_load_bf16(const uint16_t *p) {
-    vf r;
-    EACH r.q[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
-    return r;
 }
 LANE void v_store(float *p, vf a) { EACH vst1q_f32(p + 4 * i, a.q[i]); }
 LANE void v_store_n(float *p, vf a, int n) {
@@ -1864,8 +1877,9 @@ LANE vf v_from_halves(vi a, int shift) {
 typedef struct {
     float lane[16];
 } vf;
-#define TILE_ROWS 1
-#define TILE_TOKENS 1
+#define TILE_LANES 16
+#define TILE_ROWS(format) 1
+#define TILE_TOKENS(format) 1
 #define UNROLL  // sixteen lanes are loops themselves here
 #define EACH NO_UNROLL for (int i = 0; i < 16; i++)
 LANE vf v_set(float x) {
@@ -1883,17 +1897,24 @@ LANE vf v_load_n(const float *p, int n) {  // n lanes, the others zero
     memcpy(&r, p, (size_t)n * sizeof *p);
     return r;
 }
-LANE vf v_load_f16(const uint16_t *p) {
-    vf r;
+LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+typedef vf vt;  // what one register holds of a vf: TILE_LANES lanes
+LANE vt t_load(const float *p) { return v_load(p); }
+LANE vt t_load_f16(const uint16_t *p) {
+    vt r;
     EACH r.lane[i] = f16_to_f32(p[i]);
     return r;
 }
-LANE vf v_load_bf16(const uint16_t *p) {
-    vf r;
+LANE vt t_load_bf16(const uint16_t *p) {
+    vt r;
     EACH r.lane[i] = bf16_to_f32(p[i]);
     return r;
 }
-LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+LANE void t_store(float *p, vt a) { v_store(p, a); }
+LANE vt t_fma(vt a, vt b, vt c) {  // a * b + c, rounded once
+    EACH c.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
+    return c;
+}
 LANE void v_store_n(float *p, vf a, int n) { memcpy(p, &a, (size_t)n * sizeof *p); }
 LANE void v_store_i8(int8_t *p, vf a) { EACH p[i] = (int8_t)lrintf(a.lane[i]); }  // to nearest, ties to even
 LANE vf v_add(vf a, vf b) {
@@ -2077,60 +2098,90 @@ LANE float v_reduce_max(vf v) {
     return max;
 }
 
-// 16 weights of a float format from element k on; n of them when fewer remain in the row, the other lanes zero.
-LANE vf v_load_weights(enum format format, const uint8_t *row, int k, int n) {
-    if (format == F32) return n < 16 ? v_load_n((const float *)row + k, n) : v_load((const float *)row + k);
-    const uint16_t *p = (const uint16_t *)row + k;
-    uint16_t full[16] = {0};
-    if (n < 16) p = memcpy(full, p, (size_t)n * sizeof *p);
-    return format == F16 ? v_load_f16(p) : v_load_bf16(p);
+// ---- Float weights ----
+
+// TILE_LANES weights of a float format.
+LANE vt t_load_weights(enum format format, const uint8_t *w) {
+    return format == F32 ? t_load((const float *)w) : format == F16 ? t_load_f16((const uint16_t *)w) : t_load_bf16((const uint16_t *)w);
 }
 
-// A tile of `rows` rows by `tokens` tokens, both constants at every call, so that the sums stay in registers.
-LANE void tile(enum format format, int rows, int tokens, const uint8_t *w, size_t row_bytes, const float *x, int ldx,
-               float *y, int ldy, int n, bool add) {
-    vf sum[TILE_ROWS][TILE_TOKENS], wv[TILE_ROWS];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < tokens; t++) sum[r][t] = v_set(0.0f);
-    int k = 0;
-    for (; k + 16 <= n; k += 16) {
-        UNROLL for (int r = 0; r < rows; r++) wv[r] = v_load_weights(format, w + (size_t)r * row_bytes, k, 16);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            vf xv = v_load(x + (size_t)t * (size_t)ldx + k);
-            UNROLL for (int r = 0; r < rows; r++) sum[r][t] = v_fma(wv[r], xv, sum[r][t]);
+// Adds n columns, a multiple of 16, of `rows` rows times `tokens` tokens to the lanes of sums [token][ROW_GROUP][16 lanes]. It goes through
+// the columns for `registers` registers of lanes at a time. format and all three are constants at every call, so that the sums
+// stay in registers.
+LANE void tile(enum format format, int rows, int tokens, int registers, const uint8_t *w, size_t row_bytes, const float *x,
+               size_t ldx, int n, float *sums) {
+    for (int lane = 0; lane < 16; lane += registers * TILE_LANES) {
+        vt sum[4][6][16 / TILE_LANES], wv[4][16 / TILE_LANES];  // of the largest tile: constants, lest it be an array of variable length
+        UNROLL for (int t = 0; t < tokens; t++)
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int i = 0; i < registers; i++) sum[r][t][i] = t_load(sums + 16 * (ROW_GROUP * t + r) + lane + i * TILE_LANES);
+        NO_UNROLL for (int k = lane; k < n; k += 16) {
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int i = 0; i < registers; i++)
+                    wv[r][i] = t_load_weights(format, w + (size_t)r * row_bytes + (size_t)((k + i * TILE_LANES) * formats[format].bytes));
+            UNROLL for (int t = 0; t < tokens; t++)
+                UNROLL for (int i = 0; i < registers; i++) {
+                    vt xv = t_load(x + (size_t)t * ldx + k + i * TILE_LANES);
+                    UNROLL for (int r = 0; r < rows; r++) sum[r][t][i] = t_fma(wv[r][i], xv, sum[r][t][i]);
+                }
         }
+        UNROLL for (int t = 0; t < tokens; t++)
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int i = 0; i < registers; i++) t_store(sums + 16 * (ROW_GROUP * t + r) + lane + i * TILE_LANES, sum[r][t][i]);
     }
-    if (k < n) {  // activations are padded with zeros, weights are not
-        UNROLL for (int r = 0; r < rows; r++) wv[r] = v_load_weights(format, w + (size_t)r * row_bytes, k, n - k);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            vf xv = v_load(x + (size_t)t * (size_t)ldx + k);
-            UNROLL for (int r = 0; r < rows; r++) sum[r][t] = v_fma(wv[r], xv, sum[r][t]);
-        }
-    }
-    UNROLL for (int t = 0; t < tokens; t++)
-        UNROLL for (int r = 0; r < rows; r++) {
-            float *to = y + (size_t)t * (size_t)ldy + r, s = v_sum(sum[r][t]);
-            *to = add ? *to + s : s;
-        }
 }
 
-// Tokens outside, rows inside: a block of rows stays in the cache while the tokens pass.
-LANE void matmul_float(enum format format, const uint8_t *w, size_t row_bytes, int n_rows, const float *x, int ldx,
-                       int n_tokens, float *y, int ldy, int n, bool add) {
-    int t = 0;
-    for (; t + TILE_TOKENS <= n_tokens; t += TILE_TOKENS) {
-        int r = 0;
-        for (; r + TILE_ROWS <= n_rows; r += TILE_ROWS)
-            tile(format, TILE_ROWS, TILE_TOKENS, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
-                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
-        for (; r < n_rows; r++)
-            tile(format, 1, TILE_TOKENS, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
-                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
+// The same for one row, whatever the number of tokens below TILE_TOKENS: memory is read best a row at a time.
+LANE void tile_row(enum format format, int tokens, const uint8_t *w, const float *x, size_t ldx, int n, float *sums) {
+    switch (tokens) {
+    case 1: tile(format, 1, 1, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
+    case 2: tile(format, 1, 2, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
+    case 3: tile(format, 1, 3, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
+    case 4: tile(format, 1, 4, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
+    case 5: tile(format, 1, 5, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
     }
-    for (; t < n_tokens; t++)
-        for (int r = 0; r < n_rows; r++)
-            tile(format, 1, 1, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * (size_t)ldx, ldx,
-                 y + (size_t)t * (size_t)ldy + r, ldy, n, add);
+}
+
+// The same for up to ROW_GROUP rows and any number of tokens. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
+LANE void tiles(enum format format, int rows, int tokens, const uint8_t *w, size_t row_bytes, const float *x, size_t ldx, int n,
+                float *sums) {
+    int t = 0, r;
+    for (; t + TILE_TOKENS(format) <= tokens; t += TILE_TOKENS(format)) {
+        for (r = 0; r + TILE_ROWS(format) <= rows; r += TILE_ROWS(format))
+            tile(format, TILE_ROWS(format), TILE_TOKENS(format), 1, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * ldx, ldx, n,
+                 sums + 16 * (ROW_GROUP * t + r));
+        for (; r < rows; r++)
+            tile(format, 1, TILE_TOKENS(format), 1, w + (size_t)r * row_bytes, 0, x + (size_t)t * ldx, ldx, n,
+                 sums + 16 * (ROW_GROUP * t + r));
+    }
+    for (r = 0; r < rows; r++)
+        tile_row(format, tokens - t, w + (size_t)r * row_bytes, x + (size_t)t * ldx, ldx, n, sums + 16 * (ROW_GROUP * t + r));
+}
+
+// At most TOKEN_BLOCK tokens. Of many tokens a part of the columns at a time, that it may stay in the nearest cache.
+LANE void matmul_float(enum format format, const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int tokens,
+                       float *y, size_t ldy, bool add) {
+    float sums[TOKEN_BLOCK][ROW_GROUP][16];  // [token][row][lane]
+    const size_t bytes = (size_t)formats[format].bytes;
+    const int whole = m->cols / 16 * 16, step = tokens <= ROW_TOKENS ? whole : COLUMN_BLOCK;
+    for (int r = 0; r < n_rows; r += ROW_GROUP) {
+        const int rows = min_int(ROW_GROUP, n_rows - r);
+        const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes;
+        memset(sums, 0, (size_t)tokens * sizeof sums[0]);
+        for (int k = 0; k < whole; k += step)
+            tiles(format, rows, tokens, w + (size_t)k * bytes, m->row_bytes, x + k, ldx, min_int(step, whole - k), sums[0][0]);
+        if (whole < m->cols) {  // activations are padded with zeros, weights are not
+            uint8_t last[ROW_GROUP][64] = {{0}};
+            for (int i = 0; i < rows; i++)
+                memcpy(last[i], w + (size_t)i * m->row_bytes + (size_t)whole * bytes, (size_t)(m->cols - whole) * bytes);
+            tiles(format, rows, tokens, last[0], sizeof last[0], x + whole, ldx, 16, sums[0][0]);
+        }
+        for (int t = 0; t < tokens; t++)
+            for (int i = 0; i < rows; i++) {
+                float *to = y + (size_t)t * ldy + r + i, sum = v_sum(v_load(sums[t][i]));
+                *to = add ? *to + sum : sum;
+            }
+    }
 }
 
 // ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
@@ -2336,7 +2387,8 @@ LANE void chunk_halves(enum format format, const struct chunk *c, size_t at, flo
     uint16_t half[8][16];
     for (int b = 0; b < c->n / 32; b++)
         UNROLL for (int r = 0; r < 16; r++) half[b][r] = load_u16(chunk_block(format, c, r, b) + at);
-    for (int b = 0; b < c->n / 32; b++) v_store(to[b], v_load_f16(half[b]));
+    for (int b = 0; b < c->n / 32; b++)
+        UNROLL for (int i = 0; i < 16; i += TILE_LANES) t_store(to[b] + i, t_load_f16(half[b] + i));
 }
 
 // 16 bytes at offset `at` of the first block of each row, as four vectors of dwords, whose lanes are the rows.
@@ -2634,10 +2686,8 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ah
 
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
-    float sums[96][16];     // of up to 96 tokens
+    float sums[TOKEN_BLOCK][16];
     const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
-    for (; n_tokens > 96; n_tokens -= 96, token0 += 96, y += 96 * (size_t)ldy)
-        matmul_quantized(m, row0, n_rows, x, token0, 96, y, ldy, add);
     for (int r = 0; r < n_rows; r += 16) {
         struct chunk c = {.at = 0};
         for (int i = 0; i < 16; i++) c.row[i] = m->data + (size_t)min_int(row0 + r + i, m->rows - 1) * m->row_bytes;
@@ -2678,13 +2728,16 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
 
 static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
-    const uint8_t *w = m->data + (size_t)row0 * m->row_bytes;
-    const float *xf = x->f + (size_t)token0 * (size_t)x->ld;
-    switch (m->format) {
-    case F32: matmul_float(F32, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
-    case F16: matmul_float(F16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
-    case BF16: matmul_float(BF16, w, m->row_bytes, n_rows, xf, x->ld, n_tokens, y, ldy, m->cols, add); break;
-    default: matmul_quantized(m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
+    for (int t = 0; t < n_tokens; t += TOKEN_BLOCK) {
+        const int tokens = min_int(TOKEN_BLOCK, n_tokens - t);
+        const float *xf = x->f + (size_t)(token0 + t) * (size_t)x->ld;
+        float *to = y + (size_t)t * (size_t)ldy;
+        switch (m->format) {
+        case F32: matmul_float(F32, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
+        case F16: matmul_float(F16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
+        case BF16: matmul_float(BF16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
+        default: matmul_quantized(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
+        }
     }
 }
 
@@ -2947,6 +3000,7 @@ static const struct kernels ISA_NAME(kernels) = {
 };
 #undef ISA_STRING
 #undef ISA_STRING2
+#undef TILE_LANES
 #undef TILE_ROWS
 #undef TILE_TOKENS
 #undef Q_TOKENS
@@ -3121,11 +3175,12 @@ static int decode_block(const struct context *ctx, int rows) {
 // the bias, or to nothing.
 static void matmul_phase(struct team *t, const struct matrix *w, const float *bias, const struct act *x, int n_tokens, float *y,
                          int ldy, bool add) {
-    int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : 64, token_block = 96, item;
-    int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + token_block - 1) / token_block;
+    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : ROW_BLOCK;
+    int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
-        const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
-        const int n_rows = min_int(row_block, w->rows - r), n = min_int(token_block, n_tokens - token);
+        const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * TOKEN_BLOCK;
+        const int n_rows = min_int(row_block, w->rows - r), n = min_int(TOKEN_BLOCK, n_tokens - token);
         float *to = y + (size_t)token * (size_t)ldy + r;
         for (int i = 0; bias && i < n; i++) memcpy(to + (size_t)i * (size_t)ldy, bias + r, (size_t)n_rows * sizeof *to);
         t->ctx->k->matmul(w, r, n_rows, x, token, n, to, ldy, add || bias);

@@ -146,14 +146,17 @@ static uint16_t half_of(float v) {  // truncates: any value near v will do
     return (uint16_t)(sign | (uint32_t)(exponent > 30 ? 30 : exponent) << 10 | (bits >> 13 & 0x3ff));
 }
 
-// Any bytes are a valid block, but for its one or two half floats: a quantiser would avoid some that a file may hold.
-static void random_blocks(enum format format, uint8_t *data, size_t n, float size) {
+enum { RANDOM_BYTES = -1 };
+
+// Any bytes are a valid block, but for its one or two half floats: a quantiser would avoid some that a file may hold. They are
+// random, or all `byte`.
+static void make_blocks(enum format format, uint8_t *data, size_t n, float size, int byte) {
     const struct { int d, min; float unit; } fields[N_FORMATS] = {  // offsets, -1: none; elements of about `size`
         [Q8_0] = {0, -1, 80}, [Q4_0] = {0, -1, 5}, [Q4_1] = {0, 2, 5}, [Q5_0] = {0, -1, 10}, [Q5_1] = {0, 2, 10},
         [Q2_K] = {80, 82, 10}, [Q3_K] = {108, -1, 40}, [Q4_K] = {0, 2, 150}, [Q5_K] = {0, 2, 300}, [Q6_K] = {208, -1, 1500},
     };
     for (size_t b = 0; b < n; b++, data += formats[format].bytes) {
-        for (int i = 0; i < formats[format].bytes; i++) data[i] = (uint8_t)(random_bits() >> 56);
+        for (int i = 0; i < formats[format].bytes; i++) data[i] = (uint8_t)(byte == RANDOM_BYTES ? (int)(random_bits() >> 56) : byte);
         memcpy(data + fields[format].d, &(uint16_t){half_of(size / fields[format].unit)}, 2);
         if (fields[format].min >= 0) memcpy(data + fields[format].min, &(uint16_t){half_of(size / 30)}, 2);
     }
@@ -163,7 +166,7 @@ static struct matrix random_matrix(enum format format, int rows, int cols, float
     size_t row_bytes = (size_t)cols / (size_t)formats[format].block * (size_t)formats[format].bytes;
     uint8_t *data = xcalloc((size_t)rows, row_bytes);
     if (formats[format].group) {
-        random_blocks(format, data, (size_t)rows * row_bytes / (size_t)formats[format].bytes, size);
+        make_blocks(format, data, (size_t)rows * row_bytes / (size_t)formats[format].bytes, size, RANDOM_BYTES);
     } else {
         for (size_t i = 0; i < (size_t)rows * (size_t)cols; i++) {
             float v = normal() * size;
@@ -174,13 +177,10 @@ static struct matrix random_matrix(enum format format, int rows, int cols, float
     return (struct matrix){data, format, rows, cols, row_bytes};
 }
 
-// Against double, every format, shapes that are multiples of nothing; and the same bits on every instruction set and for
-// every cut into rows and tokens.
-static void test_products(enum format format, int rows, int cols, int tokens) {
-    struct matrix m = random_matrix(format, rows, cols, 1);
-    struct act x = act_new(tokens, cols, true);
-    for (int t = 0; t < tokens; t++)
-        for (int i = 0; i < cols; i++) x.f[t * x.ld + i] = normal();
+// Against double, and the same bits on every instruction set and for every cut into rows and tokens. Frees both.
+static void check_product(struct matrix m, struct act x, int tokens) {
+    const enum format format = m.format;
+    const int rows = m.rows, cols = m.cols;
     size_t n = (size_t)rows * (size_t)tokens * sizeof(float);
     float *y = xmalloc(n), *first = xmalloc(n), *row = xmalloc((size_t)cols * sizeof *row);
     for (int i = 0; i < n_isa; i++) {
@@ -221,6 +221,26 @@ static void test_products(enum format format, int rows, int cols, int tokens) {
     free(y);
     free(first);
     free(row);
+}
+
+// Every format, shapes that are multiples of nothing.
+static void test_products(enum format format, int rows, int cols, int tokens) {
+    struct act x = act_new(tokens, cols, true);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < cols; i++) x.f[t * x.ld + i] = normal();
+    check_product(random_matrix(format, rows, cols, 1), x, tokens);
+}
+
+// Sums of the largest magnitude that there is, in each format: weights with all bits set, or the smallest signed byte, times
+// activations that are all quantised to 127 or -127. Where a kernel adds in fewer bits than 32, it must have room for them.
+static void test_largest_sums(enum format format, uint8_t byte) {
+    const int rows = 17, cols = 512, tokens = 14;
+    struct matrix m = random_matrix(format, rows, cols, 1);
+    make_blocks(format, (uint8_t *)m.data, (size_t)rows * m.row_bytes / (size_t)formats[format].bytes, 1, byte);
+    struct act x = act_new(tokens, cols, true);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < cols; i++) x.f[t * x.ld + i] = t % 2 ? -1 : 1;
+    check_product(m, x, tokens);
 }
 
 static void test_quantize(void) {
@@ -738,6 +758,11 @@ int main(int argc, char **argv) {
     test_review_team();
     for (int f = 0; f < N_FORMATS; f++) {
         int block = formats[f].block;
+        if (formats[f].group) {
+            test_largest_sums((enum format)f, 0xff);
+            test_largest_sums((enum format)f, 0x80);
+            test_largest_sums((enum format)f, 0x7f);
+        }
         test_products((enum format)f, 5, round_up(3 * 32, block), 7);
         test_products((enum format)f, 33, 7 * block, 13);
         test_products((enum format)f, 1, block, 1);

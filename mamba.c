@@ -1460,6 +1460,7 @@ struct kernels {
 #define v_load ISA_NAME(v_load)
 #define v_load_n ISA_NAME(v_load_n)
 #define vt ISA_NAME(vt)
+#define t_zero ISA_NAME(t_zero)
 #define t_load ISA_NAME(t_load)
 #define t_load_f16 ISA_NAME(t_load_f16)
 #define t_load_bf16 ISA_NAME(t_load_bf16)
@@ -1529,7 +1530,7 @@ struct kernels {
 #define panel_dot ISA_NAME(panel_dot)
 #define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
-#define tile_row ISA_NAME(tile_row)
+#define operands ISA_NAME(operands)
 #define tiles ISA_NAME(tiles)
 #define matmul_float ISA_NAME(matmul_float)
 #define matmul_quantized ISA_NAME(matmul_quantized)
@@ -1567,6 +1568,7 @@ typedef __m512 vt;
 #define TILE_LANES 16
 #define TILE_ROWS(format) 4
 #define TILE_TOKENS(format) 6
+LANE vt t_zero(void) { return _mm512_setzero_ps(); }
 LANE vt t_load(const float *p) { return _mm512_loadu_ps(p); }
 LANE vt t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 LANE vt t_load_bf16(const uint16_t *p) {
@@ -1636,6 +1638,7 @@ typedef __m256 vt;
 #define TILE_LANES 8
 #define TILE_ROWS(format) ((format) == F32 ? 3 : 2)  // a weight of 16 bits costs more to load: it serves more tokens
 #define TILE_TOKENS(format) ((format) == F32 ? 4 : 6)
+LANE vt t_zero(void) { return _mm256_setzero_ps(); }
 LANE vt t_load(const float *p) { return _mm256_loadu_ps(p); }
 LANE vt t_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 LANE vt t_load_bf16(const uint16_t *p) {
@@ -1755,6 +1758,7 @@ typedef float32x4_t vt;
 #define TILE_LANES 4
 #define TILE_ROWS(format) 4
 #define TILE_TOKENS(format) 6
+LANE vt t_zero(void) { return vdupq_n_f32(0); }
 LANE vt t_load(const float *p) { return vld1q_f32(p); }
 LANE vt t_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 LANE vt t_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -1899,6 +1903,7 @@ LANE vf v_load_n(const float *p, int n) {  // n lanes, the others zero
 }
 LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
 typedef vf vt;  // what one register holds of a vf: TILE_LANES lanes
+LANE vt t_zero(void) { return v_set(0); }
 LANE vt t_load(const float *p) { return v_load(p); }
 LANE vt t_load_f16(const uint16_t *p) {
     vt r;
@@ -2100,85 +2105,90 @@ LANE float v_reduce_max(vf v) {
 
 // ---- Float weights ----
 
-// TILE_LANES weights of a float format.
+// Some columns of ROW_GROUP rows at most, and of TOKEN_BLOCK tokens at most.
+struct operands {
+    const uint8_t *w;                // [rows][n], row_bytes from row to row
+    size_t row_bytes;
+    const float *x;                  // [tokens][n], ldx from token to token
+    size_t ldx;
+    int n;                           // a multiple of 16
+    bool first;                      // sums begin here
+    float (*sums)[ROW_GROUP][16];    // [token][row][lane]
+};
+
 LANE vt t_load_weights(enum format format, const uint8_t *w) {
     return format == F32 ? t_load((const float *)w) : format == F16 ? t_load_f16((const uint16_t *)w) : t_load_bf16((const uint16_t *)w);
 }
 
-// Adds n columns, a multiple of 16, of `rows` rows times `tokens` tokens to the lanes of sums [token][ROW_GROUP][16 lanes]. It goes through
-// the columns for `registers` registers of lanes at a time. format and all three are constants at every call, so that the sums
-// stay in registers.
-LANE void tile(enum format format, int rows, int tokens, int registers, const uint8_t *w, size_t row_bytes, const float *x,
-               size_t ldx, int n, float *sums) {
+// `rows` rows from `row` on times `tokens` tokens from `token` on. It goes through the columns for `registers` registers of lanes at
+// a time. format, rows, tokens and registers are constants at every call, so that the sums stay in registers.
+LANE void tile(enum format format, int rows, int tokens, int registers, const struct operands o, int row, int token) {
+    const uint8_t *w = o.w + (size_t)row * o.row_bytes;
+    const float *x = o.x + (size_t)token * o.ldx;
     for (int lane = 0; lane < 16; lane += registers * TILE_LANES) {
-        vt sum[4][6][16 / TILE_LANES], wv[4][16 / TILE_LANES];  // of the largest tile: constants, lest it be an array of variable length
+        vt sum[4][6][16 / TILE_LANES], wv[4][16 / TILE_LANES];  // of the largest tile: a size that varies would be no constant
         UNROLL for (int t = 0; t < tokens; t++)
             UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int i = 0; i < registers; i++) sum[r][t][i] = t_load(sums + 16 * (ROW_GROUP * t + r) + lane + i * TILE_LANES);
-        NO_UNROLL for (int k = lane; k < n; k += 16) {
+                UNROLL for (int i = 0; i < registers; i++)
+                    sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
+        NO_UNROLL for (int k = lane; k < o.n; k += 16) {
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int i = 0; i < registers; i++)
-                    wv[r][i] = t_load_weights(format, w + (size_t)r * row_bytes + (size_t)((k + i * TILE_LANES) * formats[format].bytes));
+                    wv[r][i] = t_load_weights(format, w + (size_t)r * o.row_bytes +
+                                                          (size_t)((k + i * TILE_LANES) * formats[format].bytes));
             UNROLL for (int t = 0; t < tokens; t++)
                 UNROLL for (int i = 0; i < registers; i++) {
-                    vt xv = t_load(x + (size_t)t * ldx + k + i * TILE_LANES);
+                    vt xv = t_load(x + (size_t)t * o.ldx + k + i * TILE_LANES);
                     UNROLL for (int r = 0; r < rows; r++) sum[r][t][i] = t_fma(wv[r][i], xv, sum[r][t][i]);
                 }
         }
         UNROLL for (int t = 0; t < tokens; t++)
             UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int i = 0; i < registers; i++) t_store(sums + 16 * (ROW_GROUP * t + r) + lane + i * TILE_LANES, sum[r][t][i]);
+                UNROLL for (int i = 0; i < registers; i++)
+                    t_store(o.sums[token + t][row + r] + lane + i * TILE_LANES, sum[r][t][i]);
     }
 }
 
-// The same for one row, whatever the number of tokens below TILE_TOKENS: memory is read best a row at a time.
-LANE void tile_row(enum format format, int tokens, const uint8_t *w, const float *x, size_t ldx, int n, float *sums) {
-    switch (tokens) {
-    case 1: tile(format, 1, 1, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
-    case 2: tile(format, 1, 2, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
-    case 3: tile(format, 1, 3, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
-    case 4: tile(format, 1, 4, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
-    case 5: tile(format, 1, 5, 16 / TILE_LANES, w, 0, x, ldx, n, sums); break;
-    }
-}
-
-// The same for up to ROW_GROUP rows and any number of tokens. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
-LANE void tiles(enum format format, int rows, int tokens, const uint8_t *w, size_t row_bytes, const float *x, size_t ldx, int n,
-                float *sums) {
+// Tokens outside, rows inside: the rows stay in the cache while tokens pass. What tokens are left over, fewer than a tile's, are
+// multiplied a row at a time, since memory is read best that way when there are no others.
+LANE void tiles(enum format format, int rows, int tokens, const struct operands o) {
     int t = 0, r;
     for (; t + TILE_TOKENS(format) <= tokens; t += TILE_TOKENS(format)) {
         for (r = 0; r + TILE_ROWS(format) <= rows; r += TILE_ROWS(format))
-            tile(format, TILE_ROWS(format), TILE_TOKENS(format), 1, w + (size_t)r * row_bytes, row_bytes, x + (size_t)t * ldx, ldx, n,
-                 sums + 16 * (ROW_GROUP * t + r));
-        for (; r < rows; r++)
-            tile(format, 1, TILE_TOKENS(format), 1, w + (size_t)r * row_bytes, 0, x + (size_t)t * ldx, ldx, n,
-                 sums + 16 * (ROW_GROUP * t + r));
+            tile(format, TILE_ROWS(format), TILE_TOKENS(format), 1, o, r, t);
+        for (; r < rows; r++) tile(format, 1, TILE_TOKENS(format), 1, o, r, t);
     }
     for (r = 0; r < rows; r++)
-        tile_row(format, tokens - t, w + (size_t)r * row_bytes, x + (size_t)t * ldx, ldx, n, sums + 16 * (ROW_GROUP * t + r));
+        switch (tokens - t) {
+        case 1: tile(format, 1, 1, 16 / TILE_LANES, o, r, t); break;
+        case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, t); break;
+        case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, t); break;
+        case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, t); break;
+        case 5: tile(format, 1, 5, 16 / TILE_LANES, o, r, t); break;
+        }
 }
 
-// At most TOKEN_BLOCK tokens. Of many tokens a part of the columns at a time, that it may stay in the nearest cache.
+// At most TOKEN_BLOCK tokens. Of many tokens COLUMN_BLOCK columns at a time, that they may stay in the nearest cache.
 LANE void matmul_float(enum format format, const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int tokens,
-                       float *y, size_t ldy, bool add) {
-    float sums[TOKEN_BLOCK][ROW_GROUP][16];  // [token][row][lane]
+                       float *y, int ldy, bool add) {
+    float sums[TOKEN_BLOCK][ROW_GROUP][16];
     const size_t bytes = (size_t)formats[format].bytes;
     const int whole = m->cols / 16 * 16, step = tokens <= ROW_TOKENS ? whole : COLUMN_BLOCK;
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
         const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes;
-        memset(sums, 0, (size_t)tokens * sizeof sums[0]);
         for (int k = 0; k < whole; k += step)
-            tiles(format, rows, tokens, w + (size_t)k * bytes, m->row_bytes, x + k, ldx, min_int(step, whole - k), sums[0][0]);
+            tiles(format, rows, tokens, (struct operands){w + (size_t)k * bytes, m->row_bytes, x + k, ldx, min_int(step, whole - k),
+                                                       k == 0, sums});
         if (whole < m->cols) {  // activations are padded with zeros, weights are not
             uint8_t last[ROW_GROUP][64] = {{0}};
             for (int i = 0; i < rows; i++)
                 memcpy(last[i], w + (size_t)i * m->row_bytes + (size_t)whole * bytes, (size_t)(m->cols - whole) * bytes);
-            tiles(format, rows, tokens, last[0], sizeof last[0], x + whole, ldx, 16, sums[0][0]);
+            tiles(format, rows, tokens, (struct operands){last[0], sizeof last[0], x + whole, ldx, 16, whole == 0, sums});
         }
         for (int t = 0; t < tokens; t++)
             for (int i = 0; i < rows; i++) {
-                float *to = y + (size_t)t * ldy + r + i, sum = v_sum(v_load(sums[t][i]));
+                float *to = y + (size_t)t * (size_t)ldy + r + i, sum = v_sum(v_load(sums[t][i]));
                 *to = add ? *to + sum : sum;
             }
     }
@@ -2733,9 +2743,9 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
         const float *xf = x->f + (size_t)(token0 + t) * (size_t)x->ld;
         float *to = y + (size_t)t * (size_t)ldy;
         switch (m->format) {
-        case F32: matmul_float(F32, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
-        case F16: matmul_float(F16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
-        case BF16: matmul_float(BF16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, (size_t)ldy, add); break;
+        case F32: matmul_float(F32, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
+        case F16: matmul_float(F16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
+        case BF16: matmul_float(BF16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
         default: matmul_quantized(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
         }
     }

@@ -2117,11 +2117,12 @@ struct operands {
 };
 
 LANE vt t_load_weights(enum format format, const uint8_t *w) {
-    return format == F32 ? t_load((const float *)w) : format == F16 ? t_load_f16((const uint16_t *)w) : t_load_bf16((const uint16_t *)w);
+    if (format == F32) return t_load((const float *)w);
+    return format == F16 ? t_load_f16((const uint16_t *)w) : t_load_bf16((const uint16_t *)w);
 }
 
-// `rows` rows from `row` on times `tokens` tokens from `token` on. It goes through the columns for `registers` registers of lanes at
-// a time. format, rows, tokens and registers are constants at every call, so that the sums stay in registers.
+// `rows` rows from `row` on times `tokens` tokens from `token` on. It goes through the columns for `registers` registers of lanes
+// at a time. format, rows, tokens and registers are constants at every call, so that the sums stay in registers.
 LANE void tile(enum format format, int rows, int tokens, int registers, const struct operands o, int row, int token) {
     const uint8_t *w = o.w + (size_t)row * o.row_bytes;
     const float *x = o.x + (size_t)token * o.ldx;
@@ -2672,9 +2673,10 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
 // The same for any number of tokens.
 LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
                          const int32_t *sum, size_t ld, float (*sums)[16]) {
+    const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
     for (int left = n_tokens, step; left > 0; left -= step) {
         if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, q, scale, sum, ld, sums);
-        else if (left >= 4 && Q_TOKENS > 4) panel_dot(format, p, n, step = 4, q, scale, sum, ld, sums);
+        else if (left >= few) panel_dot(format, p, n, step = few, q, scale, sum, ld, sums);
         else panel_dot(format, p, n, step = 1, q, scale, sum, ld, sums);
         q += (size_t)step * ld, scale += (size_t)step * (ld / 32), sum += (size_t)step * (ld / 16), sums += step;
     }

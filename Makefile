@@ -85,7 +85,7 @@ fuzz:
 	$(PYTHON) tests/fuzz/run.py $(SECONDS)
 
 bench: mamba $(VENV)/full
-	$(VENV)/bin/python tests/bench/compare_llama.py
+	$(VENV)/bin/python tests/bench/compare_llama.py --json tests/bench/results/llama.json
 	$(VENV)/bin/python tests/bench/plots.py
 
 install: mamba

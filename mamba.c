@@ -2364,32 +2364,31 @@ LANE const uint8_t *chunk_block(enum format format, const struct chunk *c, int r
     return c->row[row] + c->at + (size_t)(i * 32 / formats[format].block * formats[format].bytes);
 }
 
-// to[column][row] = from[row * ld + column], 16 rows of n dwords, n a multiple of 8.
+// to[16 * column + row] = dword `column` of row `row`, of eight rows.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
-static void transpose_dwords(const int32_t *from, int ld, int32_t (*to)[16], int n) {
-    for (int r = 0; r < 16; r += 8)
-        for (int c = 0; c < n; c += 8) {
-            __m256i a[8], b[8];
-            for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)(from + (r + i) * ld + c));
-            for (int i = 0; i < 8; i += 2) {  // pairs of rows
-                b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-                b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4)  // fours
-                for (int j = 0; j < 2; j++) {
-                    a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                    a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
-                }
-            for (int i = 0; i < 4; i++) {  // eights
-                _mm256_storeu_si256((__m256i *)&to[c + i][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
-                _mm256_storeu_si256((__m256i *)&to[c + i + 4][r], _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
-            }
+LANE void transpose_dwords(vb row[8], int32_t *to) {
+    vb pair[8], four[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4)
+        UNROLL for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = _mm256_unpacklo_epi64(pair[i + j], pair[i + j + 2]);
+            four[i + 2 * j + 1] = _mm256_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
         }
+    UNROLL for (int i = 0; i < 4; i++) {
+        b_store(to + 16 * i, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
+        b_store(to + 16 * (i + 4), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
+    }
 }
 #else
-static void transpose_dwords(const int32_t *from, int ld, int32_t (*to)[16], int n) {
-    for (int c = 0; c < n; c++)
-        for (int r = 0; r < 16; r++) to[c][r] = from[r * ld + c];
+LANE void transpose_dwords(vb row[8], int32_t *to) {
+    for (int r = 0; r < 8; r++) {
+        int32_t column[8];
+        b_store(column, row[r]);
+        for (int c = 0; c < 8; c++) to[16 * c + r] = column[c];
+    }
 }
 #endif
 
@@ -2630,13 +2629,15 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call.
 LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
-    int32_t q[16][64];
-    for (int r = 0; r < 16; r++)
-        for (int i = 0; i < c->n / 32; i++) {
-            vb row = unpack(format, chunk_block(format, c, r, i), i % (formats[format].block / 32));
-            b_store(&q[r][8 * i], FLIPPED(format) ? b_flip(row) : row);
+    for (int i = 0; i < c->n / 32; i++)
+        NO_UNROLL for (int r = 0; r < 16; r += 8) {
+            vb row[8];
+            UNROLL for (int j = 0; j < 8; j++) {
+                row[j] = unpack(format, chunk_block(format, c, r + j, i), i % (formats[format].block / 32));
+                if (FLIPPED(format)) row[j] = b_flip(row[j]);
+            }
+            transpose_dwords(row, (int32_t *)p->w[8 * i][r]);
         }
-    transpose_dwords(q[0], 64, (int32_t (*)[16])p->w, c->n / 4);
 }
 
 // Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. format and tokens are constants at every call.

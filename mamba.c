@@ -1396,7 +1396,7 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // ====================================================================================================================
 
 enum {
-    ROW_TOKENS = 5,         // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
     ROW_BLOCK = 48,         // so many rows are one item of work, when there are many tokens
     ROW_GROUP = 24,         // so many rows of float weights, and

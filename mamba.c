@@ -3020,6 +3020,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef MATH
 #undef SIGNED_PANELS
 #undef FLIPPED
+#undef DONE_HERE
 #undef UNROLL
 
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------

@@ -41,18 +41,22 @@ def model_file(shape, kind, layers):
     return path
 
 
+def rows(out, path):
+    """{(n_prompt, n_gen): row} of either program's output, which names the file without its folder."""
+    return {(row["n_prompt"], row["n_gen"]): row | {"model_filename": path.name} for row in json.loads(out)}
+
+
 def ours(path, o):
-    """{(n_prompt, n_gen): row} of `mamba bench`."""
     out = subprocess.run([ROOT / "mamba", "bench", path, "-p", str(o.prompt), "-n", str(o.gen), "-t", str(o.threads), "-r", "1",
                           "-o", "json", "-q"], check=True, stdout=subprocess.PIPE).stdout
-    return {(row["n_prompt"], row["n_gen"]): row for row in json.loads(out)}
+    return rows(out, path)
 
 
 def theirs(path, o):
     out = subprocess.run([build_llama.cache_dir() / "build" / "bin" / "llama-bench", "-m", path, "-p", str(o.prompt), "-n", str(o.gen),
                           "-t", str(o.threads), "-r", "1", "-o", "json"], check=True, stdout=subprocess.PIPE,
                          stderr=subprocess.DEVNULL).stdout
-    return {(row["n_prompt"], row["n_gen"]): row for row in json.loads(out)}
+    return rows(out, path)
 
 
 def main():

@@ -1564,18 +1564,13 @@ struct kernels {
 #if defined(ISA_AVX512)
 
 typedef __m512 vf;
-typedef __m512 vt;
 #define TILE_LANES 16
 #define TILE_ROWS(format) 4
 #define TILE_TOKENS(format) 6
-LANE vt t_zero(void) { return _mm512_setzero_ps(); }
-LANE vt t_load(const float *p) { return _mm512_loadu_ps(p); }
-LANE vt t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-LANE vt t_load_bf16(const uint16_t *p) {
+LANE vf t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+LANE vf t_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
-LANE void t_store(float *p, vt a) { _mm512_storeu_ps(p, a); }
-LANE vt t_fma(vt a, vt b, vt c) { return _mm512_fmadd_ps(a, b, c); }
 #define UNROLL UNROLL_FULLY
 LANE vf v_set(float x) { return _mm512_set1_ps(x); }
 LANE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -1902,23 +1897,15 @@ LANE vf v_load_n(const float *p, int n) {  // n lanes, the others zero
     return r;
 }
 LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
-typedef vf vt;  // what one register holds of a vf: TILE_LANES lanes
-LANE vt t_zero(void) { return v_set(0); }
-LANE vt t_load(const float *p) { return v_load(p); }
-LANE vt t_load_f16(const uint16_t *p) {
-    vt r;
+LANE vf t_load_f16(const uint16_t *p) {
+    vf r;
     EACH r.lane[i] = f16_to_f32(p[i]);
     return r;
 }
-LANE vt t_load_bf16(const uint16_t *p) {
-    vt r;
+LANE vf t_load_bf16(const uint16_t *p) {
+    vf r;
     EACH r.lane[i] = bf16_to_f32(p[i]);
     return r;
-}
-LANE void t_store(float *p, vt a) { v_store(p, a); }
-LANE vt t_fma(vt a, vt b, vt c) {  // a * b + c, rounded once
-    EACH c.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
-    return c;
 }
 LANE void v_store_n(float *p, vf a, int n) { memcpy(p, &a, (size_t)n * sizeof *p); }
 LANE void v_store_i8(int8_t *p, vf a) { EACH p[i] = (int8_t)lrintf(a.lane[i]); }  // to nearest, ties to even
@@ -2018,6 +2005,15 @@ LANE vf v_from_halves(vi a, int shift) {  // a half float in 16 bits of each
 #undef EACH
 
 #endif  // vocabulary
+
+// A vt is what one register holds of a vf: TILE_LANES lanes, here all of them.
+#if TILE_LANES == 16
+typedef vf vt;
+LANE vt t_zero(void) { return v_set(0.0f); }
+LANE vt t_load(const float *p) { return v_load(p); }
+LANE void t_store(float *p, vt a) { v_store(p, a); }
+LANE vt t_fma(vt a, vt b, vt c) { return v_fma(a, b, c); }
+#endif
 
 // t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that
 // gives 2^f with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the

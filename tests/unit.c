@@ -156,7 +156,8 @@ static void make_blocks(enum format format, uint8_t *data, size_t n, float size,
         [Q2_K] = {80, 82, 10}, [Q3_K] = {108, -1, 40}, [Q4_K] = {0, 2, 150}, [Q5_K] = {0, 2, 300}, [Q6_K] = {208, -1, 1500},
     };
     for (size_t b = 0; b < n; b++, data += formats[format].bytes) {
-        for (int i = 0; i < formats[format].bytes; i++) data[i] = (uint8_t)(byte == RANDOM_BYTES ? (int)(random_bits() >> 56) : byte);
+        for (int i = 0; i < formats[format].bytes; i++)
+            data[i] = (uint8_t)(byte == RANDOM_BYTES ? (int)(random_bits() >> 56) : byte);
         memcpy(data + fields[format].d, &(uint16_t){half_of(size / fields[format].unit)}, 2);
         if (fields[format].min >= 0) memcpy(data + fields[format].min, &(uint16_t){half_of(size / 30)}, 2);
     }
@@ -231,8 +232,8 @@ static void test_products(enum format format, int rows, int cols, int tokens) {
     check_product(random_matrix(format, rows, cols, 1), x, tokens);
 }
 
-// Sums of the largest magnitude that there is, in each format: weights with all bits set, or the smallest signed byte, times
-// activations that are all quantised to 127 or -127. Where a kernel adds in fewer bits than 32, it must have room for them.
+// Sums of the largest magnitude that there is, in each format: weights with all bits set, or the smallest or largest signed byte,
+// times activations that are all quantised to 127 or -127. Where a kernel adds in fewer bits than 32, it must have room for them.
 static void test_largest_sums(enum format format, uint8_t byte) {
     const int rows = 17, cols = 512, tokens = 14;
     struct matrix m = random_matrix(format, rows, cols, 1);

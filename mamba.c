@@ -1397,10 +1397,9 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 
 enum {
     ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+    FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
-    ROW_BLOCK = 48,         // so many rows are one item of work, when there are many tokens
-    ROW_GROUP = 24,         // so many rows of float weights, and
-    COLUMN_BLOCK = 1024,    // so many columns, are multiplied with a block of tokens at a time
+    ROW_BLOCK = 96,         // so many rows are one item of work, when there are many tokens; or a third of it, for the threads' sake
 };
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
@@ -1482,7 +1481,11 @@ struct kernels {
 #define v_exp2 ISA_NAME(v_exp2)
 #define v_silu ISA_NAME(v_silu)
 #define v_softplus ISA_NAME(v_softplus)
-#define v_reduce_max ISA_NAME(v_reduce_max)
+#define v_sums ISA_NAME(v_sums)
+#define v_max_lane ISA_NAME(v_max_lane)
+#define v_put ISA_NAME(v_put)
+#define sum_16 ISA_NAME(sum_16)
+#define sum_8_rows ISA_NAME(sum_8_rows)
 #define t_load_weights ISA_NAME(t_load_weights)
 #define vi ISA_NAME(vi)
 #define v_set_int ISA_NAME(v_set_int)
@@ -1532,6 +1535,9 @@ struct kernels {
 #define tile ISA_NAME(tile)
 #define operands ISA_NAME(operands)
 #define tiles ISA_NAME(tiles)
+#define row_by_row ISA_NAME(row_by_row)
+#define floats_of ISA_NAME(floats_of)
+#define prefetch ISA_NAME(prefetch)
 #define matmul_float ISA_NAME(matmul_float)
 #define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
@@ -1547,8 +1553,12 @@ struct kernels {
 #define fixed_channels ISA_NAME(fixed_channels)
 #define scan_channels ISA_NAME(scan_channels)
 
-// In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers.
-#ifdef __clang__
+// In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers. MAMBA_ROLLED leaves
+// them rolled, in builds that look for errors: with sanitizers' code in every copy of their bodies clang takes twenty minutes.
+#if defined(MAMBA_ROLLED)
+#define UNROLL_FULLY
+#define NO_UNROLL
+#elif defined(__clang__)
 #define UNROLL_FULLY _Pragma("clang loop unroll(full)")
 #define NO_UNROLL _Pragma("clang loop unroll(disable)")
 #else
@@ -1565,8 +1575,10 @@ struct kernels {
 
 typedef __m512 vf;
 #define TILE_LANES 16
-#define TILE_ROWS(format) 4
-#define TILE_TOKENS(format) 6
+#define TILE_ROWS 4
+#define TILE_TOKENS 6
+#define ROW_GROUP 16
+#define COLUMN_BLOCK 512
 LANE vf t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 LANE vf t_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
@@ -1591,6 +1603,25 @@ LANE float v_sum(vf v) {
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
+LANE vf v_sums(float (*v)[16]) {
+    __m512 half[8], quarter[4], pair[2];
+    UNROLL for (int i = 0; i < 8; i++) {
+        const __m512 a = v_load(v[i % 4 + i / 4 * 8]), b = v_load(v[i % 4 + i / 4 * 8 + 4]);
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    UNROLL for (int i = 0; i < 4; i++)  // in quarter j: row i + 4 j
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[i], half[i + 4], 0x88), _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd));
+    UNROLL for (int i = 0; i < 2; i++)
+        pair[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
+                                _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+}
+LANE float v_max_lane(vf v) {
+    __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
 LANE vf v_add_exponent(vf p, vf n) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
@@ -1603,6 +1634,7 @@ LANE vf v_split_exponent(vf x, vf *e) {
 }
 typedef __m512i vi;
 #define Q_TOKENS 12
+#define Q_PANELS 2
 #define MATH LANE
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
@@ -1631,8 +1663,10 @@ typedef struct {
 } vf;
 typedef __m256 vt;
 #define TILE_LANES 8
-#define TILE_ROWS(format) ((format) == F32 ? 3 : 2)  // a weight of 16 bits costs more to load: it serves more tokens
-#define TILE_TOKENS(format) ((format) == F32 ? 4 : 6)
+#define TILE_ROWS 3
+#define TILE_TOKENS 4
+#define ROW_GROUP 24
+#define COLUMN_BLOCK 1024
 LANE vt t_zero(void) { return _mm256_setzero_ps(); }
 LANE vt t_load(const float *p) { return _mm256_loadu_ps(p); }
 LANE vt t_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -1678,6 +1712,23 @@ LANE float v_sum(vf v) {
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
+LANE __m256 sum_8_rows(float (*v)[16]) {
+    __m256 half[8], quarter[4], pair[2];
+    UNROLL for (int i = 0; i < 8; i++) half[i] = _mm256_add_ps(_mm256_loadu_ps(v[i]), _mm256_loadu_ps(v[i] + 8));
+    UNROLL for (int i = 0; i < 4; i++)  // in half j: row i + 4 j
+        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[i], half[i + 4], 0x20), _mm256_permute2f128_ps(half[i], half[i + 4], 0x31));
+    UNROLL for (int i = 0; i < 2; i++)
+        pair[i] = _mm256_add_ps(_mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
+                                _mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88), _mm256_shuffle_ps(pair[0], pair[1], 0xdd));
+}
+LANE vf v_sums(float (*v)[16]) { return (vf){sum_8_rows(v), sum_8_rows(v + 8)}; }
+LANE float v_max_lane(vf v) {
+    __m256 a = _mm256_max_ps(v.lo, v.hi);
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
 LANE vf v_add_exponent(vf p, vf n) {
     __m256i lo = _mm256_slli_epi32(_mm256_castps_si256(n.lo), 23), hi = _mm256_slli_epi32(_mm256_castps_si256(n.hi), 23);
     return (vf){_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.lo), lo)),
@@ -1695,6 +1746,7 @@ typedef struct {
     __m256i lo, hi;
 } vi;
 #define Q_TOKENS 4
+#define Q_PANELS 1
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
@@ -1751,8 +1803,10 @@ typedef struct {
 } vf;
 typedef float32x4_t vt;
 #define TILE_LANES 4
-#define TILE_ROWS(format) 4
-#define TILE_TOKENS(format) 6
+#define TILE_ROWS 4
+#define TILE_TOKENS 6
+#define ROW_GROUP 24
+#define COLUMN_BLOCK 1024
 LANE vt t_zero(void) { return vdupq_n_f32(0); }
 LANE vt t_load(const float *p) { return vld1q_f32(p); }
 LANE vt t_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -1812,6 +1866,7 @@ LANE float v_sum(vf v) {
     float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
     return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
 }
+LANE float v_max_lane(vf v) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.q[0], v.q[1]), vmaxq_f32(v.q[2], v.q[3]))); }
 LANE vf v_add_exponent(vf p, vf n) {
     EACH p.q[i] = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.q[i]), vshlq_n_s32(vreinterpretq_s32_f32(n.q[i]), 23)));
     return p;
@@ -1828,6 +1883,7 @@ typedef struct {
     int32x4_t q[4];
 } vi;
 #define Q_TOKENS 4
+#define Q_PANELS 1
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
@@ -1877,8 +1933,10 @@ typedef struct {
     float lane[16];
 } vf;
 #define TILE_LANES 16
-#define TILE_ROWS(format) 1
-#define TILE_TOKENS(format) 1
+#define TILE_ROWS 1
+#define TILE_TOKENS 1
+#define ROW_GROUP 24
+#define COLUMN_BLOCK 1024
 #define UNROLL  // sixteen lanes are loops themselves here
 #define EACH NO_UNROLL for (int i = 0; i < 16; i++)
 LANE vf v_set(float x) {
@@ -1942,6 +2000,11 @@ LANE float v_sum(vf v) {
         for (int i = 0; i < half; i++) v.lane[i] += v.lane[i + half];
     return v.lane[0];
 }
+LANE float v_max_lane(vf v) {
+    float max = v.lane[0];
+    for (int i = 1; i < 16; i++) max = v.lane[i] > max ? v.lane[i] : max;
+    return max;
+}
 LANE vf v_add_exponent(vf p, vf n) {  // p * 2^n, where n is an integer in the lowest bits of its mantissa
     EACH p.lane[i] = float_from_bits(bits_from_float(p.lane[i]) + (bits_from_float(n.lane[i]) << 23));
     return p;
@@ -1959,6 +2022,7 @@ typedef struct {
     int32_t lane[16];
 } vi;
 #define Q_TOKENS 1
+#define Q_PANELS 1
 #define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
@@ -2014,6 +2078,21 @@ LANE vt t_load(const float *p) { return v_load(p); }
 LANE void t_store(float *p, vt a) { v_store(p, a); }
 LANE vt t_fma(vt a, vt b, vt c) { return v_fma(a, b, c); }
 #endif
+
+// v_sum of each of 16 vectors.
+#if !defined(ISA_AVX512) && !defined(ISA_AVX2)
+LANE vf v_sums(float (*v)[16]) {
+    float sum[16];
+    NO_UNROLL for (int i = 0; i < 16; i++) sum[i] = v_sum(v_load(v[i]));
+    return v_load(sum);
+}
+#endif
+
+// to[0..n) = (or +=) the first n lanes.
+LANE void v_put(float *to, vf a, int n, bool add) {
+    if (n == 16) v_store(to, add ? v_add(v_load(to), a) : a);
+    else v_store_n(to, add ? v_add(v_load_n(to, n), a) : a, n);
+}
 
 // t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that
 // gives 2^f with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the
@@ -2091,14 +2170,6 @@ MATH vf v_softplus(vf x) {
     return v_add(v_max(v_set(0.0f), x), v_add(log_u, lost));
 }
 
-LANE float v_reduce_max(vf v) {
-    float lane[16];
-    v_store(lane, v);
-    float max = lane[0];
-    for (int i = 1; i < 16; i++) max = lane[i] > max ? lane[i] : max;
-    return max;
-}
-
 // ---- Float weights ----
 
 // Some columns of ROW_GROUP rows at most, and of TOKEN_BLOCK tokens at most.
@@ -2129,6 +2200,7 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                 UNROLL for (int i = 0; i < registers; i++)
                     sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
         NO_UNROLL for (int k = lane; k < o.n; k += 16) {
+            if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD);
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int i = 0; i < registers; i++)
                     wv[r][i] = t_load_weights(format, w + (size_t)r * o.row_bytes +
@@ -2146,48 +2218,70 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
     }
 }
 
-// Tokens outside, rows inside: the rows stay in the cache while tokens pass. What tokens are left over, fewer than a tile's, are
-// multiplied a row at a time, since memory is read best that way when there are no others.
-LANE void tiles(enum format format, int rows, int tokens, const struct operands o) {
-    int t = 0, r;
-    for (; t + TILE_TOKENS(format) <= tokens; t += TILE_TOKENS(format)) {
-        for (r = 0; r + TILE_ROWS(format) <= rows; r += TILE_ROWS(format))
-            tile(format, TILE_ROWS(format), TILE_TOKENS(format), 1, o, r, t);
-        for (; r < rows; r++) tile(format, 1, TILE_TOKENS(format), 1, o, r, t);
-    }
-    for (r = 0; r < rows; r++)
-        switch (tokens - t) {
-        case 1: tile(format, 1, 1, 16 / TILE_LANES, o, r, t); break;
-        case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, t); break;
-        case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, t); break;
-        case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, t); break;
-        case 5: tile(format, 1, 5, 16 / TILE_LANES, o, r, t); break;
+// A few tokens, a row at a time: memory is read best that way, and when tokens are many few are left over.
+LANE void row_by_row(enum format format, int rows, int tokens, const struct operands o, int token) {
+    for (int r = 0; r < rows; r++)
+        switch (tokens) {
+        case 1: tile(format, 1, 1, 16 / TILE_LANES, o, r, token); break;
+        case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, token); break;
+        case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, token); break;
+        case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, token); break;
+        case 5: tile(format, 1, 5, 16 / TILE_LANES, o, r, token); break;
         }
 }
 
-// At most TOKEN_BLOCK tokens. Of many tokens COLUMN_BLOCK columns at a time, that they may stay in the nearest cache.
+// Many tokens and F32. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
+LANE void tiles(int rows, int tokens, const struct operands o) {
+    int t = 0;
+    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) {
+        int r = 0;
+        for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile(F32, TILE_ROWS, TILE_TOKENS, 1, o, r, t);
+        for (; r < rows; r++) tile(F32, 1, TILE_TOKENS, 1, o, r, t);
+    }
+    row_by_row(F32, rows, tokens - t, o, t);
+}
+
+// n columns of a row as floats, and zeros up to a multiple of 16.
+LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
+    const size_t bytes = (size_t)formats[format].bytes;
+    for (int k = 0; k < n; k += 16) {
+        uint8_t last[64] = {0};
+        const uint8_t *from = row + (size_t)k * bytes;
+        if (n - k < 16) from = memcpy(last, from, (size_t)(n - k) * bytes);
+        for (int i = 0; i < 16; i += TILE_LANES) t_store(to + k + i, t_load_weights(format, from + (size_t)i * bytes));
+    }
+}
+
+// At most TOKEN_BLOCK tokens. Of many tokens COLUMN_BLOCK columns at a time, that they may stay in the nearest cache; weights of 16
+// bits become floats once for all of these tokens.
 LANE void matmul_float(enum format format, const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int tokens,
                        float *y, int ldy, bool add) {
-    float sums[TOKEN_BLOCK][ROW_GROUP][16];
+    float sums[TOKEN_BLOCK][ROW_GROUP][16], floats[ROW_GROUP][COLUMN_BLOCK];
     const size_t bytes = (size_t)formats[format].bytes;
-    const int whole = m->cols / 16 * 16, step = tokens <= ROW_TOKENS ? whole : COLUMN_BLOCK;
+    const bool few = tokens <= ROW_TOKENS;
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
-        const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes;
-        for (int k = 0; k < whole; k += step)
-            tiles(format, rows, tokens, (struct operands){w + (size_t)k * bytes, m->row_bytes, x + k, ldx, min_int(step, whole - k),
-                                                       k == 0, sums});
-        if (whole < m->cols) {  // activations are padded with zeros, weights are not
-            uint8_t last[ROW_GROUP][64] = {{0}};
-            for (int i = 0; i < rows; i++)
-                memcpy(last[i], w + (size_t)i * m->row_bytes + (size_t)whole * bytes, (size_t)(m->cols - whole) * bytes);
-            tiles(format, rows, tokens, (struct operands){last[0], sizeof last[0], x + whole, ldx, 16, whole == 0, sums});
-        }
-        for (int t = 0; t < tokens; t++)
-            for (int i = 0; i < rows; i++) {
-                float *to = y + (size_t)t * (size_t)ldy + r + i, sum = v_sum(v_load(sums[t][i]));
-                *to = add ? *to + sum : sum;
+        for (int k = 0, n; k < m->cols; k += n) {
+            const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes + (size_t)k * bytes;
+            struct operands o = {w, m->row_bytes, x + k, ldx, n = min_int(few ? m->cols : COLUMN_BLOCK, m->cols - k), k == 0, sums};
+            if (n >= 16 && (few || format == F32)) {
+                o.n = n = n / 16 * 16;
+                if (few) row_by_row(format, rows, tokens, o, 0);
+                else tiles(rows, tokens, o);
+                continue;
             }
+            for (int i = 0; i < rows; i++) floats_of(format, w + (size_t)i * m->row_bytes, n, floats[i]);
+            o.w = (const uint8_t *)floats;
+            o.row_bytes = sizeof floats[0];
+            o.n = round_up(n, 16);
+            tiles(rows, tokens, o);
+        }
+        for (int t = 0; t < tokens; t++) {
+            float *to = y + (size_t)t * (size_t)ldy + r;
+            int i = 0;
+            for (; i + 16 <= rows; i += 16) v_put(to + i, v_sums(sums[t] + i), 16, add);
+            for (; i < rows; i++) to[i] = add ? to[i] + v_sum(v_load(sums[t][i])) : v_sum(v_load(sums[t][i]));
+        }
     }
 }
 
@@ -2591,10 +2685,14 @@ LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const in
 }
 #endif
 
-// sum + group's scale * dot, and its minimum * the sum of the activations: the order that section 4's head fixes.
-LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_scale, int x_sum, vf sum) {
+// sum + group's scale * dot, and its minimum * x_min, the scaled sum of the activations: the order that section 4's head fixes.
+LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_scale, float x_min, vf sum) {
     sum = v_fma(v_mul(v_load(p->scale[g]), v_set(x_scale)), v_from_int(dot), sum);
-    return has_min ? v_fma(v_load(p->min[g]), v_set(x_scale * (float)x_sum), sum) : sum;
+    return has_min ? v_fma(v_load(p->min[g]), v_set(x_min), sum) : sum;
+}
+
+LANE void prefetch(const uint8_t *p, int bytes) {
+    UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
 // Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16
@@ -2608,14 +2706,16 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
-        UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + i * bytes + at);
+        prefetch(ahead + i * bytes, bytes);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
             int x_sum = sum[2 * i] + sum[2 * i + 1];
-            s = add_group(p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], x_sum, s);
+            s = add_group(p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], scale[i] * (float)x_sum, s);
         } else {
-            s = add_group(p, has_min, 2 * i, v_add_int(first, v_set_int(-zero * sum[2 * i])), scale[i], sum[2 * i], s);
-            s = add_group(p, has_min, 2 * i + 1, v_add_int(second, v_set_int(-zero * sum[2 * i + 1])), scale[i], sum[2 * i + 1], s);
+            UNROLL for (int h = 0; h < 2; h++) {
+                const int x_sum = sum[2 * i + h];
+                s = add_group(p, has_min, 2 * i + h, v_add_int(h ? second : first, v_set_int(-zero * x_sum)), scale[i], scale[i] * (float)x_sum, s);
+            }
         }
     }
     v_store(sums, s);
@@ -2623,9 +2723,11 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
-// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call.
-LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p) {
-    for (int i = 0; i < c->n / 32; i++)
+// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call. ahead: as in rows_dot().
+LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, struct panel *p) {
+    const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
+    for (int i = 0; i < c->n / 32; i++) {
+        prefetch(ahead + i * bytes, bytes);
         NO_UNROLL for (int r = 0; r < 16; r += 8) {
             vb row[8];
             UNROLL for (int j = 0; j < 8; j++) {
@@ -2634,42 +2736,47 @@ LANE void panel_fill(enum format format, const struct chunk *c, struct panel *p)
             }
             transpose_dwords(row, (int32_t *)p->w[8 * i][r]);
         }
+    }
 }
 
-// Adds a panel of n columns, times `tokens` tokens, to sums [tokens][16]. format and tokens are constants at every call.
-// q, scale and sum: activations of the first token at the panel's first column; ld as in struct act.
+// Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at every
+// call. q, scale and sum: activations of the first token at the panels' first column; ld as in struct act.
 LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, const int8_t *q, const float *scale,
-                    const int32_t *sum, size_t ld, float (*sums)[16]) {
+                    const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16]) {
     const int group = formats[format].group, zero = FLIPPED(format) ? 128 : formats[format].zero;
     const bool is_signed = format == Q8_0 && SIGNED_PANELS;
     const int together = min_int(group / 4, format == Q8_0 ? 1 : 1 << (7 - formats[format].bits));  // products in a vw
     const int abreast = together <= 2 ? 1 : tokens;  // registers for a few weights and all sums, or for all tokens' vw
     for (int g = 0; g < n / group; g++) {
-        vi dot[Q_TOKENS];
-        int x_sum[Q_TOKENS];
+        vi dot[Q_TOKENS][Q_PANELS];
+        float x_scale[Q_TOKENS], x_min[Q_TOKENS];
         UNROLL for (int t = 0; t < tokens; t++) {
-            const int32_t *s = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16);
-            x_sum[t] = group == 32 ? s[0] + s[1] : s[0];
-            dot[t] = v_set_int(-zero * x_sum[t]);
+            const int32_t *s = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16), x_sum = group == 32 ? s[0] + s[1] : s[0];
+            x_scale[t] = scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)];
+            x_min[t] = x_scale[t] * (float)x_sum;
+            UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_set_int(-zero * x_sum);
         }
         UNROLL for (int k = 0; k < group / 4; k += together)
             UNROLL for (int t0 = 0; t0 < tokens; t0 += abreast) {
-                vw dots[Q_TOKENS];
-                UNROLL for (int t = t0; t < t0 + abreast; t++) dots[t] = v_dots_begin(dot[t]);
-                UNROLL for (int i = k; i < k + together; i++)
+                vw dots[Q_TOKENS][Q_PANELS];
+                UNROLL for (int t = t0; t < t0 + abreast; t++)
+                    UNROLL for (int i = 0; i < Q_PANELS; i++) dots[t][i] = v_dots_begin(dot[t][i]);
+                UNROLL for (int j = k; j < k + together; j++)
                     UNROLL for (int t = t0; t < t0 + abreast; t++)
-                        dots[t] = v_dot4(dots[t], p->w[g * group / 4 + i][0], q + (size_t)t * ld + g * group + 4 * i, is_signed);
-                UNROLL for (int t = t0; t < t0 + abreast; t++) dot[t] = v_dots_end(dot[t], dots[t]);
+                        UNROLL for (int i = 0; i < Q_PANELS; i++)
+                            dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0], q + (size_t)t * ld + g * group + 4 * j, is_signed);
+                UNROLL for (int t = t0; t < t0 + abreast; t++)
+                    UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_dots_end(dot[t][i], dots[t][i]);
             }
         UNROLL for (int t = 0; t < tokens; t++)
-            v_store(sums[t], add_group(p, formats[format].has_min, g, dot[t],
-                                       scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)], x_sum[t], v_load(sums[t])));
+            UNROLL for (int i = 0; i < Q_PANELS; i++)
+                v_store(sums[t][i], add_group(p + i, formats[format].has_min, g, dot[t][i], x_scale[t], x_min[t], v_load(sums[t][i])));
     }
 }
 
 // The same for any number of tokens.
 LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
-                         const int32_t *sum, size_t ld, float (*sums)[16]) {
+                         const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16]) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
     for (int left = n_tokens, step; left > 0; left -= step) {
         if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, q, scale, sum, ld, sums);
@@ -2679,59 +2786,63 @@ LANE void panel_multiply(enum format format, const struct panel *p, int n, int n
     }
 }
 
-// Adds a chunk times n_tokens tokens to sums [n_tokens][16].
+// Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
+// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes.
 LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
                     const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
-    struct panel p;
-    chunk_scales(format, c, &p);
+    const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
+    struct panel p[Q_PANELS];
     if (n_tokens <= ROW_TOKENS) {
+        chunk_scales(format, c, p);
         for (int t = 0; t < n_tokens; t++)
-            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), &p, sums[t]);
+            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), p, sums[t]);
         return;
     }
-    panel_fill(format, c, &p);
-    panel_multiply(format, &p, c->n, n_tokens, q, scale, sum, ld, sums);
+    for (int i = 0; i < Q_PANELS; i++) {
+        chunk_scales(format, c + i, p + i);
+        panel_fill(format, c + i, ahead + i * bytes, p + i);
+    }
+    panel_multiply(format, p, c->n, n_tokens, q, scale, sum, ld, (float (*)[Q_PANELS][16])sums);
 }
 
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
-    float sums[TOKEN_BLOCK][16];
+    float sums[TOKEN_BLOCK * Q_PANELS][16];
+    const int n_panels = n_tokens <= ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
-    for (int r = 0; r < n_rows; r += 16) {
-        struct chunk c = {.at = 0};
-        for (int i = 0; i < 16; i++) c.row[i] = m->data + (size_t)min_int(row0 + r + i, m->rows - 1) * m->row_bytes;
-        const uint8_t *ahead = c.row[0] + 16 * m->row_bytes;  // only fetched: it may lie behind the matrix
-        memset(sums, 0, (size_t)n_tokens * sizeof sums[0]);
-        for (int k = 0; k < m->cols; k += 256, c.at += chunk_bytes, ahead += 16 * chunk_bytes) {
+    for (int r = 0; r < n_rows; r += together) {
+        struct chunk c[Q_PANELS] = {{.at = 0}};
+        for (int i = 0; i < together; i++)
+            c[i / 16].row[i % 16] = m->data + (size_t)min_int(row0 + r + i, m->rows - 1) * m->row_bytes;
+        const uint8_t *ahead = c->row[0] + (size_t)together * m->row_bytes;  // only fetched: it may lie behind the matrix
+        memset(sums, 0, (size_t)(n_tokens * n_panels) * sizeof sums[0]);
+        for (int k = 0; k < m->cols; k += 256, ahead += (size_t)together * chunk_bytes) {
             const size_t at = (size_t)token0 * ld + (size_t)k;
             const int8_t *q = x->q + at;
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
-            c.n = min_int(m->cols - k, 256);
+            for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
 #if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_0: chunk_dot(Q4_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_1: chunk_dot(Q4_1, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_0: chunk_dot(Q5_0, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_1: chunk_dot(Q5_1, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q2_K: chunk_dot(Q2_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q3_K: chunk_dot(Q3_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_K: chunk_dot(Q4_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_K: chunk_dot(Q5_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q6_K: chunk_dot(Q6_K, &c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, &c, ahead, n_tokens, q, scale, sum, ld, sums);
+            chunk_dot(m->format, c, ahead, n_tokens, q, scale, sum, ld, sums);
 #endif
         }
-        int rows = n_rows - r < 16 ? n_rows - r : 16;
         for (int t = 0; t < n_tokens; t++)
-            for (int i = 0; i < rows; i++) {
-                float *to = y + (size_t)t * (size_t)ldy + r + i;
-                *to = add ? *to + sums[t][i] : sums[t][i];
-            }
+            for (int i = 0; i < n_panels && r + 16 * i < n_rows; i++)
+                v_put(y + (size_t)t * (size_t)ldy + r + 16 * i, v_load(sums[t * n_panels + i]), min_int(16, n_rows - r - 16 * i), add);
     }
 }
 
@@ -2750,6 +2861,21 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
     }
 }
 
+// Sum of 16 bytes.
+LANE int32_t sum_16(const int8_t *q) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+    const __m128i offset = _mm_xor_si128(_mm_loadu_si128((const __m128i *)q), _mm_set1_epi8(-128));  // q + 128, unsigned
+    const __m128i halves = _mm_sad_epu8(offset, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 16 * 128;
+#elif defined(ISA_NEON)
+    return vaddlvq_s8(vld1q_s8(q));
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < 16; i++) sum += q[i];
+    return sum;
+#endif
+}
+
 // q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the scale NaN or infinite, so that
 // it reaches the logits, where it is reported.
 static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum) {
@@ -2757,16 +2883,13 @@ static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, i
     for (int b = 0; b < n / 32; b++) {
         vf lo = v_load(x + 32 * b), hi = v_load(x + 32 * b + 16);
         vf abs_max = v_max(v_max(lo, v_sub(zero, lo)), v_max(hi, v_sub(zero, hi)));
-        float max = v_reduce_max(abs_max), poison = v_sum(v_mul(v_add(lo, hi), zero));
+        float max = v_max_lane(abs_max), poison = v_sum(v_mul(v_add(lo, hi), zero));
         vf inverse = v_set(max > 1e-30f && max < 1e30f ? 127.0f / max : 0.0f);
         v_store_i8(q + 32 * b, v_min(v_max(v_mul(lo, inverse), minus_limit), limit));
         v_store_i8(q + 32 * b + 16, v_min(v_max(v_mul(hi, inverse), minus_limit), limit));
         scale[b] = max / 127.0f + poison;
     }
-    for (int g = 0; g < n / 16; g++) {
-        sum[g] = 0;
-        for (int i = 16 * g; i < 16 * g + 16; i++) sum[g] += q[i];
-    }
+    for (int g = 0; g < n / 16; g++) sum[g] = sum_16(q + 16 * g);
 }
 
 static void ISA_NAME(rms_norm)(const float *x, const float *w, float *y, int n, float eps) {
@@ -2987,7 +3110,7 @@ static float ISA_NAME(finite_max)(const float *x, int n) {
         max = v_max(max, v);
         poison = v_fma(v, zero, poison);
     }
-    return v_reduce_max(max) + v_sum(poison);
+    return v_max_lane(max) + v_sum(poison);
 }
 
 static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
@@ -3012,7 +3135,10 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef TILE_LANES
 #undef TILE_ROWS
 #undef TILE_TOKENS
+#undef ROW_GROUP
+#undef COLUMN_BLOCK
 #undef Q_TOKENS
+#undef Q_PANELS
 #undef MATH
 #undef SIGNED_PANELS
 #undef FLIPPED
@@ -3185,8 +3311,10 @@ static int decode_block(const struct context *ctx, int rows) {
 // the bias, or to nothing.
 static void matmul_phase(struct team *t, const struct matrix *w, const float *bias, const struct act *x, int n_tokens, float *y,
                          int ldy, bool add) {
-    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : ROW_BLOCK;
-    int n_row_blocks = (w->rows + row_block - 1) / row_block, n_token_blocks = (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    const int n_token_blocks = (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    const bool enough = w->rows / ROW_BLOCK * n_token_blocks >= 4 * t->ctx->n_threads;
+    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
+    const int n_row_blocks = (w->rows + row_block - 1) / row_block;
     int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
         const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * TOKEN_BLOCK;
@@ -8358,6 +8486,7 @@ struct bench_list {
 
 struct bench_test {         // n_parallel sequences, each with a prompt, then with tokens that are generated one at a time
     int n_prompt, n_gen, n_parallel, n_threads;
+    double read_gb_per_s;      // what memory gives to so many threads
 };
 
 struct bench_result {
@@ -8371,7 +8500,6 @@ struct bench {
     char cpu[96], title[48];  // of the processor; of what is measured
     uint64_t n_params, model_size, step_bytes;  // step_bytes: weights that one decoding step reads
     double state_bytes;        // of a sequence, that a step reads
-    double read_gb_per_s;
     struct device_facts gpu;   // bytes 0: the CPU is measured
 };
 
@@ -8389,33 +8517,30 @@ static struct bench_list parse_list(const char *name, const char *text, int min,
     usage_error("%s %s: expected up to %d numbers from %d to %d, separated by commas", name, text, MAX_BENCH_LIST, min, max);
 }
 
-// Bytes per second that all threads together read from memory, the best of three passes. Pages of one repeated value
-// could be merged by a hypervisor and then be read faster than memory is, so each word differs.
+// Bytes per second that all threads together read from memory by the widest loads, the best of three passes. Pages of one repeated
+// value could be merged by a hypervisor and then be read faster than memory is, so each number differs from its neighbours.
 static double read_bandwidth(int n_threads) {
-    const size_t n = (size_t)1 << 25;  // words of 8 bytes: 256 MiB, larger than caches
-    uint64_t *words = xcalloc(n, sizeof *words), total = 0;
+    const size_t n = (size_t)1 << 27, block = 16384;  // floats: 512 MiB, larger than caches
+    const struct kernels *usable[3];
+    float *x = xcalloc(n, sizeof *x), max = 0;
     double best = 0;
+    usable_kernels(usable);
     (void)n_threads;  // without OpenMP
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(n_threads) schedule(static)
 #endif
-    for (size_t i = 0; i < n; i++) words[i] = i * UINT64_C(0x9e3779b97f4a7c15);
+    for (size_t i = 0; i < n; i++) x[i] = (float)((uint32_t)i * 0x9e3779b9u >> 8);
     for (int pass = 0; pass < 3; pass++) {
         double start = now_seconds();
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(n_threads) schedule(static) reduction(+ : total)
+#pragma omp parallel for num_threads(n_threads) schedule(static) reduction(+ : max)
 #endif
-        for (size_t block = 0; block < n; block += 4096) {
-            uint64_t lanes[16] = {0};
-            for (size_t i = block; i < block + 4096; i += 16)
-                for (int j = 0; j < 16; j++) lanes[j] += words[i + (size_t)j];
-            for (int j = 0; j < 16; j++) total += lanes[j];
-        }
-        double rate = (double)n * sizeof *words / (now_seconds() - start);
+        for (size_t i = 0; i < n; i += block) max += usable[0]->finite_max(x + i, (int)block);
+        double rate = (double)(n * sizeof *x) / (now_seconds() - start);
         if (rate > best) best = rate;
     }
-    if (total == 1) best = 0;  // so that the sums are not optimised away
-    free(words);
+    if (max == 1) best = 0;  // so that nothing is optimised away
+    free(x);
     return best;
 }
 
@@ -8585,7 +8710,7 @@ static int bench_fields(const struct bench *b, const struct bench_test *t, const
     time_t now = time(NULL);
     struct tm utc;
     strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
-    const double read_gb_per_s = b->gpu.bytes ? b->gpu.read_gb_per_s : b->read_gb_per_s, rate = mean_of(gb, n_runs);
+    const double read_gb_per_s = b->gpu.bytes ? b->gpu.read_gb_per_s : t->read_gb_per_s, rate = mean_of(gb, n_runs);
     int n = 0;
     add_field(f, &n, "build", "%s", MAMBA_VERSION);
     add_field(f, &n, "cpu_info", "%s", b->cpu);
@@ -8651,7 +8776,7 @@ static void print_md_row(const struct bench *b, const struct bench_test *t, cons
     snprintf(speed, sizeof speed, "%.2f ± %.2f", avg, deviation);
     printf("| %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->title, (double)b->model_size / 1048576,
            (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, bandwidth,
-           b->gpu.bytes ? b->gpu.read_gb_per_s : b->read_gb_per_s);
+           b->gpu.bytes ? b->gpu.read_gb_per_s : t->read_gb_per_s);
 }
 
 static void bench_print(const struct bench *b, const struct bench_test *t, const struct bench_result *r, bool first, bool last) {
@@ -8699,8 +8824,8 @@ static int bench_tests(const struct options *o, struct bench_test **tests) {
         for (int np = 0; np < parallels.n; np++)
             for (int p = 0; p <= prompts.n; p++)      // the last of each list: none
                 for (int g = 0; g <= gens.n; g++) {
-                    struct bench_test test = {p < prompts.n ? prompts.v[p] : 0, g < gens.n ? gens.v[g] : 0, parallels.v[np],
-                                              threads.v[t]};
+                    struct bench_test test = {.n_prompt = p < prompts.n ? prompts.v[p] : 0, .n_gen = g < gens.n ? gens.v[g] : 0,
+                                              .n_parallel = parallels.v[np], .n_threads = threads.v[t]};
                     bool both = p < prompts.n && g < gens.n, apart = (p < prompts.n) != (g < gens.n);
                     if ((o->paper ? both : apart) && (test.n_prompt || test.n_gen)) (*tests)[n++] = test;
                 }
@@ -8773,7 +8898,11 @@ static int command_bench(const struct options *o) {
     for (int i = 0; i < 4; i++) format_known |= strcmp(o->bench_format, known[i]) == 0;
     if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
     int n_tests = bench_tests(o, &tests);
-    b.read_gb_per_s = read_bandwidth_apart(n_tests ? tests[0].n_threads : 1) / 1e9;
+    for (int i = 0; i < n_tests; i++) {
+        int j = 0;
+        while (tests[j].n_threads != tests[i].n_threads) j++;
+        tests[i].read_gb_per_s = j < i ? tests[j].read_gb_per_s : read_bandwidth_apart(tests[i].n_threads) / 1e9;
+    }
     read_cpu_name(b.cpu, sizeof b.cpu);
     if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
     else bench_open(&b);

@@ -308,11 +308,12 @@ struct phase {
 // Buffers of the steps of one level in a forward, "tokens" of it. Text has level 0 alone.
 struct level {
     struct level_size size;
-    int ld_model, ld_inner, ld_dbc, ld_up;
+    int ld_model, ld_z, ld_dbc, ld_up;  // floats from token to token
+    int ld_inner;              // from tap to tap of a convolution's weights and state
     float *x;                  // [max_tokens][ld_model] residual stream
     struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward, in level 0: the final norm's output
     struct act u;              // [max_tokens][d_inner] x of equation 2, after convolution and SiLU
-    float *z;                  // [max_tokens][ld_inner] gate
+    float *z;                  // [max_tokens][ld_z] gate
     float *dbc;                // [max_tokens][ld_dbc] dt (low rank), B, C of each token
     struct act dt_low;         // [max_tokens][dt_rank] input of dt_proj
     struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
@@ -1396,8 +1397,9 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // ====================================================================================================================
 
 enum {
-    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry and multiplied straight from the file
+    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats are multiplied straight from the file
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
+    FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
     ROW_BLOCK = 96,         // so many rows are one item of work, when there are many tokens; or a third of it, for the threads' sake
 };
@@ -1538,6 +1540,7 @@ struct kernels {
 #define row_by_row ISA_NAME(row_by_row)
 #define floats_of ISA_NAME(floats_of)
 #define prefetch ISA_NAME(prefetch)
+#define fetch_token ISA_NAME(fetch_token)
 #define matmul_float ISA_NAME(matmul_float)
 #define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
@@ -1635,6 +1638,7 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef __m512i vi;
 #define Q_TOKENS 12
 #define Q_PANELS 2
+#define Q_ROW_TOKENS 2
 #define MATH LANE
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
@@ -1747,6 +1751,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
+#define Q_ROW_TOKENS 4
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
@@ -1884,6 +1889,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
+#define Q_ROW_TOKENS 4
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
@@ -2023,6 +2029,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 1
 #define Q_PANELS 1
+#define Q_ROW_TOKENS 4
 #define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
@@ -2288,8 +2295,8 @@ LANE void matmul_float(enum format format, const struct matrix *m, int row0, int
 // ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
 //
 // unpack() and chunk_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
-// rows_dot() for one token, straight from the blocks; for more tokens panel_fill() once, which interleaves the rows, and
-// panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
+// rows_dot() for each of up to Q_ROW_TOKENS tokens, straight from the blocks; for more tokens panel_fill() once, which interleaves the
+// rows, and panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
 
 // Vectors of 32 bytes.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
@@ -2792,7 +2799,7 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ah
                     const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
     const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
     struct panel p[Q_PANELS];
-    if (n_tokens <= ROW_TOKENS) {
+    if (n_tokens <= Q_ROW_TOKENS) {
         chunk_scales(format, c, p);
         for (int t = 0; t < n_tokens; t++)
             rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), p, sums[t]);
@@ -2808,7 +2815,7 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ah
 static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
     float sums[TOKEN_BLOCK * Q_PANELS][16];
-    const int n_panels = n_tokens <= ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
+    const int n_panels = n_tokens <= Q_ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
     for (int r = 0; r < n_rows; r += together) {
         struct chunk c[Q_PANELS] = {{.at = 0}};
@@ -2928,6 +2935,9 @@ static void ISA_NAME(layer_norm)(const float *x, const float *w, const float *b,
     }
 }
 
+// The same channels of a later token, which lie a page away: the processor does not guess where.
+LANE void fetch_token(const float *p, int ld) { __builtin_prefetch(p + FETCH_TOKENS * ld); }
+
 // out = silu(b + sum over taps of w[tap] * input), in tap order. The last inputs move through `past`, the oldest first.
 // Four taps, as in every published model, stay in registers.
 static void conv_4_taps(const struct conv_args *a) {
@@ -2936,7 +2946,9 @@ static void conv_4_taps(const struct conv_args *a) {
         UNROLL for (int i = 0; i < 4; i++) w[i] = v_load(a->w + (size_t)i * (size_t)a->ld_w + c);
         UNROLL for (int i = 0; i < 3; i++) past[i] = v_load(a->state + (size_t)i * (size_t)a->ld_w + c);
         for (int t = 0; t < a->n_tokens; t++) {
-            past[3] = v_load(a->in + (size_t)t * (size_t)a->ld + c);
+            const float *in = a->in + (size_t)t * (size_t)a->ld + c;
+            fetch_token(in, a->ld);
+            past[3] = v_load(in);
             vf sum = b;
             UNROLL for (int i = 0; i < 4; i++) sum = v_fma(w[i], past[i], sum);
             UNROLL for (int i = 0; i < 3; i++) past[i] = past[i + 1];
@@ -2986,8 +2998,11 @@ LANE void scan_channels(const struct scan_args *a, const int n_state, const bool
         for (int t = 0; t < a->n_tokens; t++) {
             float *dt_y = a->dt_y + (size_t)t * (size_t)a->ld + c;
             const float *b_row = a->bc + (size_t)t * (size_t)a->ld_bc, *c_row = b_row + n_state;
-            vf dt = v_softplus(v_add(v_load(dt_y), dt_b)), u = v_load(a->u + (size_t)t * (size_t)a->ld + c);
-            vf dt_u = v_mul(dt, u), y = v_mul(d, u);
+            const float *u_row = a->u + (size_t)t * (size_t)a->ld + c, *z_row = a->z + (size_t)t * (size_t)a->ld_z + c;
+            fetch_token(dt_y, a->ld);
+            fetch_token(u_row, a->ld);
+            fetch_token(z_row, a->ld_z);
+            vf dt = v_softplus(v_add(v_load(dt_y), dt_b)), u = v_load(u_row), dt_u = v_mul(dt, u), y = v_mul(d, u);
             if (in_registers) {
                 UNROLL for (int n = 0; n < 16; n++) h[n] = scan_step(h[n], dt, dt_u, a2 + 16 * n, b_row + n, c_row + n, &y);
             } else {
@@ -2996,7 +3011,7 @@ LANE void scan_channels(const struct scan_args *a, const int n_state, const bool
                     v_store(state + 16 * n, new);
                 }
             }
-            v_store(dt_y, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
+            v_store(dt_y, v_mul(y, v_silu(v_load(z_row))));
         }
         if (in_registers) UNROLL for (int n = 0; n < 16; n++) v_store(state + 16 * n, h[n]);
     }
@@ -3139,6 +3154,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef COLUMN_BLOCK
 #undef Q_TOKENS
 #undef Q_PANELS
+#undef Q_ROW_TOKENS
 #undef MATH
 #undef SIGNED_PANELS
 #undef FLIPPED
@@ -3295,16 +3311,20 @@ static bool next_item(struct team *t, int n_items, int *item) {
 static void quantize_rows(const struct kernels *k, struct act *a, int row0, int n_rows, int col0, int n_cols) {
     if (!a->q) return;
     for (int r = row0; r < row0 + n_rows; r++) {
-        size_t at = (size_t)r * (size_t)a->ld + (size_t)col0;
+        const size_t at = (size_t)r * (size_t)a->ld + (size_t)col0, later = at + FETCH_TOKENS * (size_t)a->ld;
+        for (int i = 0; i < n_cols; i += 16) __builtin_prefetch(a->f + later + i);
+        __builtin_prefetch(a->q + later, 1);
+        __builtin_prefetch(a->scale + later / 32, 1);
+        __builtin_prefetch(a->sum + later / 16, 1);
         k->quantize(a->f + at, n_cols, a->q + at, a->scale + at / 32, a->sum + at / 16);
     }
 }
 
 // Rows of weights a block while decoding: few blocks, since memory is read best in long runs, but several a thread, so that
-// nobody waits long for the last one.
-static int decode_block(const struct context *ctx, int rows) {
-    int block = rows / (4 * ctx->n_threads) / 16 * 16;
-    return block < 16 ? 16 : min_int(block, 128);
+// nobody waits long for the last one. More than two tokens may have rows in groups of 32.
+static int decode_block(const struct context *ctx, int rows, int n_tokens) {
+    const int group = n_tokens <= 2 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
+    return block < group ? group : min_int(block, 128);
 }
 
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase. It is added to what y holds, or to
@@ -3313,7 +3333,7 @@ static void matmul_phase(struct team *t, const struct matrix *w, const float *bi
                          int ldy, bool add) {
     const int n_token_blocks = (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
     const bool enough = w->rows / ROW_BLOCK * n_token_blocks >= 4 * t->ctx->n_threads;
-    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
+    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
     const int n_row_blocks = (w->rows + row_block - 1) / row_block;
     int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
@@ -3363,7 +3383,7 @@ static void norm_phase(struct team *t, struct level *v, const float *weight, con
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
     const int d_inner = v->size.d_inner;
-    int block = v->n_tokens > ROW_TOKENS ? (d_inner >= 256 * ctx->n_threads ? 64 : 32) : round_up(decode_block(ctx, d_inner), 32);
+    int block = v->n_tokens > ROW_TOKENS ? (d_inner >= 256 * ctx->n_threads ? 64 : 32) : round_up(decode_block(ctx, d_inner, v->n_tokens), 32);
     *n_blocks = (d_inner + block - 1) / block;
     return block;
 }
@@ -3378,7 +3398,7 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), n_padded = round_up(n, 16), token = 0;
         ctx->k->matmul(&l->in, c, n, &v->normed, 0, v->n_tokens, v->u.f + c, ld, false);
-        ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, v->ld_inner, false);
+        ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, v->ld_z, false);
         for (int s = 0; s < ctx->n_segments; s++) {
             const size_t row = (size_t)token;
             float *rows = v->u.f + row * (size_t)ld + c;
@@ -3389,8 +3409,8 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
                 ctx->k->fixed_scan(&(struct fixed_scan_args){
                     .decay = l->decay + (size_t)c * n_state, .weight = l->weight + (size_t)c * n_state, .d = l->d + c,
                     .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state, .u = rows,
-                    .z = v->z + row * (size_t)v->ld_inner + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
-                    .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .ld_z = v->ld_inner, .is_complex = l->is_complex});
+                    .z = v->z + row * (size_t)v->ld_z + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
+                    .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .ld_z = v->ld_z, .is_complex = l->is_complex});
             token += v->n_new[s];
         }
         quantize_rows(ctx->k, l->s4 ? &v->y : &v->u, 0, v->n_tokens, c, n);
@@ -3433,9 +3453,9 @@ static void dt_scan_phase(struct team *t, struct level *v, const struct layer *l
             ctx->k->scan(&(struct scan_args){
                 .a2 = l->a2 + (size_t)c * n_state, .a_inverse = l->a_inverse ? l->a_inverse + (size_t)c * n_state : NULL,
                 .d = l->d + c, .dt_b = l->dt_b + c, .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state,
-                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)v->ld_inner + c,
+                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)v->ld_z + c,
                 .bc = v->dbc + row * (size_t)v->ld_dbc + v->size.dt_rank, .dt_y = v->y.f + row * (size_t)ld + c,
-                .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_z = v->ld_inner,
+                .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_z = v->ld_z,
                 .ld_bc = v->ld_dbc, .is_complex = l->is_complex});
             token += v->n_new[s];
         }
@@ -3568,8 +3588,12 @@ enum { PHASES_A_LAYER = 6, PHASES_A_POOL = 5, PHASES_BESIDE = 4 };  // embedding
 
 static bool is_quantized(const struct matrix *m) { return formats[m->format].block > 1; }
 
+// Floats from row to row: an odd multiple of 32, or one column of many rows, as a block of channels goes through it, would fall on
+// a few sets of the caches: widths are multiples of large powers of two.
+static int leading_dimension(int n_cols) { return (n_cols + 31) / 32 * 32 | 32; }
+
 static struct act act_new(int n_rows, int n_cols, bool quantized) {
-    struct act a = {.ld = round_up(n_cols, 32)};
+    struct act a = {.ld = leading_dimension(n_cols)};
     size_t n = (size_t)n_rows * (size_t)a.ld;
     a.f = xcalloc(n, sizeof *a.f);
     if (quantized) {
@@ -3648,20 +3672,21 @@ static void level_init(struct level *v, const struct model *m, int i, int max_to
     }
     if (i > 0) q_in |= is_quantized(&m->pools[i - 1].up);
     v->size = c->level[i];
-    v->ld_model = round_up(v->size.d_model, 16);
+    v->ld_model = leading_dimension(v->size.d_model);
     v->ld_inner = round_up(v->size.d_inner, 16);
-    v->ld_dbc = round_up(v->size.dt_rank + 2 * c->d_state * (1 + any_complex), 16);
+    v->ld_z = leading_dimension(v->size.d_inner);
+    v->ld_dbc = leading_dimension(v->size.dt_rank + 2 * c->d_state * (1 + any_complex));
     v->x = xcalloc(n * (size_t)v->ld_model, sizeof(float));
     v->normed = act_new(max_tokens, v->size.d_model, q_in);
     v->u = act_new(max_tokens, v->size.d_inner, q_x);
-    v->z = xcalloc(n * (size_t)v->ld_inner, sizeof(float));
+    v->z = xcalloc(n * (size_t)v->ld_z, sizeof(float));
     v->dbc = xcalloc(n * (size_t)v->ld_dbc, sizeof(float));
     v->dt_low = act_new(max_tokens, v->size.dt_rank, q_dt);
     v->y = act_new(max_tokens, v->size.d_inner, q_out);
     v->n_new = xcalloc(n, sizeof *v->n_new);
     if (c->n_pools) v->skip = xcalloc((size_t)(c->n_blocks + 1) * n * (size_t)v->ld_model, sizeof(float));
     if (i == c->n_pools) return;
-    v->ld_up = round_up(c->pool[i] * v->size.d_model, 16);
+    v->ld_up = leading_dimension(c->pool[i] * v->size.d_model);
     v->down_in = act_new(max_tokens, c->pool[i] * v->size.d_model, is_quantized(&m->pools[i].down));
     v->up = xcalloc(n * (size_t)v->ld_up, sizeof(float));
 }
@@ -8647,7 +8672,8 @@ static float *random_floats(size_t n, float scale, float offset) {
 // --op scan: the selective scan alone, with discretisation, skip and gate, over one sequence of n_prompt tokens.
 static void scan_measure(const struct options *o, const struct bench_test *t, struct bench_result *r) {
     const struct kernels *k = choose_kernels();
-    const size_t n = (size_t)t->n_prompt * SCAN_CHANNELS, n_state = (size_t)SCAN_CHANNELS * SCAN_STATE;
+    const int ld = leading_dimension(SCAN_CHANNELS);
+    const size_t n = (size_t)t->n_prompt * (size_t)ld, n_state = (size_t)SCAN_CHANNELS * SCAN_STATE;
     float *u = random_floats(n, 1, 0), *z = random_floats(n, 1, 0), *dt = random_floats(n, 1, -2);
     float *bc = random_floats((size_t)t->n_prompt * 2 * SCAN_STATE, 1, 0), *a2 = random_floats(n_state, 8, -8.5f);
     float *d = random_floats(SCAN_CHANNELS, 1, 0), *dt_b = random_floats(SCAN_CHANNELS, 1, 0);
@@ -8663,12 +8689,12 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
             flush_denormals();
             k->scan(&(struct scan_args){
                 .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c,
-                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = SCAN_CHANNELS,
-                .ld_z = SCAN_CHANNELS, .ld_bc = 2 * SCAN_STATE});
+                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = ld,
+                .ld_z = ld, .ld_bc = 2 * SCAN_STATE});
         }
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
     }
-    r->logits_hash = hash_bytes(1, dt_y + n - SCAN_CHANNELS, SCAN_CHANNELS * sizeof *dt_y);
+    r->logits_hash = hash_bytes(1, dt_y + n - (size_t)ld, SCAN_CHANNELS * sizeof *dt_y);
     float *owned[] = {u, z, dt, bc, a2, d, dt_b, dt_y, state};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }

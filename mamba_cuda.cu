@@ -41,7 +41,29 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) unsigned char name##_bytes[]; type *name = (type *)name##_bytes
-#define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
+    launch(kernel, grid, threads, shared_bytes, (device)->stream, (device)->early_start, __VA_ARGS__)
+
+// More shared memory than 48 KB is asked for, once for each kernel; where that fails, so does the launch.
+#define ALLOW_SHARED(kernel, bytes) \
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
+    (void)allowed
+
+// early: the kernel may be started before the last one has ended, and waits for it itself (inputs_ready()).
+template <class... P, class... A>
+static void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, P(args)...);  // an error stays until cudaGetLastError()
+}
 #endif
 
 #define DEVICE static __device__ __forceinline__
@@ -74,17 +96,13 @@ static constexpr __host__ __device__ int scale_words(enum format f) {
     return !is_quantized(f) ? 0 : is_k(f) ? 1 + CHUNK / group_of(f) / 4 * (has_min(f) ? 2 : 1) : has_min(f) ? 8 : 4;
 }
 
-// Blocks whose weights are loaded together: more where a warp has one tile of rows and few columns, since then loads in flight
-// are what counts, and registers are left.
-static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
-    const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
-    return r * c > 1 ? n : n == 1 ? 4 : 8;
-}
+// Blocks whose weights a warp loads together where it has few columns: loads in flight are what counts then.
+static constexpr __host__ __device__ int blocks_at_once(enum format f) { return is_quantized(f) ? 8 : 4; }
 
 struct weights {            // a matrix on the device
     const uint4 *data;      // [n_tiles][n_chunks][chunk_words]
     const unsigned *scales; // [n_tiles][n_chunks][scale_words][16 rows]
-    int rows, n_chunks;
+    int rows, cols, n_chunks;
     enum format format;
 };
 
@@ -207,6 +225,64 @@ DEVICE void mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b) {
     asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[2]), "+r"(d[3]) : "r"(a1), "r"(b));
 #endif
 }
+
+// d += a * b, m16n8k32: a holds rows g and g + 8 of the first half, then of the second.
+DEVICE void mma_s8_block(int d[4], const uint32_t a[4], const uint32_t b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_s8(d, a[0], a[1], b[0]);
+    mma_s8(d, a[2], a[3], b[1]);
+#endif
+}
+
+// From global to shared memory past the registers: 4, 8 or 16 bytes of each thread, aligned to as many. Copies up to
+// copies_end() are a group, and copies_wait<N>() waits for all of a thread's groups but the last N.
+template <int BYTES> DEVICE void copy_async(void *shared, const void *global) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+#else
+    if constexpr (BYTES == 16) *(uint4 *)shared = *(const uint4 *)global;
+    else if constexpr (BYTES == 8) *(uint2 *)shared = *(const uint2 *)global;
+    else *(unsigned *)shared = *(const unsigned *)global;
+#endif
+}
+
+DEVICE void copies_end() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int N> DEVICE void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// A kernel may be started before the one before it has ended (launch()): it waits here before it touches what others write or
+// read, and says at its start that the next one may be started, too.
+DEVICE void inputs_ready() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void next_may_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 2^x, where what is below the smallest normal number is 0.
+DEVICE float exp2_flushed(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 
 DEVICE float half_at(unsigned word, int upper) {
@@ -284,11 +360,20 @@ template <enum format F, int N> struct group_scales {
     // row: the chunk's words, moved to the row; b: the first block, a multiple of N
     __device__ __forceinline__ void load(const unsigned *row, int b) {
         const unsigned *first = row + ((is_k(F) ? 1 : 0) + b / per_word) * TILE;
+        const int shift = N < per_word ? b % per_word * 8 : 0;
         if constexpr (is_k(F)) super = row[0];
 #pragma unroll
-        for (int i = 0; i < n; i++) scale_words[i] = first[i * TILE];
+        for (int i = 0; i < n; i++) scale_words[i] = first[i * TILE] >> shift;
 #pragma unroll
-        for (int i = 0; i < n && has_min(F); i++) min_words[i] = first[(BLOCKS / per_word + i) * TILE];
+        for (int i = 0; i < n && has_min(F); i++) min_words[i] = first[(BLOCKS / per_word + i) * TILE] >> shift;
+    }
+
+    // The same of a unit in shared memory, which has a row of 16 words for each word loaded; b: the row's block
+    __device__ __forceinline__ void take(const unsigned *rows, int b) {
+        const int shift = N < per_word ? b % per_word * 8 : 0, at = is_k(F) ? TILE : 0;
+        super = rows[0];
+        scale_words[0] = rows[at] >> shift;
+        min_words[0] = has_min(F) ? rows[at + TILE] >> shift : 0;
     }
 
     __device__ __forceinline__ float one(const unsigned *words, int upper, int i, int h) const {
@@ -303,11 +388,19 @@ template <enum format F, int N> struct group_scales {
     __device__ __forceinline__ float min(int i, int h) const { return is_k(F) ? -one(min_words, 1, i, h) : one(min_words, 0, i, h); }
 };
 
-// A column's block of activations as the product takes it, and what the result is multiplied by.
+// Numbers that go with a column's block: its scale, and for minima the scale times the sum of its bytes, or of each half's.
+static constexpr __host__ __device__ int factor_count(enum format f) { return f == F32 ? 0 : !has_min(f) ? 1 : group_of(f) == 16 ? 3 : 2; }
+
+// A block of activations of one column, as the four lanes that share column g hold it.
 template <enum format F> struct column_block {
     uint32_t b[is_quantized(F) ? 2 : 8];  // bytes of both halves; or pairs: high parts [4], low parts [4]
-    float scale[2];         // of columns 2 q and 2 q + 1
-    float sum[2][2];        // [half][column] scale * sum of the bytes, for minima
+    float factors[factor_count(F)];
+};
+
+// What a lane multiplies with: the operand, of column g, and the factors, of its results' columns 2 q and 2 q + 1.
+template <enum format F> struct operand {
+    uint32_t b[is_quantized(F) ? 2 : 8];
+    float factors[factor_count(F)][2];
 };
 
 // The largest magnitude of a block, as bits: those of a NaN are larger than those of infinity, and so it is not lost.
@@ -317,13 +410,6 @@ DEVICE unsigned block_max(const float v[8]) {
     for (int i = 0; i < 8; i++) max_bits = max(max_bits, __float_as_uint(v[i]) & 0x7fffffffu);
     max_bits = max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 1));
     return max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 2));
-}
-
-// A value that the four lanes of column g share, of columns 2 q and 2 q + 1.
-DEVICE void of_own_columns(float v, float own[2]) {
-    const int q = threadIdx.x % 4;
-    own[0] = __shfl_sync(WHOLE_WARP, v, 8 * q);
-    own[1] = __shfl_sync(WHOLE_WARP, v, 8 * q + 4);
 }
 
 // q = round(x / scale), scale = max|x| / 127, as the CPU does it.
@@ -336,7 +422,7 @@ template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F
 #pragma unroll
         for (int i = 0; i < 4; i++) c->b[h] |= ((unsigned)__float2int_rn(v[4 * h + i] * inverse) & 255u) << 8 * i;
     }
-    of_own_columns(scale, c->scale);
+    c->factors[0] = scale;
     if constexpr (has_min(F)) {
         int sums[2];
 #pragma unroll
@@ -346,8 +432,8 @@ template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F
             sums[h] = s + __shfl_xor_sync(WHOLE_WARP, s, 2);
         }
         if (group_of(F) == 32) sums[0] += sums[1];
-        of_own_columns(scale * (float)sums[0], c->sum[0]);
-        if (group_of(F) == 16) of_own_columns(scale * (float)sums[1], c->sum[1]);
+        c->factors[1] = scale * (float)sums[0];
+        if constexpr (group_of(F) == 16) c->factors[2] = scale * (float)sums[1];
     }
 }
 
@@ -357,7 +443,7 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     const unsigned bits = block_max(v), exponent = bits >> 23;
     const bool finite = exponent < 254;
     const float inverse = exponent > 0 && finite ? __uint_as_float((254 - exponent) << 23) : 0.0f;
-    of_own_columns(finite ? __uint_as_float(exponent << 23) : __uint_as_float(0x7fc00000), c->scale);
+    c->factors[0] = finite ? __uint_as_float(exponent << 23) : __uint_as_float(0x7fc00000);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float a = v[2 * i] * inverse, b = v[2 * i + 1] * inverse;
@@ -367,26 +453,56 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     }
 }
 
+template <enum format F> DEVICE void make_block(const float v[8], column_block<F> *c) {
+    if constexpr (is_quantized(F)) make_bytes<F>(v, c);
+    else make_pairs<F>(v, c);
+}
+
+// A value that the four lanes of column g share, of columns 2 q and 2 q + 1.
+DEVICE void of_own_columns(float v, float own[2]) {
+    const int q = threadIdx.x % 4;
+    own[0] = __shfl_sync(WHOLE_WARP, v, 8 * q);
+    own[1] = __shfl_sync(WHOLE_WARP, v, 8 * q + 4);
+}
+
+template <enum format F> DEVICE operand<F> operand_of(const column_block<F> &c) {
+    operand<F> o;
+#pragma unroll
+    for (int i = 0; i < (is_quantized(F) ? 2 : 8); i++) o.b[i] = c.b[i];
+#pragma unroll
+    for (int i = 0; i < factor_count(F); i++) of_own_columns(c.factors[i], o.factors[i]);
+    return o;
+}
+
 // Rows g and g + 8 of a tile, N blocks of them.
 template <enum format F, int N> struct fragment {
     loaded<F, N> weights;
     group_scales<F, N> scales[2];  // not loaded, and so not there, for floats
 };
 
-// sum += the i-th loaded block of a tile's rows times a column block.
-template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, int n, const column_block<F> &c, float sum[4]) {
+// A sum of bytes' products as a float. Such sums start from EXACT, whose bits as a float are 1.5 * 2^23: a sum below 2^22 in
+// magnitude then stands in the mantissa, and one subtraction is cheaper than a conversion.
+enum { EXACT = 0x4b400000 };
+DEVICE float exact_float(int sum) { return __uint_as_float((unsigned)sum) - 12582912.0f; }
+
+// sum += the n-th loaded block of a tile's rows times a column's block.
+template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, int n, const operand<F> &c, float sum[4]) {
     if constexpr (is_quantized(F)) {
-        int dot[4] = {0, 0, 0, 0};
+        constexpr int GROUPS = group_of(F) == 16 ? 2 : 1;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            mma_s8(dot, w.weights.q(n, 0, h), w.weights.q(n, 1, h), c.b[h]);
-            if (group_of(F) == 32 && h == 0) continue;
+        for (int h = 0; h < GROUPS; h++) {
+            int dot[4] = {EXACT, EXACT, EXACT, EXACT};
+            if constexpr (GROUPS == 2) {
+                mma_s8(dot, w.weights.q(n, 0, h), w.weights.q(n, 1, h), c.b[h]);
+            } else {
+                const uint32_t a[4] = {w.weights.q(n, 0, 0), w.weights.q(n, 1, 0), w.weights.q(n, 0, 1), w.weights.q(n, 1, 1)};
+                mma_s8_block(dot, a, c.b);
+            }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const group_scales<F, N> &row = w.scales[i / 2];
-                sum[i] = fmaf(row.scale(n, h) * c.scale[i % 2], (float)dot[i], sum[i]);
-                if constexpr (has_min(F)) sum[i] = fmaf(row.min(n, h), c.sum[group_of(F) == 16 ? h : 0][i % 2], sum[i]);
-                dot[i] = 0;
+                sum[i] = fmaf(row.scale(n, h) * c.factors[0][i % 2], exact_float(dot[i]), sum[i]);
+                if constexpr (has_min(F)) sum[i] = fmaf(row.min(n, h), c.factors[1 + h][i % 2], sum[i]);
             }
         }
     } else {
@@ -403,15 +519,16 @@ template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, in
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(c.scale[i % 2], dot[i], sum[i]);
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(c.factors[0][i % 2], dot[i], sum[i]);
     }
 }
 
 // ====================================================================================================================
 // Product: y = w x for the columns of x, which are tokens.
-// The two kernels below differ in who does what, never in what is computed: product_split has a warp for each slice of 16 rows
-// and few columns, and what follows a product in a layer while decoding; product_tiles has many columns, and its warps take
-// slices one after the other.
+// Kernels differ in who does what, never in what is computed. Up to FEW_COLUMNS, product_few has a warp for each slice of 16
+// rows and makes operands of the columns where it needs them; what follows a product in a layer while decoding is its end. For
+// more, prepare makes the operands once, product_tiles multiplies them from shared memory, and where it has too few
+// blocks to fill the GPU, these take slices of their own, which add_slices adds up.
 // ====================================================================================================================
 
 struct input {              // of a product
@@ -428,106 +545,137 @@ DEVICE const float *input_row(const input &in, int column) {
 
 DEVICE float4 load4(const float *p) { return *(const float4 *)p; }
 
+DEVICE float4 floats_of(uint4 v) { return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)); }
+
 DEVICE float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 
 DEVICE float dot4(float4 a, float4 b, float sum) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum)))); }
 
-// One slice of R tiles and C times 8 columns: sums [R][C][4] as a lane holds them, and the sums of squares of its own columns.
-template <int R, int C> struct sums {
-    float v[R][C][4];
-    float squares[C][2];
-};
-
-// F32: a lane reads its own two columns, and rows g and g + 8.
-template <int R, int C>
-DEVICE void slice_of_floats(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-    const int g = threadIdx.x / 4, q = threadIdx.x % 4;
-    for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll 1
-        for (int k = 0; k < CHUNK; k += 4) {
-            float4 x[C][2];
-#pragma unroll
-            for (int i = 0; i < 2 * C; i++) {
-                const int column = column0 + i / 2 * 8 + 2 * q + i % 2;
-                float4 v = make_float4(0, 0, 0, 0);
-                if (column < in.n) v = load4(input_row(in, column) + chunk * CHUNK + k);
-                s->squares[i / 2][i % 2] = dot4(v, v, s->squares[i / 2][i % 2]);
-                x[i / 2][i % 2] = in.norm ? times(v, load4(in.norm + chunk * CHUNK + k)) : v;
-            }
-#pragma unroll
-            for (int i = 0; i < 2 * R; i++) {
-                const uint4 bits = w.data[((size_t)tile[i / 2] * w.n_chunks + chunk) * chunk_words(F32) + k / 4 * TILE + g + i % 2 * 8];
-                const float4 a = make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
-#pragma unroll
-                for (int j = 0; j < 2 * C; j++) {
-                    float *sum = &s->v[i / 2][j / 2][i % 2 * 2 + j % 2];
-                    *sum = dot4(a, x[j / 2][j % 2], *sum);
-                }
-            }
-        }
+// Four floats of a column, zeros where there is no such column; adds their squares, and multiplies by the norm's weight.
+DEVICE float4 load_normed(const input &in, int column, int k, float *squares) {
+    const float4 v = column < in.n ? load4(input_row(in, column) + k) : make_float4(0, 0, 0, 0);
+    if (!in.norm) return v;
+    *squares = dot4(v, v, *squares);
+    return times(v, load4(in.norm + k));
 }
 
-template <enum format F, int R, int C>
-DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-    constexpr int N = blocks_at_once(F, R, C);
-    const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
-    const int near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);  // where its two fours of a block stand
-    float squares[C];
+// The sum over the four lanes of a column.
+DEVICE float sum_of_four(float v) {
+    v += __shfl_xor_sync(WHOLE_WARP, v, 1);
+    return v + __shfl_xor_sync(WHOLE_WARP, v, 2);
+}
+
+// The block of column `column` at column k of the row: lane q has what it holds of weights, too.
+template <enum format F> DEVICE column_block<F> block_of_input(const input &in, int column, int k, float *squares) {
+    const int q = threadIdx.x % 4, near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);
+    const float4 a = load_normed(in, column, k + near, squares), b = load_normed(in, column, k + far, squares);
+    const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    column_block<F> block;
+    make_block<F>(x, &block);
+    return block;
+}
+
+// RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column. squares: its sum of
+// squares in each slice, so many floats apart.
+DEVICE float norm_factor(const input &in, const float *squares, int apart, int n_slices) {
+    if (!in.norm) return 1.0f;
+    float sum = 0;
+    for (int s = 0; s < n_slices; s++) sum += squares[(size_t)s * apart];
+    return 1.0f / sqrtf(sum / (float)in.n_normed + in.eps);
+}
+
+// What a lane adds up of a tile and 8 columns: rows g and g + 8 times columns 2 q and 2 q + 1. F32: times all 8 columns, of
+// the fours of k that are q modulo 4.
+template <enum format F> struct sums {
+    float v[F == F32 ? 16 : 4];
+};
+
+// Its results. F32: the four lanes' sums are added as a tree, and each lane keeps those of its columns.
+template <enum format F> DEVICE void own_sums(const sums<F> &s, float own[4]) {
+    const int q = threadIdx.x % 4;
 #pragma unroll
-    for (int c = 0; c < C; c++) squares[c] = 0;
-    for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll 1
-        for (int b0 = 0; b0 < BLOCKS; b0 += N) {
-            fragment<F, N> a[R];
+    for (int i = 0; i < 4; i++) own[i] = s.v[i];
+    if constexpr (F == F32) {
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                const size_t at = (size_t)tile[r] * w.n_chunks + chunk;
-                a[r].weights.load(w.data + at * chunk_words(F) + lane, b0);
+        for (int h = 0; h < 2; h++) {
+            float four[4];
 #pragma unroll
-                for (int i = 0; i < 2 && is_quantized(F); i++) a[r].scales[i].load(w.scales + at * scale_words(F) * TILE + g + 8 * i, b0);
+            for (int i = 0; i < 4; i++) {
+                const float low = s.v[8 * h + i], high = s.v[8 * h + 4 + i];
+                four[i] = (q & 2 ? high : low) + __shfl_xor_sync(WHOLE_WARP, q & 2 ? low : high, 2);
             }
 #pragma unroll
-            for (int i = 0; i < N * C; i++) {
-                const int b = b0 + i / C, c = i % C, k = chunk * CHUNK + b * BLOCK, column = column0 + 8 * c + g;
-                float4 v[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-                if (column < in.n) {
-                    const float *x = input_row(in, column) + k;
-                    v[0] = load4(x + near);
-                    v[1] = load4(x + far);
-                }
-                squares[c] = dot4(v[1], v[1], dot4(v[0], v[0], squares[c]));
-                if (in.norm) {
-                    v[0] = times(v[0], load4(in.norm + k + near));
-                    v[1] = times(v[1], load4(in.norm + k + far));
-                }
-                const float x[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-                column_block<F> block;
-                if constexpr (is_quantized(F)) make_bytes<F>(x, &block);
-                else make_pairs<F>(x, &block);
-#pragma unroll
-                for (int r = 0; r < R; r++) multiply<F, N>(a[r], i / C, block, s->v[r][c]);
-            }
+            for (int i = 0; i < 2; i++)
+                own[2 * h + i] = (q & 1 ? four[2 + i] : four[i]) + __shfl_xor_sync(WHOLE_WARP, q & 1 ? four[i] : four[2 + i], 1);
         }
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-        squares[c] += __shfl_xor_sync(WHOLE_WARP, squares[c], 1);
-        squares[c] += __shfl_xor_sync(WHOLE_WARP, squares[c], 2);
-        of_own_columns(squares[c], s->squares[c]);
     }
 }
 
-template <enum format F, int R, int C>
-DEVICE void slice_sums(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
+// ---- Few columns ----
+
+enum { FEW_COLUMNS = 8 };
+
+// F32: columns [64] at once, of which lane q has four fours. Weights of the next 64 are under way meanwhile.
+template <int COLUMNS> DEVICE void slice_of_floats(const weights &w, const input &in, int tile, int first, int end, sums<F32> *s, float *squares) {
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
+    const uint4 *row = w.data + (size_t)tile * w.n_chunks * chunk_words(F32) + q * TILE + g;
+    uint4 a[4][2], next[4][2] = {};
+    float square[COLUMNS] = {};
+    const auto load = [&](uint4 to[4][2], int k) {
 #pragma unroll
-    for (int i = 0; i < R * C * 4; i++) s->v[i / (4 * C)][i / 4 % C][i % 4] = 0;
+        for (int i = 0; i < 8; i++) to[i / 2][i % 2] = row[(k / 4 + i / 2 * 4) * TILE + i % 2 * 8];
+    };
+    load(a, first);
+    if (first + 64 < end) load(next, first + 64);
+    inputs_ready();
+    for (int k = first; k < end; k += 64) {
 #pragma unroll
-    for (int i = 0; i < C * 2; i++) s->squares[i / 2][i % 2] = 0;
-    if constexpr (F == F32) slice_of_floats<R, C>(w, in, tile, column0, chunk0, chunk1, s);
-    else slice<F, R, C>(w, in, tile, column0, chunk0, chunk1, s);
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                const float4 x = load_normed(in, j, k + 16 * i + 4 * q, &square[j]);
+#pragma unroll
+                for (int h = 0; h < 2; h++) s->v[8 * h + j] = dot4(floats_of(a[i][h]), x, s->v[8 * h + j]);
+            }
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i / 2][i % 2] = next[i / 2][i % 2];
+        if (k + 128 < end) load(next, k + 128);
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+        const float sum = sum_of_four(square[j]);
+        if (lane == 0) squares[j] = sum;
+    }
 }
 
-// RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column.
-DEVICE float norm_factor(const input &in, float squares) { return in.norm ? 1.0f / sqrtf(squares / (float)in.n_normed + in.eps) : 1.0f; }
+template <enum format F, int N> DEVICE void load_fragment(const weights &w, int tile, int block, fragment<F, N> *a) {
+    const size_t at = (size_t)tile * w.n_chunks + block / BLOCKS;
+    const int lane = threadIdx.x;
+    a->weights.load(w.data + at * chunk_words(F) + lane, block % BLOCKS);
+#pragma unroll
+    for (int i = 0; i < 2 && is_quantized(F); i++) a->scales[i].load(w.scales + at * scale_words(F) * TILE + lane / 4 + 8 * i, block % BLOCKS);
+}
+
+// Blocks first to end - 1 of a row, so many at once; weights of the next ones are under way meanwhile.
+template <enum format F> DEVICE void slice(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
+    constexpr int N = blocks_at_once(F);
+    const int g = threadIdx.x / 4;
+    fragment<F, N> a, next;
+    float square = 0;
+    load_fragment<F, N>(w, tile, first, &a);
+    next = a;
+    if (first + N < end) load_fragment<F, N>(w, tile, first + N, &next);
+    inputs_ready();
+    for (int block = first; block < end; block += N) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            multiply<F, N>(a, i, operand_of<F>(block_of_input<F>(in, g, (block + i) * BLOCK, &square)), s->v);
+        a = next;
+        if (block + 2 * N < end) load_fragment<F, N>(w, tile, block + 2 * N, &next);
+    }
+    square = sum_of_four(square);
+    if (threadIdx.x % 4 == 0) squares[g] = square;
+}
 
 // ---- What follows a product while every sequence decodes one token ----
 
@@ -546,11 +694,11 @@ struct scan {               // of a layer
     const float *a2;        // [ld/16][d_state][16]: A * log2(e)
     const float *d, *dt_b;  // [ld]
     float *state;           // of slot 0: [ld/16][d_state][16]
-    const float *u, *z;     // [tokens][ld_u], [tokens][ld_z]
-    const float *bc;        // [tokens][ld_bc]: B [d_state], C [d_state]
+    const float *u, *gate;  // [tokens][ld_u]; the latter is silu(z)
+    const float *bc;        // [tokens][2 d_state]: B, C
     float *y;               // [tokens][ld_u]
     size_t slot_floats;
-    int d_state, n, ld_u, ld_z, ld_bc;
+    int d_state, n, ld_u;
 };
 
 // out = silu(b + sum over taps of w[tap] * input), in tap order; the state moves on by one.
@@ -566,36 +714,45 @@ DEVICE float conv_token(const conv &c, int slot, int channel, float now) {
 // One state of one channel (equation 2a with the discretisation of section 3.6, and 2b):
 //   h = exp(dt * A) * h + dt * B * u        y += C * h
 DEVICE float scan_state(float h, float dt, float dt_u, float a2, float b, float c, float *y) {
-    h = fmaf(exp2f(dt * a2), h, dt_u * b);
+    h = fmaf(exp2_flushed(dt * a2), h, dt_u * b);
     *y = fmaf(c, h, *y);
     return h;
 }
 
-// Lanes that share a channel: lane j has the states n = j, j + lanes, j + 2 lanes ..., at most 16 of them.
-static __host__ __device__ inline int scan_lanes(int d_state) { return d_state <= 64 ? 4 : 16; }
-
-// What the lanes add to y is summed as a tree. Then skip and gate.
-DEVICE float scan_output(int lanes, float part, float d, float u, float z) {
-    for (int distance = 1; distance < lanes; distance *= 2) part += __shfl_xor_sync(WHOLE_WARP, part, distance);
-    return fmaf(d, u, part) * silu(z);
-}
+// Lanes that share a channel, neighbours; lane j has so many states from n = j * scan_states() on.
+static constexpr __host__ __device__ int scan_lanes(int d_state) { return d_state <= 64 ? 4 : 16; }
+static constexpr __host__ __device__ int scan_states(int d_state) { return d_state <= 16 ? 4 : 16; }
 
 // What lane j adds to y for one token of a channel; the state is in memory.
-DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt_low) {
+DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt) {
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
-    const float *bc = s.bc + (size_t)token * s.ld_bc, u = s.u[(size_t)token * s.ld_u + channel];
+    const int first = j * scan_states(s.d_state), end = min(first + scan_states(s.d_state), s.d_state);
+    const float *bc = s.bc + (size_t)token * 2 * s.d_state, dt_u = dt * s.u[(size_t)token * s.ld_u + channel];
     float *state = s.state + (size_t)slot * s.slot_floats + at, part = 0;
-    const float dt = softplus(dt_low + s.dt_b[channel]);
-    for (int n = j; n < s.d_state; n += scan_lanes(s.d_state))
-        state[16 * n] = scan_state(state[16 * n], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
+    for (int n0 = first; n0 < end; n0 += 4) {  // four at once: all are loaded before the first is stored
+        float h[4] = {}, a2[4] = {}, b[4] = {}, c[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (n0 + i < end) h[i] = state[16 * (n0 + i)], a2[i] = s.a2[at + 16 * (n0 + i)], b[i] = bc[n0 + i], c[i] = bc[s.d_state + n0 + i];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (n0 + i < end) state[16 * (n0 + i)] = scan_state(h[i], dt, dt_u, a2[i], b[i], c[i], &part);
+    }
     return part;
 }
 
-enum epilogue { STORE, ADD, CONV, SCAN };
+enum epilogue {             // what becomes of the products v of a row
+    STORE,                  // y = v
+    ADD,                    // y += v
+    GATE,                   // y = v, y2 = silu(v)                      in_proj
+    CONV,                   // y = the convolution, y2 = silu(v)        in_proj of one token a sequence
+    STEP,                   // y = softplus(v + dt_b)                   dt_proj
+    SCAN                    // a step of the scan with that             dt_proj of one token a sequence
+};
 
-struct output {             // of a product, and what follows it
+struct output {
     epilogue kind;
-    float *y;               // [n][ld_y] rows below `split`; ADD adds to it; CONV: u, the convolution's output
+    float *y;               // [n][ld_y] rows below `split`
     float *y2;              // [n][ld_y2] the others
     int split, ld_y, ld_y2;
     const int *slots;       // [n] of each column's sequence
@@ -605,52 +762,51 @@ struct output {             // of a product, and what follows it
 
 DEVICE void store(const output &out, int row, int column, float v) {
     if (row >= out.split) {
-        out.y2[(size_t)column * out.ld_y2 + row - out.split] = v;
+        out.y2[(size_t)column * out.ld_y2 + row - out.split] = out.kind == GATE || out.kind == CONV ? silu(v) : v;
         return;
     }
     float *y = &out.y[(size_t)column * out.ld_y + row];
-    *y = out.kind == ADD ? *y + v : v;
+    *y = out.kind == ADD ? *y + v : out.kind == STEP ? softplus(v + out.s.dt_b[row]) : v;
 }
 
-// Block: 32 threads for each warp; blockIdx.x: 8 C columns, blockIdx.y: tile of rows. Warps beyond the slices help at the end.
-// Shared: parts [slices][8 C columns][TILE rows], squares [slices][8 C].
-template <enum format F, int C> __global__ void __launch_bounds__(256, 1) product_split(const weights w, const input in, const output out) {
-    constexpr int COLUMNS = 8 * C;
+// Up to 8 columns. Block: 32 threads for each warp; blockIdx.x: tile of rows. Warps beyond the slices help at the end.
+// Shared: parts [slices][8 columns][TILE rows], squares [slices][8].
+template <enum format F> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input in, const output out) {
     DYNAMIC_SHARED(float, parts);
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y;
-    const int tile[1] = {(int)blockIdx.y}, column0 = (int)blockIdx.x * COLUMNS;
-    float *squares = parts + n_slices * COLUMNS * TILE;
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y, tile = (int)blockIdx.x;
+    float *squares = parts + n_slices * FEW_COLUMNS * TILE;
+    next_may_start();
     if (warp < n_slices) {
-        const int g = threadIdx.x / 4, q = threadIdx.x % 4;
-        sums<1, C> s;
-        slice_sums<F, 1, C>(w, in, tile, column0, warp * per, min((warp + 1) * per, w.n_chunks), &s);
-#pragma unroll
-        for (int i = 0; i < C * 4; i++) {
-            const int column = i / 4 * 8 + 2 * q + i % 2, row = g + i % 4 / 2 * 8;
-            parts[(warp * COLUMNS + column) * TILE + row] = s.v[0][i / 4][i % 4];
+        const int g = threadIdx.x / 4, q = threadIdx.x % 4, first = warp * per * CHUNK, end = min(first + per * CHUNK, w.cols);
+        sums<F> s = {};
+        float own[4];
+        if constexpr (F == F32) {
+            if (in.n == 1) slice_of_floats<1>(w, in, tile, first, end, &s, squares + warp * FEW_COLUMNS);
+            else slice_of_floats<FEW_COLUMNS>(w, in, tile, first, end, &s, squares + warp * FEW_COLUMNS);
+        } else {
+            slice<F>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares + warp * FEW_COLUMNS);
         }
+        own_sums<F>(s, own);
 #pragma unroll
-        for (int i = 0; i < C * 2; i++)
-            if (g == 0) squares[warp * COLUMNS + i / 2 * 8 + 2 * q + i % 2] = s.squares[i / 2][i % 2];
+        for (int i = 0; i < 4; i++) parts[(warp * FEW_COLUMNS + 2 * q + i % 2) * TILE + g + i / 2 * 8] = own[i];
+    } else {
+        inputs_ready();
     }
     __syncthreads();
     // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
     const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
-    for (int first = 0; first < COLUMNS * TILE * share; first += n_threads) {
-        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = (int)blockIdx.y * TILE + i % TILE, column = column0 + i / TILE;
-        const bool exists = i < COLUMNS * TILE && row < w.rows && column < in.n;
-        float v = 0, square = 0;
-        for (int s = 0; s < n_slices && exists; s++) {
-            v += parts[s * COLUMNS * TILE + i];
-            square += squares[s * COLUMNS + i / TILE];
-        }
-        v *= norm_factor(in, square);
+    for (int first = 0; first < in.n * TILE * share; first += n_threads) {
+        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = tile * TILE + i % TILE, column = i / TILE;
+        const bool exists = row < w.rows && column < in.n;
+        float v = 0;
+        for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
+        if (exists) v *= norm_factor(in, squares + column, FEW_COLUMNS, n_slices);
         if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
             const int j = (int)threadIdx.x % share;
-            const float y = exists ? scan_part(out.s, out.slots[column], column, row, j, v) : 0.0f;
-            const float sum = scan_output(share, y, exists ? out.s.d[row] : 0.0f, exists ? out.s.u[(size_t)column * out.s.ld_u + row] : 0.0f,
-                                          exists ? out.s.z[(size_t)column * out.s.ld_z + row] : 0.0f);
-            if (exists && j == 0) out.s.y[(size_t)column * out.s.ld_u + row] = sum;
+            float y = exists ? scan_part(out.s, out.slots[column], column, row, j, softplus(v + out.s.dt_b[row])) : 0.0f;
+            for (int distance = 1; distance < share; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
+            const size_t at = (size_t)column * out.s.ld_u + row;
+            if (exists && j == 0) out.s.y[at] = fmaf(out.s.d[row], out.s.u[at], y) * out.s.gate[at];
         } else if (exists && out.kind == CONV && row < out.split) {
             out.y[(size_t)column * out.ld_y + row] = conv_token(out.c, out.slots[column], row, v);
         } else if (exists) {
@@ -659,35 +815,273 @@ template <enum format F, int C> __global__ void __launch_bounds__(256, 1) produc
     }
 }
 
-// Warps of a block: 2 of rows by 4 of columns. A warp has R tiles, as many as registers are there for, and C times 8 columns.
-enum { TILES_WARPS = 8, TILES_C = 2, TILES_COLUMNS = 4 * TILES_C * 8 };
-static constexpr __host__ __device__ int tiles_r(enum format f) { return f == F16 || f == BF16 || f == Q8_0 || f == Q4_0 ? 4 : 2; }
+// ---- Many columns ----
+// Rows and columns are walked in units: what is copied to shared memory at once.
 
-template <enum format F> __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const input in, const output out) {
-    constexpr int R = tiles_r(F), C = TILES_C;
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), n_tiles = (w.rows + TILE - 1) / TILE;
-    const int warp = threadIdx.y, g = threadIdx.x / 4, q = threadIdx.x % 4;
-    const int tile0 = ((int)blockIdx.y * 2 + warp % 2) * R, column0 = ((int)blockIdx.x * 4 + warp / 2) * 8 * C;
-    if (tile0 >= n_tiles || column0 >= in.n) return;
-    int tile[R];
+static constexpr __host__ __device__ int unit_columns(enum format f) { return f == F32 ? 16 : is_quantized(f) ? 64 : 32; }
+static constexpr __host__ __device__ int unit_blocks(enum format f) { return f == F32 ? 0 : unit_columns(f) / BLOCK; }
+// 16-byte words of a tile's weights, of its scales (rows of 16 words, as group_scales has them), and of 8 columns' operands.
+static constexpr __host__ __device__ int unit_weights(enum format f) { return chunk_words(f) / (CHUNK / unit_columns(f)); }
+static constexpr __host__ __device__ int unit_scales(enum format f) { return is_quantized(f) ? 4 * (1 + is_k(f) + has_min(f)) : 0; }
+static constexpr __host__ __device__ int unit_operands(enum format f) { return f == F16 || f == BF16 ? 64 : 32; }
+
+struct prepared {           // columns of a product, ready for product_tiles
+    uint4 *operands;        // [ld/8][units][unit_operands]: 16 bytes a lane, lanes side by side
+    float *factors;         // [blocks][factor_count][ld]
+    float *squares;         // [slices][ld]
+    int ld, n_units;        // columns, those that are missing to whole tiles zero; units of a row
+};
+
+// Block: a warp for each slice; blockIdx.x: 8 columns.
+template <enum format F> __global__ void __launch_bounds__(256, 4) prepare(const input in, const prepared to, int n_chunks) {
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, group = (int)blockIdx.x, column = 8 * group + g, slice = threadIdx.y;
+    const int per = slice_chunks(n_chunks) * (CHUNK / unit_columns(F)), end = min((slice + 1) * per, to.n_units);
+    float square = 0;
+    next_may_start();
+    inputs_ready();
+#pragma unroll 2
+    for (int unit = slice * per; unit < end; unit++) {
+        uint4 *operands = to.operands + ((size_t)group * to.n_units + unit) * unit_operands(F) + lane;
+        if constexpr (F == F32) {
+            const float4 v = load_normed(in, column, unit * unit_columns(F) + 4 * q, &square);
+            *operands = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
+        } else {
+            constexpr int N = unit_blocks(F), WORDS = is_quantized(F) ? 2 : 8;
+            uint32_t words[N * WORDS];
 #pragma unroll
-    for (int r = 0; r < R; r++) tile[r] = min(tile0 + r, n_tiles - 1);  // behind the last one: computed, not stored
-    sums<R, C> total = {};
-    for (int s = 0; s < n_slices; s++) {
-        sums<R, C> part;
-        slice_sums<F, R, C>(w, in, tile, column0, s * per, min((s + 1) * per, w.n_chunks), &part);
+            for (int b = 0; b < N; b++) {
+                const column_block<F> c = block_of_input<F>(in, column, (unit * N + b) * BLOCK, &square);
 #pragma unroll
-        for (int i = 0; i < R * C * 4; i++) total.v[i / (4 * C)][i / 4 % C][i % 4] += part.v[i / (4 * C)][i / 4 % C][i % 4];
+                for (int i = 0; i < WORDS; i++) words[b * WORDS + i] = c.b[i];
 #pragma unroll
-        for (int i = 0; i < C * 2; i++) total.squares[i / 2][i % 2] += part.squares[i / 2][i % 2];
+                for (int i = 0; i < factor_count(F); i++)
+                    if (q == 0) to.factors[((size_t)(unit * N + b) * factor_count(F) + i) * to.ld + column] = c.factors[i];
+            }
+#pragma unroll
+            for (int i = 0; i < N * WORDS / 4; i++)
+                operands[32 * i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+        }
+    }
+    square = sum_of_four(square);
+    if (q == 0) to.squares[(size_t)slice * to.ld + column] = square;
+}
+
+// A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
+// What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
+enum { TILES_WARPS = 8, SHARED_BYTES = 64 << 10 };  // of Turing's multiprocessors; others have more
+
+template <enum format F, int R, int C> struct stage {
+    static constexpr int TILES = 2 * R, GROUPS = 4 * C, COLUMNS = 8 * GROUPS;
+    static constexpr int TILE_WORDS = unit_weights(F) + unit_scales(F), OPERANDS = TILES * TILE_WORDS, FACTORS = OPERANDS + GROUPS * unit_operands(F);
+    static constexpr int WORDS = FACTORS + unit_blocks(F) * factor_count(F) * COLUMNS / 4;
+    static constexpr int COUNT = SHARED_BYTES / (WORDS * 16) < 5 ? SHARED_BYTES / (WORDS * 16) : 5;
+    static_assert(COUNT >= 2, "one stage is copied while another one is used");
+};
+
+// Two blocks of a plane, its lanes' words side by side; a lane's bytes are 4 BITS.
+template <int BITS> DEVICE void copy_plane(uint4 *to, const uint4 *plane, int pair) {
+    const int lane = threadIdx.x;
+    if constexpr (BITS == 1) copy_async<4>((unsigned *)to + lane, (const unsigned *)(plane + lane) + pair);
+    else if constexpr (BITS == 2) copy_async<8>((uint2 *)to + lane, (const uint2 *)(plane + pair / 2 * 32 + lane) + pair % 2);
+    else
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) copy_async<16>(to + 32 * i + lane, plane + (pair * BITS / 4 + i) * 32 + lane);
+}
+
+// A warp copies a tile's unit.
+template <enum format F> DEVICE void copy_tile(uint4 *to, const weights &w, int tile, int unit) {
+    constexpr int PER_CHUNK = CHUNK / unit_columns(F);
+    const size_t at = (size_t)tile * w.n_chunks + unit / PER_CHUNK;
+    const uint4 *chunk = w.data + at * chunk_words(F);
+    const int lane = threadIdx.x, pair = unit % PER_CHUNK;
+    if constexpr (is_quantized(F)) {
+        copy_plane<low_bits(F)>(to, chunk, pair);
+        if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(to + 8 * low_bits(F), chunk + 32 * low_bits(F), pair);
+        // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
+        constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
+        const int i = lane / 4, word = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
+        if (lane < unit_scales(F))
+            copy_async<16>(to + unit_weights(F) + lane, (const uint4 *)(w.scales + at * scale_words(F) * TILE) + word * (TILE / 4) + lane % 4);
+    } else {
+#pragma unroll
+        for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(to + i + lane, chunk + unit % PER_CHUNK * unit_weights(F) + i + lane);
+    }
+}
+
+// All threads of a block copy a unit: of its tiles, whose weights are there from the start, and of its columns.
+template <enum format F, int R, int C> DEVICE void copy_tiles(uint4 *to, const weights &w, int tile0, int unit) {
+    using S = stage<F, R, C>;
+    const int tile = tile0 + (int)threadIdx.y, last = (w.rows + TILE - 1) / TILE - 1;
+    static_assert(S::TILES <= TILES_WARPS, "a warp copies a tile");
+    if ((int)threadIdx.y < S::TILES) copy_tile<F>(to + threadIdx.y * S::TILE_WORDS, w, min(tile, last), unit);  // behind the last: not stored
+}
+
+template <enum format F, int R, int C> DEVICE void copy_columns(uint4 *to, const prepared &x, int group0, int unit) {
+    using S = stage<F, R, C>;
+    const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < (S::GROUPS + TILES_WARPS - 1) / TILES_WARPS; i++) {
+        const int group = TILES_WARPS - 1 - (int)threadIdx.y + i * TILES_WARPS;  // first the warps that may have no tile
+        if (group >= S::GROUPS) continue;
+        const uint4 *from = x.operands + ((size_t)(group0 + group) * x.n_units + unit) * unit_operands(F) + threadIdx.x;
+#pragma unroll
+        for (int k = 0; k < unit_operands(F); k += 32) copy_async<16>(to + S::OPERANDS + group * unit_operands(F) + k + threadIdx.x, from + k);
+    }
+    constexpr int FOURS = S::COLUMNS / 4, N = S::WORDS - S::FACTORS;
+    if (thread < N)
+        copy_async<16>(to + S::FACTORS + thread,
+                       x.factors + (size_t)(unit * (N / FOURS) + thread / FOURS) * x.ld + group0 * 8 + thread % FOURS * 4);
+    copies_end();
+}
+
+// A tile's unit of this lane, from shared memory.
+template <enum format F> DEVICE void load_unit(const uint4 *tile, int unit, fragment<F, unit_blocks(F)> *a) {
+    constexpr int low = is_quantized(F) ? low_bits(F) : 8, high = is_quantized(F) ? high_bits(F) : 0;  // words of the lane
+    const int lane = threadIdx.x, g = lane / 4;
+    uint32_t *words = a->weights.words;
+    if constexpr (low == 2) {
+        const uint2 two = ((const uint2 *)tile)[lane];
+        words[0] = two.x, words[1] = two.y;
     }
 #pragma unroll
-    for (int i = 0; i < R * C * 4; i++) {
-        const int r = i / (4 * C), c = i / 4 % C, column = column0 + 8 * c + 2 * q + i % 2;
-        const int row = (tile0 + r) * TILE + g + i % 4 / 2 * 8;
-        if (row < w.rows && column < in.n)
-            store(out, row, column, total.v[r][c][i % 4] * norm_factor(in, total.squares[c][i % 2]));
+    for (int i = 0; i < low / 4; i++) {
+        const uint4 four = tile[32 * i + lane];
+        words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
     }
+#pragma unroll
+    for (int i = 0; i < high; i++) words[low + i] = ((const uint32_t *)(tile + 8 * low))[high * lane + i];
+    if constexpr (is_quantized(F)) {
+        const unsigned *scales = (const unsigned *)(tile + unit_weights(F)) + g;
+#pragma unroll
+        for (int i = 0; i < 2; i++) a->scales[i].take(scales + 8 * i, unit * unit_blocks(F));
+    }
+}
+
+template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *shared, int unit, sums<F> part[R][C]) {
+    using S = stage<F, R, C>;
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, tile0 = (int)threadIdx.y % 2 * R, group0 = (int)threadIdx.y / 2 * C;
+    const uint4 *tiles = shared + tile0 * S::TILE_WORDS, *operands = shared + S::OPERANDS + group0 * unit_operands(F);
+    if constexpr (F == F32) {
+        float4 a[R][2];
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++) a[i / 2][i % 2] = floats_of(tiles[i / 2 * S::TILE_WORDS + q * TILE + g + i % 2 * 8]);
+#pragma unroll
+        for (int j = 0; j < 8 * C; j++) {
+            const float4 x = floats_of(operands[j * 4 + q]);
+#pragma unroll
+            for (int i = 0; i < 2 * R; i++) {
+                float *sum = &part[i / 2][j / 8].v[i % 2 * 8 + j % 8];
+                *sum = dot4(a[i / 2][i % 2], x, *sum);
+            }
+        }
+    } else {
+        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8;
+        fragment<F, N> a[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) load_unit<F>(tiles + r * S::TILE_WORDS, unit, &a[r]);
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            uint32_t words[N * WORDS];
+#pragma unroll
+            for (int i = 0; i < N * WORDS / 4; i++) {
+                const uint4 four = operands[c * unit_operands(F) + 32 * i + lane];
+                words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+            }
+#pragma unroll
+            for (int b = 0; b < N; b++) {
+                const float *factors = (const float *)(shared + S::FACTORS) + b * K * S::COLUMNS + (group0 + c) * 8 + 2 * q;
+                operand<F> x;
+#pragma unroll
+                for (int i = 0; i < WORDS; i++) x.b[i] = words[b * WORDS + i];
+#pragma unroll
+                for (int i = 0; i < K; i++) {
+                    const float2 two = *(const float2 *)(factors + i * S::COLUMNS);
+                    x.factors[i][0] = two.x, x.factors[i][1] = two.y;
+                }
+#pragma unroll
+                for (int r = 0; r < R; r++) multiply<F, N>(a[r], b, x, part[r][c].v);
+            }
+        }
+    }
+}
+
+// blockIdx.x: columns, y: rows, z: slices. parts: NULL, or where blocks that have not all slices leave the sums of each one,
+// [slices][columns][tiles * TILE].
+template <enum format F, int R, int C>
+__global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
+    using S = stage<F, R, C>;
+    DYNAMIC_SHARED(uint4, shared);
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
+    const int slice0 = n_slices * (int)blockIdx.z / (int)gridDim.z, slice1 = n_slices * ((int)blockIdx.z + 1) / (int)gridDim.z;
+    const int tile0 = (int)blockIdx.y * S::TILES, group0 = (int)blockIdx.x * S::GROUPS, end = min(slice1 * per, x.n_units);
+    const int g = threadIdx.x / 4, q = threadIdx.x % 4, row0 = (tile0 + (int)threadIdx.y % 2 * R) * TILE + g;
+    const int column0 = (group0 + (int)threadIdx.y / 2 * C) * 8 + 2 * q;
+    const size_t ld_parts = (size_t)((w.rows + TILE - 1) / TILE * TILE);
+    sums<F> part[R][C] = {};
+    float total[R][C][4] = {};
+    next_may_start();
+#pragma unroll
+    for (int i = 0; i < S::COUNT - 1; i++)
+        if (slice0 * per + i < end) copy_tiles<F, R, C>(shared + i * S::WORDS, w, tile0, slice0 * per + i);
+    inputs_ready();
+#pragma unroll
+    for (int i = 0; i < S::COUNT - 1; i++) {
+        if (slice0 * per + i < end) copy_columns<F, R, C>(shared + i * S::WORDS, x, group0, slice0 * per + i);
+        else copies_end();
+    }
+    int now = 0, next = S::COUNT - 1;  // stages
+    for (int unit = slice0 * per, slice = slice0, left = per; unit < end; unit++) {
+        copies_wait<S::COUNT - 2>();
+        __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
+        if (unit + S::COUNT - 1 < end) {
+            copy_tiles<F, R, C>(shared + next * S::WORDS, w, tile0, unit + S::COUNT - 1);
+            copy_columns<F, R, C>(shared + next * S::WORDS, x, group0, unit + S::COUNT - 1);
+        } else {
+            copies_end();
+        }
+        multiply_unit<F, R, C>(shared + now * S::WORDS, unit, part);
+        now = now + 1 == S::COUNT ? 0 : now + 1;
+        next = next + 1 == S::COUNT ? 0 : next + 1;
+        if (--left && unit + 1 < end) continue;
+#pragma unroll
+        for (int i = 0; i < R * C; i++) {
+            const int r = i / C, c = i % C;
+            float own[4];
+            own_sums<F>(part[r][c], own);
+            part[r][c] = {};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int row = row0 + r * TILE + k / 2 * 8, column = column0 + c * 8 + k % 2;
+                total[r][c][k] += own[k];
+                if (parts && row < w.rows && column < in.n) parts[((size_t)slice * in.n + column) * ld_parts + row] = own[k];
+            }
+        }
+        slice++;
+        left = per;
+    }
+    if (parts) return;
+#pragma unroll
+    for (int i = 0; i < C * 2; i++) {
+        const int column = column0 + i / 2 * 8 + i % 2;
+        const float factor = column < in.n ? norm_factor(in, x.squares + column, x.ld, n_slices) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < R * 2; j++) {
+            const int row = row0 + j * 8;
+            if (row < w.rows && column < in.n) store(out, row, column, total[j / 2][i / 2][j % 2 * 2 + i % 2] * factor);
+        }
+    }
+}
+
+// A thread an output; blockIdx.y: column.
+__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out, int rows, int n_slices) {
+    const int row = (int)(blockIdx.x * 128 + threadIdx.x), column = (int)blockIdx.y;
+    const size_t ld_parts = (size_t)((rows + TILE - 1) / TILE * TILE);
+    float v = 0;
+    next_may_start();
+    inputs_ready();
+    if (row >= rows) return;
+    for (int s = 0; s < n_slices; s++) v += parts[((size_t)s * in.n + column) * ld_parts + row];
+    store(out, row, column, v * norm_factor(in, squares + column, ld_squares, n_slices));
 }
 
 // ====================================================================================================================
@@ -699,9 +1093,11 @@ struct span {               // the new tokens of one sequence
 };
 
 // u = silu(convolution of x), a thread for each channel and token. x [tokens][ld], the products of in_proj. Does not move the
-// state, which the first tokens of every span read: conv_state does.
+// state, which the first tokens of every span read: scan_tokens does.
 __global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
     const int channel = (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
+    next_may_start();
+    inputs_ready();
     if (channel >= c.n) return;
     const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
     float sum = c.b[channel];
@@ -713,11 +1109,8 @@ __global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x,
     u[(size_t)token * ld + channel] = silu(sum);
 }
 
-// The last inputs of each span become the state, in rising order: what is read later is not written before.
-__global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, const span *spans, int ld) {
-    const int channel = (int)(blockIdx.x * 128 + threadIdx.x);
-    const span s = spans[blockIdx.y];
-    if (channel >= c.n) return;
+// The last inputs of a span become the state, in rising order: what is read later is not written before.
+DEVICE void move_conv_state(const conv &c, const float *x, int ld, span s, int channel) {
     float *state = c.state + (size_t)s.slot * c.slot_floats + channel;
     for (int i = 0; i < c.d_conv - 1; i++) {
         const int t = s.n - (c.d_conv - 1) + i;
@@ -725,34 +1118,111 @@ __global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, 
     }
 }
 
-// The selective scan over the tokens of each span: LANES lanes a channel, each with its states in registers. Time stays in
-// order, so that cuts of a prompt do not change a bit. dt_low [tokens][ld_u]: the products of dt_proj.
-template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128, 1) scan_tokens(const scan s, const float *dt_low, const span *spans) {
-    const int j = (int)threadIdx.x % LANES, number = (int)(blockIdx.x * 128 + threadIdx.x) / LANES;
-    const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others, and touch no state
-    const span sp = spans[blockIdx.y];
-    const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
-    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE];
-    const float d = s.d[channel], dt_b = s.dt_b[channel];
+// The selective scan over the tokens of each span, in order, so that cuts of a prompt do not change a bit. A block has 16
+// channels, LANES lanes each with PER_LANE states in registers, and goes from tile to tile of tokens: one is
+// in shared memory while the next is copied. Only one multiply-add a token and state waits for the token before.
+enum { SCAN_CHANNELS = 16, SCAN_GROUP = 4 };
+
+template <int STATES> struct scan_tile {  // states of a channel, padded
+    static constexpr int TOKENS = STATES <= 16 ? 32 : STATES <= 64 ? 16 : 8;
+    float dt[TOKENS][SCAN_CHANNELS], u[TOKENS][SCAN_CHANNELS], gate[TOKENS][SCAN_CHANNELS];
+    float b[TOKENS][STATES], c[TOKENS][STATES];  // zero behind the last state
+};
+
+// n tokens from token0 on. Behind them stand tokens that leave a state as it is to the bit: h = 1 h - 0.
+template <int STATES, int THREADS>
+DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt, int token0, int n) {
+    constexpr int TOKENS = scan_tile<STATES>::TOKENS, FOURS = SCAN_CHANNELS / 4;
+    const size_t first = (size_t)blockIdx.x * SCAN_CHANNELS;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) h[i] = number < s.n && LANES * i + j < s.d_state ? state[16 * (LANES * i + j)] : 0.0f;
-    for (int token = sp.token0; token < sp.token0 + sp.n; token++) {
-        const float *bc = s.bc + (size_t)token * s.ld_bc;
-        const float u = s.u[(size_t)token * s.ld_u + channel], z = s.z[(size_t)token * s.ld_z + channel];
-        const float dt = softplus(dt_low[(size_t)token * s.ld_u + channel] + dt_b);
-        float part = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int n = LANES * i + j;
-            if (n < s.d_state) h[i] = scan_state(h[i], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
+    for (int i = (int)threadIdx.x; i < 3 * TOKENS * FOURS; i += THREADS) {
+        const int which = i / (TOKENS * FOURS), t = i / FOURS % TOKENS, four = i % FOURS * 4;
+        const float *from = which == 0 ? dt : which == 1 ? s.u : s.gate;
+        float *at = (which == 0 ? to->dt[t] : which == 1 ? to->u[t] : to->gate[t]) + four;
+        if (t < n) copy_async<16>(at, from + (size_t)(token0 + t) * s.ld_u + first + four);
+        else *(float4 *)at = which == 1 ? make_float4(-0.0f, -0.0f, -0.0f, -0.0f) : make_float4(0, 0, 0, 0);
+    }
+    for (int i = (int)threadIdx.x; i < 2 * TOKENS * (STATES / 4); i += THREADS) {
+        const int t = i / (STATES / 2), is_c = i / (STATES / 4) % 2, state = i % (STATES / 4) * 4;
+        const float *from = s.bc + (size_t)(token0 + t) * 2 * s.d_state + is_c * s.d_state + state;
+        float *at = (is_c ? to->c[t] : to->b[t]) + state;
+        if (t < n && state + 4 <= s.d_state && s.d_state % 4 == 0) {
+            copy_async<16>(at, from);
+        } else {
+            for (int k = 0; k < 4; k++)
+                if (t < n && state + k < s.d_state) copy_async<4>(at + k, from + k);
+                else at[k] = 0;
         }
-        const float y = scan_output(LANES, part, d, u, z);
-        if (number < s.n && j == 0) s.y[(size_t)token * s.ld_u + channel] = y;
+    }
+    copies_end();
+}
+
+// The sums of a channel's lanes for four tokens: lane j gets that of token j % 4. The order is that of a tree over the lanes.
+template <int LANES> DEVICE float scan_sum(const float part[SCAN_GROUP], int j) {
+    float two[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        two[i] = (j & 1 ? part[2 * i + 1] : part[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 1 ? part[2 * i] : part[2 * i + 1], 1);
+    float sum = (j & 2 ? two[1] : two[0]) + __shfl_xor_sync(WHOLE_WARP, j & 2 ? two[0] : two[1], 2);
+#pragma unroll
+    for (int distance = 4; distance < LANES; distance *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
+    return sum;
+}
+
+// dt [tokens][ld_u]; conv_in [tokens][ld_u], the inputs of the convolution, which is over: its state moves on, too.
+template <int PER_LANE, int LANES>
+__global__ void __launch_bounds__(SCAN_CHANNELS * LANES) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in,
+                                                                     const span *spans) {
+    using tile = scan_tile<PER_LANE * LANES>;
+    constexpr int TOKENS = tile::TOKENS, THREADS = SCAN_CHANNELS * LANES;
+    DYNAMIC_SHARED(tile, tiles);  // [2]
+    const int j = (int)threadIdx.x % LANES, local = (int)threadIdx.x / LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
+    const span sp = spans[blockIdx.y];
+    const size_t at = (size_t)blockIdx.x * s.d_state * 16 + local;
+    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
+    const float d = s.d[channel];
+    next_may_start();
+    inputs_ready();
+    copy_scan_tile<PER_LANE * LANES, THREADS>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int n = j * PER_LANE + i;
+        a2[i] = n < s.d_state ? s.a2[at + 16 * n] : 0.0f;
+        h[i] = n < s.d_state ? state[16 * n] : 0.0f;
+    }
+    for (int t0 = 0, now = 0; t0 < sp.n; t0 += TOKENS, now ^= 1) {
+        const int n = min(sp.n - t0, (int)TOKENS), n_next = min(sp.n - t0 - n, (int)TOKENS);
+        if (n_next > 0) copy_scan_tile<PER_LANE * LANES, THREADS>(tiles + (now ^ 1), s, dt, sp.token0 + t0 + TOKENS, n_next);
+        else copies_end();
+        copies_wait<1>();
+        __syncthreads();
+        const tile &in = tiles[now];
+        for (int t = 0; t < n; t += SCAN_GROUP) {
+            float part[SCAN_GROUP] = {};
+#pragma unroll
+            for (int k = 0; k < SCAN_GROUP; k++) {
+                const float step = in.dt[t + k][local], step_u = step * in.u[t + k][local];
+#pragma unroll
+                for (int i = 0; i < PER_LANE; i += 4) {
+                    const float4 b = load4(&in.b[t + k][j * PER_LANE + i]), c = load4(&in.c[t + k][j * PER_LANE + i]);
+                    h[i] = scan_state(h[i], step, step_u, a2[i], b.x, c.x, &part[k]);
+                    h[i + 1] = scan_state(h[i + 1], step, step_u, a2[i + 1], b.y, c.y, &part[k]);
+                    h[i + 2] = scan_state(h[i + 2], step, step_u, a2[i + 2], b.z, c.z, &part[k]);
+                    h[i + 3] = scan_state(h[i + 3], step, step_u, a2[i + 3], b.w, c.w, &part[k]);
+                }
+            }
+            const int own = t + j % SCAN_GROUP;
+            const float y = fmaf(d, in.u[own][local], scan_sum<LANES>(part, j)) * in.gate[own][local];
+            if (own < n && j < SCAN_GROUP) s.y[(size_t)(sp.token0 + t0 + own) * s.ld_u + channel] = y;
+        }
+        __syncthreads();  // nobody uses this tile any more
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        if (number < s.n && LANES * i + j < s.d_state) state[16 * (LANES * i + j)] = h[i];
+        const int n = j * PER_LANE + i;
+        if (n < s.d_state) state[16 * n] = h[i];
     }
+    if (j == 0) move_conv_state(cv, conv_in, s.ld_u, sp, channel);
 }
 
 // ====================================================================================================================
@@ -768,13 +1238,17 @@ DEVICE void norm_row(const float *x, const float *w, float *y, int n, float eps)
 }
 
 __global__ void __launch_bounds__(32) norm_tokens(const float *x, const float *w, float *y, int n, int ld, float eps) {
+    next_may_start();
+    inputs_ready();
     norm_row(x + (size_t)blockIdx.x * ld, w, y + (size_t)blockIdx.x * ld, n, eps);
 }
 
-// dt [tokens][ld_dt], bc [tokens][ld_bc]; blockIdx.y: 0 dt, 1 B, 2 C
-__global__ void __launch_bounds__(32) norm_dt_b_c(float *dt, float *bc, int dt_rank, int d_state, int ld_dt, int ld_bc, float eps) {
+// dt [tokens][ld_dt], bc [tokens][2 d_state]; blockIdx.y: 0 dt, 1 B, 2 C
+__global__ void __launch_bounds__(32) norm_dt_b_c(float *dt, float *bc, int dt_rank, int d_state, int ld_dt, float eps) {
     const int part = (int)blockIdx.y;
-    float *row = part ? bc + (size_t)blockIdx.x * ld_bc + (part - 1) * d_state : dt + (size_t)blockIdx.x * ld_dt;
+    next_may_start();
+    inputs_ready();
+    float *row = part ? bc + (size_t)blockIdx.x * 2 * d_state + (part - 1) * d_state : dt + (size_t)blockIdx.x * ld_dt;
     norm_row(row, NULL, row, part ? d_state : dt_rank, eps);
 }
 
@@ -790,6 +1264,8 @@ __global__ void __launch_bounds__(256) choose_rows(const float *logits, const un
     DYNAMIC_SHARED(float, parts);  // [8 warps] best, id (as bits), max, poison
     const float *row = logits + (size_t)blockIdx.x * n_vocab;
     const int warp = (int)threadIdx.x / 32;
+    next_may_start();
+    inputs_ready();
     float best = 0, largest = row[0], poison = 0;  // poison: NaN when something is not finite
     int best_id = -1;
     for (int id = (int)threadIdx.x; id < n_vocab; id += 256) {
@@ -840,6 +1316,8 @@ struct device {             // owner of all memory on the GPU, of staging and of
     cudaStream_t stream;
     bool no_bf16;           // Turing: such weights are uploaded as F32
     bool use_graphs;
+    bool early_start;       // from Hopper on: kernels are started before the last one has ended
+    int n_processors;
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -847,9 +1325,12 @@ struct device {             // owner of all memory on the GPU, of staging and of
     size_t slot_conv, slot_ssm;  // floats
     std::vector<int> free_slots;
     int ld_model, ld_inner, ld_dt;  // of rows that products read: whole chunks
-    int ld_state, ld_bc;    // d_inner padded to 16, as the CPU has it; 2 * d_state
+    int ld_state;           // d_inner padded to 16, as the CPU has it
     // [max_tokens][...], as in struct context
-    float *x, *normed, *u_in, *u, *z, *dt_low, *bc, *dt, *y;
+    float *x, *normed, *u_in, *u, *gate, *dt_low, *bc, *dt, *y;
+    prepared columns;       // of a product; ld is set for each
+    float *parts;           // [max_parts] of products whose slices are of several blocks
+    size_t max_parts;
     float *logits;          // [max_rows][n_vocab]
     unsigned *banned;       // [n_vocab / 32 + 1] bits
     struct device_choice *choices, *host_choices;  // [max_rows]; the latter pinned
@@ -901,7 +1382,7 @@ static bool upload_matrix(struct device *d, weights *w, const struct matrix *m, 
     const size_t data = (size_t)n_chunks * chunk_words(f) * 16, scales = (size_t)n_chunks * scale_words(f) * TILE;  // bytes, words of a tile
     uint4 *to;
     unsigned *to_scales;
-    *w = weights{NULL, NULL, m->rows, n_chunks, f};
+    *w = weights{NULL, NULL, m->rows, m->cols, n_chunks, f};
     if (!reserve(d, &to, n_tiles * data / 16, e) || !reserve(d, &to_scales, n_tiles * scales + 1, e)) return false;
     if (d->counting) return true;
     const int at_once = (int)((16u << 20) / data) + 1;
@@ -944,13 +1425,21 @@ static bool take_weights(struct device *d, unpack_row *unpack, struct error *e) 
 }
 
 static bool take_buffers(struct device *d, struct error *e) {
+    const struct config *c = &d->m->c;
     const size_t tokens = (size_t)d->shape.max_tokens, rows = (size_t)d->shape.max_rows, slots = (size_t)d->shape.max_sequences;
     const size_t model = tokens * (size_t)d->ld_model, inner = tokens * (size_t)d->ld_inner;
+    // Operands take at most 4 bytes a float, and are whole tiles of columns. What is added up later has at most so many tiles.
+    const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 127) / 128 * 128 : 0;
+    const size_t ld = (size_t)(d->ld_model > d->ld_inner ? d->ld_model : d->ld_inner), longest = ld > (size_t)d->ld_dt ? ld : (size_t)d->ld_dt;
+    const size_t few_tiles = 2 * (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
+    d->max_parts = MAX_SLICES * (few_tiles < outputs ? few_tiles : outputs);
     return reserve(d, &d->conv, slots * d->slot_conv + 1, e) && reserve(d, &d->ssm, slots * d->slot_ssm, e) && reserve(d, &d->x, model, e) &&
-           reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->z, inner, e) &&
-           reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * (size_t)d->ld_bc, e) &&
-           reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->logits, rows * (size_t)d->m->c.n_vocab, e) &&
-           reserve(d, &d->banned, (size_t)d->m->c.n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
+           reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->gate, inner, e) &&
+           reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * 2 * (size_t)c->d_state, e) &&
+           reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->columns.operands, columns * longest / 4 + 1, e) &&
+           reserve(d, &d->columns.factors, columns * longest / BLOCK * 3 + 1, e) && reserve(d, &d->columns.squares, columns * MAX_SLICES + 1, e) &&
+           reserve(d, &d->parts, d->max_parts + 1, e) && reserve(d, &d->logits, rows * (size_t)c->n_vocab, e) &&
+           reserve(d, &d->banned, (size_t)c->n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
            reserve(d, &d->batch, 5 * tokens + rows, e);
 }
 
@@ -980,20 +1469,50 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 
 // ---- Launching ----
 
-enum { FEW_COLUMNS = 8, SPLIT_COLUMNS = 64 };  // up to so many, product_split takes 8, or 32 at once
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
+    const int n_slices = slice_count(w.n_chunks), share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
+    const int ends = ceil_div(in.n * TILE * share, 32);  // warps that the end of the kernel has work for
+    const dim3 threads(32, (unsigned)(ends < n_slices ? n_slices : ends < 8 ? ends : 8));
+    const size_t shared = (size_t)n_slices * FEW_COLUMNS * (TILE + 1) * sizeof(float);
+    LAUNCH(product_few<F>, dim3((unsigned)ceil_div(w.rows, TILE)), threads, shared, d, w, in, out);
+}
+
+// Slices of their own where there are fewer blocks than the GPU's multiprocessors take.
+template <enum format F, int R, int C> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
+    using S = stage<F, R, C>;
+    const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
+    const size_t shared = (size_t)S::COUNT * S::WORDS * 16, n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
+    int z = n_parts <= d->max_parts ? 2 * d->n_processors / (x * y) : 1;
+    z = z < 1 ? 1 : z > n_slices ? n_slices : z;
+    prepared columns = d->columns;
+    columns.ld = x * S::COLUMNS;
+    columns.n_units = ceil_div(w.cols, unit_columns(F));
+    ALLOW_SHARED((product_tiles<F, R, C>), SHARED_BYTES);
+    LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8), dim3(32, (unsigned)n_slices), 0, d, in, columns, w.n_chunks);
+    LAUNCH((product_tiles<F, R, C>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, TILES_WARPS), shared, d, w, columns, in, out,
+           z > 1 ? d->parts : NULL);
+    if (z > 1)
+        LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
+               w.rows, n_slices);
+}
 
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
-    const bool fused = out.kind == CONV || out.kind == SCAN;
-    const int n_tiles = (w.rows + TILE - 1) / TILE, n_slices = slice_count(w.n_chunks), columns = in.n <= FEW_COLUMNS ? 8 : 32;
-    if (in.n > SPLIT_COLUMNS && !fused) {
-        const dim3 grid((unsigned)((in.n + TILES_COLUMNS - 1) / TILES_COLUMNS), (unsigned)((n_tiles + 2 * tiles_r(F) - 1) / (2 * tiles_r(F))));
-        LAUNCH(product_tiles<F>, grid, dim3(32, TILES_WARPS), 0, d->stream, w, in, out);
+    constexpr int R = is_quantized(F) ? 2 : 4;  // of the largest tiles; scales take registers, too
+    const int large = ceil_div(in.n, stage<F, R, 4>::COLUMNS) * ceil_div(w.rows, stage<F, R, 4>::TILES * TILE);
+    if (in.n <= FEW_COLUMNS) {
+        launch_few<F>(d, w, in, out);
         return;
     }
-    const dim3 grid((unsigned)((in.n + columns - 1) / columns), (unsigned)n_tiles), threads(32, n_slices < 4 ? 4 : (unsigned)n_slices);
-    const size_t shared = (size_t)n_slices * (size_t)columns * (TILE + 1) * sizeof(float);
-    if (columns == 8) LAUNCH((product_split<F, 1>), grid, threads, shared, d->stream, w, in, out);
-    else LAUNCH((product_split<F, 4>), grid, threads, shared, d->stream, w, in, out);
+    if constexpr (F != F32) {  // whose sums take four times the registers
+        if (in.n > 32 && 2 * large >= d->n_processors) {
+            launch_tiles<F, R, 4>(d, w, in, out);
+            return;
+        }
+    }
+    if (in.n > 32) launch_tiles<F, 2, 2>(d, w, in, out);
+    else launch_tiles<F, 2, 1>(d, w, in, out);
 }
 
 static void product(struct device *d, const weights &w, const input &in, const output &out) {
@@ -1020,37 +1539,34 @@ static const int *positions_of(const struct device *d) { return d->batch + d->sh
 static const span *spans_of(const struct device *d) { return (const span *)(d->batch + 2 * (size_t)d->shape.max_tokens); }
 static const int *rows_of(const struct device *d) { return d->batch + 5 * (size_t)d->shape.max_tokens; }
 
-static void launch_scan(struct device *d, const scan &s, int n_spans) {
-    const dim3 grid((unsigned)(s.n * scan_lanes(s.d_state) + 127) / 128, (unsigned)n_spans);
-    if (s.d_state <= 16) LAUNCH((scan_tokens<4, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else if (s.d_state <= 64) LAUNCH((scan_tokens<16, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else LAUNCH((scan_tokens<16, 16>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
+static void launch_scan(struct device *d, const scan &s, const conv &c, int n_spans) {
+    const dim3 grid((unsigned)ceil_div(s.n, SCAN_CHANNELS), (unsigned)n_spans);
+    const dim3 threads((unsigned)(SCAN_CHANNELS * scan_lanes(s.d_state)));
+    if (s.d_state <= 16) LAUNCH((scan_tokens<4, 4>), grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else if (s.d_state <= 64) LAUNCH((scan_tokens<16, 4>), grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else LAUNCH((scan_tokens<16, 16>), grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
 }
 
-// x += out_proj(scan(conv(in_proj(norm(x))))); decoding: every sequence has one token
-static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool decoding) {
+// x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token, and they are few
+static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool one_each) {
     const struct config *c = &d->m->c;
     const device_layer *l = &d->layers[(size_t)i];
     const size_t layer = (size_t)i;
     const conv cv = {l->conv_w, l->conv_b, d->conv + layer * (size_t)(c->d_conv - 1) * (size_t)d->ld_state, d->slot_conv, c->d_conv, c->d_inner,
                      d->ld_state};
-    const scan sc = {l->a2, l->d, l->dt_b, d->ssm + layer * (size_t)d->ld_state * (size_t)c->d_state, d->u, d->z, d->bc, d->y, d->slot_ssm,
-                     c->d_state, c->d_inner, d->ld_inner, d->ld_inner, d->ld_bc};
+    const scan sc = {l->a2, l->d, l->dt_b, d->ssm + layer * (size_t)d->ld_state * (size_t)c->d_state, d->u, d->gate, d->bc, d->y, d->slot_ssm,
+                     c->d_state, c->d_inner, d->ld_inner};
     const input x = {d->x, NULL, l->norm, n_tokens, d->ld_model, c->d_model, c->norm_eps};
     const input u = {d->u, NULL, NULL, n_tokens, d->ld_inner, 0, 0}, dt_low = {d->dt_low, NULL, NULL, n_tokens, d->ld_dt, 0, 0};
     const input y = {d->y, NULL, NULL, n_tokens, d->ld_inner, 0, 0};
-    const dim3 channels((unsigned)(c->d_inner + 127) / 128, (unsigned)n_tokens), of_spans(channels.x, (unsigned)n_spans);
-    product(d, l->in, x, output{decoding ? CONV : STORE, decoding ? d->u : d->u_in, d->z, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
-    if (!decoding) {
-        LAUNCH(conv_tokens, channels, dim3(128), 0, d->stream, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
-        LAUNCH(conv_state, of_spans, dim3(128), 0, d->stream, cv, d->u_in, spans_of(d), d->ld_inner);
-    }
-    product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, d->ld_bc, NULL, cv, sc});
+    const dim3 channels((unsigned)ceil_div(c->d_inner, 128), (unsigned)n_tokens);
+    product(d, l->in, x, output{one_each ? CONV : GATE, one_each ? d->u : d->u_in, d->gate, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
+    if (!one_each) LAUNCH(conv_tokens, channels, dim3(128), 0, d, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
+    product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, 2 * c->d_state, NULL, cv, sc});
     if (c->dt_b_c_rms)
-        LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d->stream, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, d->ld_bc,
-               c->dt_b_c_eps);
-    product(d, l->dt, dt_low, output{decoding ? SCAN : STORE, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
-    if (!decoding) launch_scan(d, sc, n_spans);
+        LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, c->dt_b_c_eps);
+    product(d, l->dt, dt_low, output{one_each ? SCAN : STEP, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
+    if (!one_each) launch_scan(d, sc, cv, n_spans);
     product(d, l->out, y, output{ADD, d->x, NULL, c->d_model, d->ld_model, 0, NULL, cv, sc});
 }
 
@@ -1060,10 +1576,10 @@ static void run_head(struct device *d, int n_rows) {
     product(d, d->head, in, output{STORE, d->logits, NULL, n_vocab, n_vocab, 0, NULL, {}, {}});
 }
 
-static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows, bool decoding) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, decoding);
+static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && n_tokens <= FEW_COLUMNS);
     if (n_layers < d->m->c.n_layer) return;
-    LAUNCH(norm_tokens, dim3((unsigned)n_tokens), dim3(32), 0, d->stream, d->x, d->norm, d->normed, d->m->c.d_model, d->ld_model, d->m->c.norm_eps);
+    LAUNCH(norm_tokens, dim3((unsigned)n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, d->m->c.d_model, d->ld_model, d->m->c.norm_eps);
     if (n_rows) run_head(d, n_rows);
 }
 
@@ -1074,7 +1590,7 @@ static bool run_graph(struct device *d, int n_tokens, int n_rows, struct error *
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
     if (!ok(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "making a graph", e)) return false;
-    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows, true);
+    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
     bool made = ok(cudaStreamEndCapture(d->stream, &graph), "making a graph", e) && ok(cudaGraphInstantiate(&exec, graph, 0), "making a graph", e);
     if (graph) cudaGraphDestroy(graph);
     if (exec) d->graphs.push_back({n_tokens, n_rows, exec});
@@ -1157,14 +1673,15 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     d->ld_inner = whole_chunks(c->d_inner);
     d->ld_dt = whole_chunks(c->dt_rank);
     d->ld_state = (c->d_inner + 15) / 16 * 16;
-    d->ld_bc = 2 * c->d_state;
     d->slot_conv = c->conv_floats;
     d->slot_ssm = c->ssm_floats;
     for (int i = 0; i < shape.max_sequences; i++) d->free_slots.push_back(i);  // taken from the end: what is read behind a state is seen
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
+        ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
+        d->early_start = major >= 9;
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);
@@ -1199,22 +1716,21 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
         memset(row + d->m->c.d_model, 0, (size_t)(d->ld_model - d->m->c.d_model) * sizeof(float));
     }
     d->n_tokens = n_tokens;
-    const bool decoding = n_tokens == n_segments;
     if (!ok(cudaMemcpyAsync(d->batch, d->host_batch, (5 * (size_t)max_tokens + (size_t)d->shape.max_rows) * sizeof(int), cudaMemcpyHostToDevice,
                             d->stream), "copying a batch", e) ||
         !ok(cudaMemcpyAsync(d->x, d->host_rows, (size_t)n_tokens * d->ld_model * sizeof(float), cudaMemcpyHostToDevice, d->stream),
             "copying a batch", e))
         return false;
-    if (decoding && d->use_graphs && n_layers == d->m->c.n_layer) {
+    if (n_tokens == n_segments && d->use_graphs && n_layers == d->m->c.n_layer) {
         if (!run_graph(d, n_tokens, n_rows, e)) return false;
     } else {
-        run_layers(d, n_tokens, n_segments, n_layers, n_rows, decoding);
+        run_layers(d, n_tokens, n_segments, n_layers, n_rows);
     }
     return fetch_logits(d, logits ? n_rows : 0, logits, ld_logits, e);
 }
 
 bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
-    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(256), 8 * 4 * sizeof(float), d->stream, d->logits, d->banned, d->choices, d->m->c.n_vocab);
+    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(256), 8 * 4 * sizeof(float), d, d->logits, d->banned, d->choices, d->m->c.n_vocab);
     const size_t bytes = (size_t)n_rows * sizeof *choices;
     if (!ok(cudaMemcpyAsync(d->host_choices, d->choices, bytes, cudaMemcpyDeviceToHost, d->stream), "copying tokens", e) ||
         !ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "choosing tokens", e))

@@ -133,6 +133,8 @@ inline char *aligned_memory(size_t n) {
     return (char *)p;
 }
 
+inline size_t shared_limit = 48 << 10;    // of a launch; ALLOW_SHARED raises it
+
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 enum { MAX_WORDS = 12, MAX_THREADS = 1024 };  // words that a lane gives to its warp
 #if defined(__SANITIZE_ADDRESS__)
@@ -142,6 +144,12 @@ enum { GUARD = 64 };        // bytes behind each memory that nobody may write to
 #endif
 EMU_ASAN(const) size_t stack_bytes = 256 << 10;
 
+struct Copy {
+    void *to;
+    const void *from;
+    int n;                  // bytes
+};
+
 struct Fiber {
     void *sp;               // where it was left
     char *stack;
@@ -150,6 +158,8 @@ struct Fiber {
     unsigned index, mask;   // in the block; of lanes that it waits for
     int line;               // where it waits
     uint32_t words[MAX_WORDS];  // that it gives
+    std::vector<Copy> copies;   // that it has not waited for
+    std::vector<size_t> group_ends;  // of them
     EMU_TSAN(void *shadow;)
     EMU_ASAN(void *fake_stack;)
 };
@@ -232,6 +242,8 @@ EMU_UNSEEN inline void fiber_start(Fiber *f, unsigned index) {
     f->index = index;
     f->state = READY;
     f->line = 0;
+    f->copies.clear();
+    f->group_ends.clear();
     f->thread = dim3(index % block.block.x, index / block.block.x % block.block.y, index / (block.block.x * block.block.y));
     if (!f->stack) {
         f->stack = (char *)aligned_alloc(4096, stack_bytes);
@@ -369,7 +381,7 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
     block.block = threads;
     block.n = threads.x * threads.y * threads.z;
     EMU_TSAN(main_shadow = __tsan_get_current_fiber();)
-    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535 || shared_bytes > 48 << 10) fault("a launch that CUDA refuses");
+    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535 || shared_bytes > shared_limit) fault("a launch that CUDA refuses");
     order_of(&s, blocks.data(), n_blocks);
     std::vector<char *> memories;  // kept to the end: to free one would order its block before the next, for ThreadSanitizer
     for (unsigned b : blocks) {
@@ -398,6 +410,29 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
 #define __syncwarp() ((void)emu::meet(0xffffffffu, nullptr, 0, __LINE__))
 #define __shfl_sync(mask, value, from) emu::shuffle(mask, value, (unsigned)(from), __LINE__)
 #define __shfl_xor_sync(mask, value, x) emu::shuffle(mask, value, (emu::current->index % 32) ^ (unsigned)(x), __LINE__)
+
+// ---- Copies past the registers ----
+// Each is made when its thread waits for it, not before: a wait left out is seen as missing bytes.
+
+template <int BYTES> inline void copy_async(void *to, const void *from) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "a copy that CUDA does not have");
+    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) emu::fault("a copy that is not aligned");
+    emu::current->copies.push_back({to, from, BYTES});
+}
+inline void copies_end() { emu::current->group_ends.push_back(emu::current->copies.size()); }
+template <int N> inline void copies_wait() {
+    emu::Fiber *f = emu::current;
+    const size_t n_groups = f->group_ends.size() > N ? f->group_ends.size() - N : 0, n = n_groups ? f->group_ends[n_groups - 1] : 0;
+    for (size_t i = 0; i < n; i++) memcpy(f->copies[i].to, f->copies[i].from, f->copies[i].n);
+    f->copies.erase(f->copies.begin(), f->copies.begin() + (ptrdiff_t)n);
+    f->group_ends.erase(f->group_ends.begin(), f->group_ends.begin() + (ptrdiff_t)n_groups);
+    for (size_t &end : f->group_ends) end -= n;
+}
+
+// Kernels run one after the other here.
+inline void inputs_ready() {}
+inline void next_may_start() {}
+inline float exp2_flushed(float x) { return exp2f(x); }
 
 // ---- Tensor cores ----
 // Fragments as the PTX manual draws them: lane = 4 g + q. A: rows g and g + 8; B: column g; D: rows g, g + 8, columns 2q, 2q + 1.
@@ -430,6 +465,7 @@ EMU_UNSEEN inline void emu_mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b
             d[i] = __dp4a((int)w->words[4 * g + from][i / 2], (int)w->words[4 * (2 * q + i % 2) + from][2], d[i]);
 }
 #define mma_s8(d, a0, a1, b) emu_mma_s8(d, a0, a1, b, __LINE__)
+#define mma_s8_block(d, a, b) (mma_s8(d, a[0], a[1], b[0]), mma_s8(d, a[2], a[3], b[1]))
 
 // ---- The runtime ----
 
@@ -439,7 +475,8 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
-    cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth
+    cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth,
+    cudaDevAttrMultiProcessorCount
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp { char name[256]; };
@@ -487,8 +524,9 @@ template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t
 
 }  // namespace emu
 
-#define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-    ((void)(stream), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+#define ALLOW_SHARED(kernel, bytes) (emu::shared_limit = (bytes))
+#define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
+    ((void)(device), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 
 inline const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaErrorNoDevice ? "no CUDA-capable device is detected" : e == cudaErrorMemoryAllocation ? "out of memory"
@@ -518,7 +556,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     const char *arch = getenv("CUDA_EMU_ARCH");
     const int capability = arch ? atoi(arch) : 80;
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
-         : a == cudaDevAttrMemoryClockRate ? 1000000 : 256;
+         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 2 : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
 }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {

@@ -200,36 +200,36 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
 // d += a * b, m16n8k16. The emulation brings its own.
 DEVICE void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     for (int half = 0; half < 2; half++)
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
 }
 
 DEVICE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800    // on Turing BF16 weights are uploaded as F32
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
 DEVICE void mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(b));
 #else
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[0]), "+r"(d[1]) : "r"(a0), "r"(b));
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[2]), "+r"(d[3]) : "r"(a1), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[0]), "+r"(d[1]) : "r"(a0), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[2]), "+r"(d[3]) : "r"(a1), "r"(b));
 #endif
 }
 
 // d += a * b, m16n8k32: a holds rows g and g + 8 of the first half, then of the second.
 DEVICE void mma_s8_block(int d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     mma_s8(d, a[0], a[1], b[0]);
@@ -276,6 +276,9 @@ DEVICE void next_may_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// To the second-level cache, in which nothing gets old.
+DEVICE void prefetch(const void *global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // 2^x, where what is below the smallest normal number is 0.
 DEVICE float exp2_flushed(float x) {
@@ -403,18 +406,23 @@ template <enum format F> struct operand {
     float factors[factor_count(F)][2];
 };
 
-// The largest magnitude of a block, as bits: those of a NaN are larger than those of infinity, and so it is not lost.
-DEVICE unsigned block_max(const float v[8]) {
-    unsigned max_bits = 0;
+// The largest magnitudes of N blocks, as bits: those of a NaN are larger than those of infinity, and so it is not lost.
+template <int N> DEVICE void block_max(const float v[N][8], unsigned max_bits[N]) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) max_bits = max(max_bits, __float_as_uint(v[i]) & 0x7fffffffu);
-    max_bits = max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 1));
-    return max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 2));
+    for (int b = 0; b < N; b++) {
+        max_bits[b] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) max_bits[b] = max(max_bits[b], __float_as_uint(v[b][i]) & 0x7fffffffu);
+    }
+#pragma unroll
+    for (int b = 0; b < N; b++) max_bits[b] = max(max_bits[b], __shfl_xor_sync(WHOLE_WARP, max_bits[b], 1));
+#pragma unroll
+    for (int b = 0; b < N; b++) max_bits[b] = max(max_bits[b], __shfl_xor_sync(WHOLE_WARP, max_bits[b], 2));
 }
 
 // q = round(x / scale), scale = max|x| / 127, as the CPU does it.
-template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F> *c) {
-    const float largest = __uint_as_float(block_max(v)), scale = largest / 127.0f;
+template <enum format F> DEVICE void make_bytes(const float v[8], unsigned max_bits, column_block<F> *c) {
+    const float largest = __uint_as_float(max_bits), scale = largest / 127.0f;
     const float inverse = largest > 1e-30f && largest < 1e30f ? 127.0f / largest : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -439,8 +447,8 @@ template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F
 
 // x = 2^e * (high + low): a power of two brings the block's largest to between 1 and 2, so that neither part leaves the
 // range of its type. Blocks of denormals count as zero; infinities and NaN reach the result through the scale.
-template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F> *c) {
-    const unsigned bits = block_max(v), exponent = bits >> 23;
+template <enum format F> DEVICE void make_pairs(const float v[8], unsigned max_bits, column_block<F> *c) {
+    const unsigned exponent = max_bits >> 23;
     const bool finite = exponent < 254;
     const float inverse = exponent > 0 && finite ? __uint_as_float((254 - exponent) << 23) : 0.0f;
     c->factors[0] = finite ? __uint_as_float(exponent << 23) : __uint_as_float(0x7fc00000);
@@ -453,9 +461,14 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     }
 }
 
-template <enum format F> DEVICE void make_block(const float v[8], column_block<F> *c) {
-    if constexpr (is_quantized(F)) make_bytes<F>(v, c);
-    else make_pairs<F>(v, c);
+template <enum format F, int N> DEVICE void make_blocks(const float v[N][8], column_block<F> c[N]) {
+    unsigned max_bits[N];
+    block_max<N>(v, max_bits);
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+        if constexpr (is_quantized(F)) make_bytes<F>(v[b], max_bits[b], &c[b]);
+        else make_pairs<F>(v[b], max_bits[b], &c[b]);
+    }
 }
 
 // A value that the four lanes of column g share, of columns 2 q and 2 q + 1.
@@ -485,41 +498,51 @@ template <enum format F, int N> struct fragment {
 enum { EXACT = 0x4b400000 };
 DEVICE float exact_float(int sum) { return __uint_as_float((unsigned)sum) - 12582912.0f; }
 
-// sum += the n-th loaded block of a tile's rows times a column's block.
-template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, int n, const operand<F> &c, float sum[4]) {
+// dot += the n-th loaded block (of its half h, where groups of 16 have scales) times a column's. A tensor core takes several steps:
+// tiles go side by side, so that none waits for its own last one.
+template <enum format F, int N, int R, class T> DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> &c, T dot[R][4]) {
     if constexpr (is_quantized(F)) {
-        constexpr int GROUPS = group_of(F) == 16 ? 2 : 1;
 #pragma unroll
-        for (int h = 0; h < GROUPS; h++) {
-            int dot[4] = {EXACT, EXACT, EXACT, EXACT};
-            if constexpr (GROUPS == 2) {
-                mma_s8(dot, w.weights.q(n, 0, h), w.weights.q(n, 1, h), c.b[h]);
-            } else {
-                const uint32_t a[4] = {w.weights.q(n, 0, 0), w.weights.q(n, 1, 0), w.weights.q(n, 0, 1), w.weights.q(n, 1, 1)};
-                mma_s8_block(dot, a, c.b);
+        for (int r = 0; r < R; r++) {
+            const loaded<F, N> &w = a[r].weights;
+            const uint32_t words[4] = {w.q(n, 0, h), w.q(n, 1, h), w.q(n, 0, 1), w.q(n, 1, 1)};
+            if constexpr (group_of(F) == 16) mma_s8(dot[r], words[0], words[1], c.b[h]);
+            else mma_s8_block(dot[r], words, c.b);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)  // both halves of 16, high and low parts
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                const uint32_t *at = a[r].weights.words + 8 * n + i / 2 * 2, words[4] = {at[0], at[4], at[1], at[5]};
+                if constexpr (F == F16) mma_f16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
+                else mma_bf16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
             }
+    }
+}
+
+// sums[r] += the n-th loaded block of R tiles times a column's block.
+template <enum format F, int N, int R> DEVICE void multiply(const fragment<F, N> a[R], int n, const operand<F> &c, float *const sums[R]) {
+    if constexpr (is_quantized(F)) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const group_scales<F, N> &row = w.scales[i / 2];
-                sum[i] = fmaf(row.scale(n, h) * c.factors[0][i % 2], exact_float(dot[i]), sum[i]);
-                if constexpr (has_min(F)) sum[i] = fmaf(row.min(n, h), c.factors[1 + h][i % 2], sum[i]);
+        for (int h = 0; h < BLOCK / group_of(F); h++) {
+            int dot[R][4];
+#pragma unroll
+            for (int i = 0; i < 4 * R; i++) dot[i / 4][i % 4] = EXACT;
+            multiply_block<F, N, R>(a, n, h, c, dot);
+#pragma unroll
+            for (int i = 0; i < 4 * R; i++) {
+                const group_scales<F, N> &row = a[i / 4].scales[i % 4 / 2];
+                float *sum = &sums[i / 4][i % 4];
+                *sum = fmaf(row.scale(n, h) * c.factors[0][i % 2], exact_float(dot[i / 4][i % 4]), *sum);
+                if constexpr (has_min(F)) *sum = fmaf(row.min(n, h), c.factors[1 + h][i % 2], *sum);
             }
         }
     } else {
-        float dot[4] = {0, 0, 0, 0};
+        float dot[R][4] = {};
+        multiply_block<F, N, R>(a, n, 0, c, dot);
 #pragma unroll
-        for (int step = 0; step < 2; step++) {
-            const uint32_t *at = w.weights.words + 8 * n + 2 * step, a[4] = {at[0], at[4], at[1], at[5]};
-            if constexpr (F == F16) {
-                mma_f16(dot, a, c.b + 2 * step);
-                mma_f16(dot, a, c.b + 4 + 2 * step);
-            } else {
-                mma_bf16(dot, a, c.b + 2 * step);
-                mma_bf16(dot, a, c.b + 4 + 2 * step);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(c.factors[0][i % 2], dot[i], sum[i]);
+        for (int i = 0; i < 4 * R; i++) sums[i / 4][i % 4] = fmaf(c.factors[0][i % 2], dot[i / 4][i % 4], sums[i / 4][i % 4]);
     }
 }
 
@@ -551,7 +574,7 @@ DEVICE float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.
 
 DEVICE float dot4(float4 a, float4 b, float sum) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum)))); }
 
-// Four floats of a column, zeros where there is no such column; adds their squares, and multiplies by the norm's weight.
+// Four floats of a column times the norm's weight, zeros where there is no such column; adds the squares of those without it.
 DEVICE float4 load_normed(const input &in, int column, int k, float *squares) {
     const float4 v = column < in.n ? load4(input_row(in, column) + k) : make_float4(0, 0, 0, 0);
     if (!in.norm) return v;
@@ -565,22 +588,25 @@ DEVICE float sum_of_four(float v) {
     return v + __shfl_xor_sync(WHOLE_WARP, v, 2);
 }
 
-// The block of column `column` at column k of the row: lane q has what it holds of weights, too.
-template <enum format F> DEVICE column_block<F> block_of_input(const input &in, int column, int k, float *squares) {
+// N blocks of a column from column k of the row on. Lane q has of a block what it has of weights, too. squares: of each block.
+template <enum format F, int N> DEVICE void load_blocks(const input &in, int column, int k, float x[N][8], float squares[N]) {
     const int q = threadIdx.x % 4, near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);
-    const float4 a = load_normed(in, column, k + near, squares), b = load_normed(in, column, k + far, squares);
-    const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    column_block<F> block;
-    make_block<F>(x, &block);
-    return block;
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+        squares[b] = 0;
+        const float4 v = load_normed(in, column, k + b * BLOCK + near, &squares[b]), w = load_normed(in, column, k + b * BLOCK + far, &squares[b]);
+        x[b][0] = v.x, x[b][1] = v.y, x[b][2] = v.z, x[b][3] = v.w, x[b][4] = w.x, x[b][5] = w.y, x[b][6] = w.z, x[b][7] = w.w;
+    }
 }
 
+DEVICE float tree_of_four(const float v[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
 // RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column. squares: its sum of
-// squares in each slice, so many floats apart.
-DEVICE float norm_factor(const input &in, const float *squares, int apart, int n_slices) {
+// squares in each chunk, so many floats apart.
+DEVICE float norm_factor(const input &in, const float *squares, int apart, int n_chunks) {
     if (!in.norm) return 1.0f;
     float sum = 0;
-    for (int s = 0; s < n_slices; s++) sum += squares[(size_t)s * apart];
+    for (int c = 0; c < n_chunks; c++) sum += squares[(size_t)c * apart];
     return 1.0f / sqrtf(sum / (float)in.n_normed + in.eps);
 }
 
@@ -615,7 +641,8 @@ template <enum format F> DEVICE void own_sums(const sums<F> &s, float own[4]) {
 
 enum { FEW_COLUMNS = 8 };
 
-// F32: columns [64] at once, of which lane q has four fours. Weights of the next 64 are under way meanwhile.
+// Columns of the row from `first` to `end` - 1, times one or all of the columns of x. squares [chunks][FEW_COLUMNS], where the norm
+// needs them. F32: 64 at once, of which lane q has four fours. Weights of the next 64 are under way meanwhile.
 template <int COLUMNS> DEVICE void slice_of_floats(const weights &w, const input &in, int tile, int first, int end, sums<F32> *s, float *squares) {
     const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
     const uint4 *row = w.data + (size_t)tile * w.n_chunks * chunk_words(F32) + q * TILE + g;
@@ -640,11 +667,13 @@ template <int COLUMNS> DEVICE void slice_of_floats(const weights &w, const input
 #pragma unroll
         for (int i = 0; i < 8; i++) a[i / 2][i % 2] = next[i / 2][i % 2];
         if (k + 128 < end) load(next, k + 128);
-    }
+        if (!in.norm || (k % CHUNK + 64 != CHUNK && k + 64 < end)) continue;
 #pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
-        const float sum = sum_of_four(square[j]);
-        if (lane == 0) squares[j] = sum;
+        for (int j = 0; j < COLUMNS; j++) {  // a chunk is over
+            const float sum = sum_of_four(square[j]);
+            if (lane == 0) squares[k / CHUNK * FEW_COLUMNS + j] = sum;
+            square[j] = 0;
+        }
     }
 }
 
@@ -656,25 +685,67 @@ template <enum format F, int N> DEVICE void load_fragment(const weights &w, int 
     for (int i = 0; i < 2 && is_quantized(F); i++) a->scales[i].load(w.scales + at * scale_words(F) * TILE + lane / 4 + 8 * i, block % BLOCKS);
 }
 
-// Blocks first to end - 1 of a row, so many at once; weights of the next ones are under way meanwhile.
-template <enum format F> DEVICE void slice(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
+// Half a chunk of all columns, four blocks. Squares of a chunk are added as a tree, of blocks and then of lanes;
+// *half: that of the lane.
+template <enum format F> DEVICE void blocks_of_columns(const input &in, int block, column_block<F> c[4], float *half, float *squares) {
+    const int column = threadIdx.x / 4;
+    float x[4][8], square[4];
+    load_blocks<F, 4>(in, column, block * BLOCK, x, square);
+    make_blocks<F, 4>(x, c);
+    if (!in.norm) return;
+    *half = block % BLOCKS ? *half + tree_of_four(square) : tree_of_four(square);
+    const float sum = sum_of_four(*half);
+    if (threadIdx.x % 4 == 0) squares[block / BLOCKS * FEW_COLUMNS + column] = sum;
+}
+
+// The chunk of a single column: its 8 blocks are spread over the lanes, of which each makes one.
+template <enum format F> DEVICE column_block<F> block_of_one_column(const input &in, int chunk, float *squares) {
+    const int lane = threadIdx.x;
+    float x[1][8], square[1];
+    column_block<F> c[1];
+    load_blocks<F, 1>(in, 0, chunk * CHUNK + lane / 4 * BLOCK, x, square);
+    make_blocks<F, 1>(x, c);
+    if (in.norm) {
+        float sum = square[0];
+#pragma unroll
+        for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
+        sum = sum_of_four(sum);
+        if (lane == 0) squares[chunk * FEW_COLUMNS] = sum;
+    }
+    return c[0];
+}
+
+// Block i of the chunk, from the lanes that have it. Seven columns more with the same numbers are multiplied, and not looked at.
+template <enum format F> DEVICE operand<F> operand_of_one_column(const column_block<F> &c, int i) {
+    operand<F> o;
+#pragma unroll
+    for (int k = 0; k < (is_quantized(F) ? 2 : 8); k++) o.b[k] = __shfl_sync(WHOLE_WARP, c.b[k], 4 * i + (int)threadIdx.x % 4);
+#pragma unroll
+    for (int k = 0; k < factor_count(F); k++) o.factors[k][0] = o.factors[k][1] = __shfl_sync(WHOLE_WARP, c.factors[k], 4 * i);
+    return o;
+}
+
+// The same for other formats, in whole blocks, N at once.
+template <enum format F, int COLUMNS>
+DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
     constexpr int N = blocks_at_once(F);
-    const int g = threadIdx.x / 4;
     fragment<F, N> a, next;
-    float square = 0;
+    column_block<F> c[4];
+    float *sums[1] = {s->v}, half = 0;
     load_fragment<F, N>(w, tile, first, &a);
     next = a;
     if (first + N < end) load_fragment<F, N>(w, tile, first + N, &next);
     inputs_ready();
     for (int block = first; block < end; block += N) {
+        if (COLUMNS == 1 && block % BLOCKS == 0) c[0] = block_of_one_column<F>(in, block / BLOCKS, squares);
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            multiply<F, N>(a, i, operand_of<F>(block_of_input<F>(in, g, (block + i) * BLOCK, &square)), s->v);
+        for (int i = 0; i < N; i++) {
+            if (COLUMNS > 1 && i % 4 == 0) blocks_of_columns<F>(in, block + i, c, &half, squares);
+            multiply<F, N, 1>(&a, i, COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 4]), sums);
+        }
         a = next;
         if (block + 2 * N < end) load_fragment<F, N>(w, tile, block + 2 * N, &next);
     }
-    square = sum_of_four(square);
-    if (threadIdx.x % 4 == 0) squares[g] = square;
 }
 
 // ---- What follows a product while every sequence decodes one token ----
@@ -720,8 +791,8 @@ DEVICE float scan_state(float h, float dt, float dt_u, float a2, float b, float 
 }
 
 // Lanes that share a channel, neighbours; lane j has so many states from n = j * scan_states() on.
-static constexpr __host__ __device__ int scan_lanes(int d_state) { return d_state <= 64 ? 4 : 16; }
-static constexpr __host__ __device__ int scan_states(int d_state) { return d_state <= 16 ? 4 : 16; }
+enum { SCAN_LANES = 16 };
+static constexpr __host__ __device__ int scan_states(int d_state) { return d_state <= 16 ? 1 : d_state <= 64 ? 4 : 16; }
 
 // What lane j adds to y for one token of a channel; the state is in memory.
 DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt) {
@@ -738,6 +809,12 @@ DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, f
         for (int i = 0; i < 4; i++)
             if (n0 + i < end) state[16 * (n0 + i)] = scan_state(h[i], dt, dt_u, a2[i], b[i], c[i], &part);
     }
+    return part;
+}
+
+// What the lanes add is summed as a tree.
+DEVICE float scan_step_sum(float part) {
+    for (int distance = 1; distance < SCAN_LANES; distance *= 2) part += __shfl_xor_sync(WHOLE_WARP, part, distance);
     return part;
 }
 
@@ -769,22 +846,36 @@ DEVICE void store(const output &out, int row, int column, float v) {
     *y = out.kind == ADD ? *y + v : out.kind == STEP ? softplus(v + out.s.dt_b[row]) : v;
 }
 
+// States that a tile's end will read are on their way to the second-level cache while the block waits for its inputs.
+DEVICE void prefetch_states(const output &out, int n, int tile) {
+    const int thread = (int)(threadIdx.y * 32 + threadIdx.x), n_threads = (int)blockDim.y * 32;
+    if (out.kind == CONV && tile * TILE < out.split)
+        for (int i = thread; i < n * (out.c.d_conv - 1); i += n_threads)
+            prefetch(out.c.state + (size_t)out.slots[i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
+    if (out.kind == SCAN)
+        for (int i = thread; i < n * ((out.s.d_state + 1) / 2); i += n_threads)  // 128 bytes are two states of 16 channels
+            prefetch(out.s.state + (size_t)out.slots[i % n] * out.s.slot_floats + ((size_t)tile * out.s.d_state + i / n * 2) * TILE);
+}
+
 // Up to 8 columns. Block: 32 threads for each warp; blockIdx.x: tile of rows. Warps beyond the slices help at the end.
-// Shared: parts [slices][8 columns][TILE rows], squares [slices][8].
+// Shared: parts [slices][8 columns][TILE rows], squares [chunks][8] where there is a norm.
 template <enum format F> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input in, const output out) {
     DYNAMIC_SHARED(float, parts);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y, tile = (int)blockIdx.x;
     float *squares = parts + n_slices * FEW_COLUMNS * TILE;
     next_may_start();
+    prefetch_states(out, in.n, tile);
     if (warp < n_slices) {
         const int g = threadIdx.x / 4, q = threadIdx.x % 4, first = warp * per * CHUNK, end = min(first + per * CHUNK, w.cols);
         sums<F> s = {};
         float own[4];
         if constexpr (F == F32) {
-            if (in.n == 1) slice_of_floats<1>(w, in, tile, first, end, &s, squares + warp * FEW_COLUMNS);
-            else slice_of_floats<FEW_COLUMNS>(w, in, tile, first, end, &s, squares + warp * FEW_COLUMNS);
+            if (in.n == 1) slice_of_floats<1>(w, in, tile, first, end, &s, squares);
+            else slice_of_floats<FEW_COLUMNS>(w, in, tile, first, end, &s, squares);
         } else {
-            slice<F>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares + warp * FEW_COLUMNS);
+            const int block = first / BLOCK, last = (end + BLOCK - 1) / BLOCK;
+            if (in.n == 1) slice_of_blocks<F, 1>(w, in, tile, block, last, &s, squares);
+            else slice_of_blocks<F, FEW_COLUMNS>(w, in, tile, block, last, &s, squares);
         }
         own_sums<F>(s, own);
 #pragma unroll
@@ -794,17 +885,16 @@ template <enum format F> __global__ void __launch_bounds__(256, 1) product_few(c
     }
     __syncthreads();
     // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
-    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
+    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? SCAN_LANES : 1;
     for (int first = 0; first < in.n * TILE * share; first += n_threads) {
         const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = tile * TILE + i % TILE, column = i / TILE;
         const bool exists = row < w.rows && column < in.n;
         float v = 0;
         for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
-        if (exists) v *= norm_factor(in, squares + column, FEW_COLUMNS, n_slices);
+        if (exists) v *= norm_factor(in, squares + column, FEW_COLUMNS, w.n_chunks);
         if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
             const int j = (int)threadIdx.x % share;
-            float y = exists ? scan_part(out.s, out.slots[column], column, row, j, softplus(v + out.s.dt_b[row])) : 0.0f;
-            for (int distance = 1; distance < share; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
+            const float y = scan_step_sum(exists ? scan_part(out.s, out.slots[column], column, row, j, softplus(v + out.s.dt_b[row])) : 0.0f);
             const size_t at = (size_t)column * out.s.ld_u + row;
             if (exists && j == 0) out.s.y[at] = fmaf(out.s.d[row], out.s.u[at], y) * out.s.gate[at];
         } else if (exists && out.kind == CONV && row < out.split) {
@@ -828,42 +918,53 @@ static constexpr __host__ __device__ int unit_operands(enum format f) { return f
 struct prepared {           // columns of a product, ready for product_tiles
     uint4 *operands;        // [ld/8][units][unit_operands]: 16 bytes a lane, lanes side by side
     float *factors;         // [blocks][factor_count][ld]
-    float *squares;         // [slices][ld]
+    float *squares;         // [chunks][ld]
     int ld, n_units;        // columns, those that are missing to whole tiles zero; units of a row
 };
 
-// Block: a warp for each slice; blockIdx.x: 8 columns.
-template <enum format F> __global__ void __launch_bounds__(256, 4) prepare(const input in, const prepared to, int n_chunks) {
-    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, group = (int)blockIdx.x, column = 8 * group + g, slice = threadIdx.y;
-    const int per = slice_chunks(n_chunks) * (CHUNK / unit_columns(F)), end = min((slice + 1) * per, to.n_units);
+// A warp for 8 columns (blockIdx.x) and a chunk (blockIdx.y).
+template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const input in, const prepared to) {
+    constexpr int UNITS = CHUNK / unit_columns(F);
+    const int lane = threadIdx.x, q = lane % 4, group = (int)blockIdx.x, column = 8 * group + lane / 4, chunk = (int)blockIdx.y;
+    const int unit0 = chunk * UNITS, n = min(UNITS, to.n_units - unit0);
+    uint4 *operands = to.operands + ((size_t)group * to.n_units + unit0) * unit_operands(F) + lane;
     float square = 0;
     next_may_start();
     inputs_ready();
-#pragma unroll 2
-    for (int unit = slice * per; unit < end; unit++) {
-        uint4 *operands = to.operands + ((size_t)group * to.n_units + unit) * unit_operands(F) + lane;
-        if constexpr (F == F32) {
-            const float4 v = load_normed(in, column, unit * unit_columns(F) + 4 * q, &square);
-            *operands = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w));
-        } else {
-            constexpr int N = unit_blocks(F), WORDS = is_quantized(F) ? 2 : 8;
-            uint32_t words[N * WORDS];
+    if constexpr (F == F32) {
+        float4 v[UNITS];
 #pragma unroll
-            for (int b = 0; b < N; b++) {
-                const column_block<F> c = block_of_input<F>(in, column, (unit * N + b) * BLOCK, &square);
+        for (int i = 0; i < UNITS; i++) v[i] = load_normed(in, column, (unit0 + i) * unit_columns(F) + 4 * q, &square);
 #pragma unroll
-                for (int i = 0; i < WORDS; i++) words[b * WORDS + i] = c.b[i];
+        for (int i = 0; i < UNITS; i++)
+            if (i < n)
+                operands[i * unit_operands(F)] = make_uint4(__float_as_uint(v[i].x), __float_as_uint(v[i].y), __float_as_uint(v[i].z), __float_as_uint(v[i].w));
+    } else {
+        constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;  // units of four blocks; words a lane
+        float x[BLOCKS][8], squares[BLOCKS];
+        load_blocks<F, BLOCKS>(in, column, chunk * CHUNK, x, squares);
+        square = tree_of_four(squares) + tree_of_four(squares + 4);
 #pragma unroll
-                for (int i = 0; i < factor_count(F); i++)
-                    if (q == 0) to.factors[((size_t)(unit * N + b) * factor_count(F) + i) * to.ld + column] = c.factors[i];
+        for (int half = 0; half < 2; half++) {
+            column_block<F> c[4];
+            make_blocks<F, 4>(x + 4 * half, c);
+#pragma unroll
+            for (int i = 0; i < 4 * WORDS / 4; i++) {
+                const int word = 4 * i;
+                const uint32_t *at = &c[word / WORDS].b[word % WORDS];
+                if (half * N + i / FOURS < n)
+                    operands[32 * (half * WORDS + i)] = WORDS == 2 ? make_uint4(at[0], at[1], c[word / WORDS + 1].b[0], c[word / WORDS + 1].b[1])
+                                                                   : make_uint4(at[0], at[1], at[2], at[3]);
             }
 #pragma unroll
-            for (int i = 0; i < N * WORDS / 4; i++)
-                operands[32 * i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+            for (int i = 0; i < 4 * factor_count(F); i++) {
+                const int b = i / factor_count(F), k = i % factor_count(F), block = chunk * BLOCKS + half * 4 + b;
+                if (q == 0 && half * N + b / unit_blocks(F) < n) to.factors[((size_t)block * factor_count(F) + k) * to.ld + column] = c[b].factors[k];
+            }
         }
     }
     square = sum_of_four(square);
-    if (q == 0) to.squares[(size_t)slice * to.ld + column] = square;
+    if (q == 0) to.squares[(size_t)chunk * to.ld + column] = square;
 }
 
 // A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
@@ -998,8 +1099,10 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
                     const float2 two = *(const float2 *)(factors + i * S::COLUMNS);
                     x.factors[i][0] = two.x, x.factors[i][1] = two.y;
                 }
+                float *sums[R];
 #pragma unroll
-                for (int r = 0; r < R; r++) multiply<F, N>(a[r], b, x, part[r][c].v);
+                for (int r = 0; r < R; r++) sums[r] = part[r][c].v;
+                multiply<F, N, R>(a, b, x, sums);
             }
         }
     }
@@ -1063,7 +1166,7 @@ __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const p
 #pragma unroll
     for (int i = 0; i < C * 2; i++) {
         const int column = column0 + i / 2 * 8 + i % 2;
-        const float factor = column < in.n ? norm_factor(in, x.squares + column, x.ld, n_slices) : 0.0f;
+        const float factor = column < in.n ? norm_factor(in, x.squares + column, x.ld, w.n_chunks) : 0.0f;
 #pragma unroll
         for (int j = 0; j < R * 2; j++) {
             const int row = row0 + j * 8;
@@ -1073,7 +1176,8 @@ __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const p
 }
 
 // A thread an output; blockIdx.y: column.
-__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out, int rows, int n_slices) {
+__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out, int rows,
+                                                  int n_slices, int n_chunks) {
     const int row = (int)(blockIdx.x * 128 + threadIdx.x), column = (int)blockIdx.y;
     const size_t ld_parts = (size_t)((rows + TILE - 1) / TILE * TILE);
     float v = 0;
@@ -1081,7 +1185,7 @@ __global__ void __launch_bounds__(128) add_slices(const float *parts, const floa
     inputs_ready();
     if (row >= rows) return;
     for (int s = 0; s < n_slices; s++) v += parts[((size_t)s * in.n + column) * ld_parts + row];
-    store(out, row, column, v * norm_factor(in, squares + column, ld_squares, n_slices));
+    store(out, row, column, v * norm_factor(in, squares + column, ld_squares, n_chunks));
 }
 
 // ====================================================================================================================
@@ -1092,21 +1196,24 @@ struct span {               // the new tokens of one sequence
     int slot, token0, n;
 };
 
-// u = silu(convolution of x), a thread for each channel and token. x [tokens][ld], the products of in_proj. Does not move the
-// state, which the first tokens of every span read: scan_tokens does.
+DEVICE float4 fma4(float4 a, float4 b, float4 c) { return make_float4(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z), fmaf(a.w, b.w, c.w)); }
+
+// u = silu(convolution of x), a thread for four channels of a token; what pads the channels is zero and stays so. x [tokens][ld], the
+// products of in_proj. Does not move the state, which the first tokens of every span read: scan_tokens does.
 __global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
-    const int channel = (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
+    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
     next_may_start();
     inputs_ready();
     if (channel >= c.n) return;
     const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
-    float sum = c.b[channel];
+    float4 sum = load4(c.b + channel);
+#pragma unroll 4
     for (int i = 0; i < c.d_conv; i++) {
         const int back = c.d_conv - 1 - i;  // tokens
-        const float v = back <= position ? now[-(ptrdiff_t)back * ld] : state[(size_t)(position + i) * c.ld];
-        sum = fmaf(c.w[(size_t)i * c.ld + channel], v, sum);
+        const float4 v = load4(back <= position ? now - (ptrdiff_t)back * ld : state + (size_t)(position + i) * c.ld);
+        sum = fma4(load4(c.w + (size_t)i * c.ld + channel), v, sum);
     }
-    u[(size_t)token * ld + channel] = silu(sum);
+    *(float4 *)(u + (size_t)token * ld + channel) = make_float4(silu(sum.x), silu(sum.y), silu(sum.z), silu(sum.w));
 }
 
 // The last inputs of a span become the state, in rising order: what is read later is not written before.
@@ -1119,9 +1226,9 @@ DEVICE void move_conv_state(const conv &c, const float *x, int ld, span s, int c
 }
 
 // The selective scan over the tokens of each span, in order, so that cuts of a prompt do not change a bit. A block has 16
-// channels, LANES lanes each with PER_LANE states in registers, and goes from tile to tile of tokens: one is
-// in shared memory while the next is copied. Only one multiply-add a token and state waits for the token before.
-enum { SCAN_CHANNELS = 16, SCAN_GROUP = 4 };
+// channels, SCAN_LANES lanes each with PER_LANE states in registers, and goes from tile to tile of tokens: one is in shared memory
+// while the next is copied. Only one multiply-add a token and state waits for the token before.
+enum { SCAN_CHANNELS = 16, SCAN_THREADS = SCAN_CHANNELS * SCAN_LANES, SCAN_GROUP = 8 };
 
 template <int STATES> struct scan_tile {  // states of a channel, padded
     static constexpr int TOKENS = STATES <= 16 ? 32 : STATES <= 64 ? 16 : 8;
@@ -1130,19 +1237,19 @@ template <int STATES> struct scan_tile {  // states of a channel, padded
 };
 
 // n tokens from token0 on. Behind them stand tokens that leave a state as it is to the bit: h = 1 h - 0.
-template <int STATES, int THREADS>
+template <int STATES>
 DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt, int token0, int n) {
     constexpr int TOKENS = scan_tile<STATES>::TOKENS, FOURS = SCAN_CHANNELS / 4;
     const size_t first = (size_t)blockIdx.x * SCAN_CHANNELS;
 #pragma unroll
-    for (int i = (int)threadIdx.x; i < 3 * TOKENS * FOURS; i += THREADS) {
+    for (int i = (int)threadIdx.x; i < 3 * TOKENS * FOURS; i += SCAN_THREADS) {
         const int which = i / (TOKENS * FOURS), t = i / FOURS % TOKENS, four = i % FOURS * 4;
         const float *from = which == 0 ? dt : which == 1 ? s.u : s.gate;
         float *at = (which == 0 ? to->dt[t] : which == 1 ? to->u[t] : to->gate[t]) + four;
         if (t < n) copy_async<16>(at, from + (size_t)(token0 + t) * s.ld_u + first + four);
         else *(float4 *)at = which == 1 ? make_float4(-0.0f, -0.0f, -0.0f, -0.0f) : make_float4(0, 0, 0, 0);
     }
-    for (int i = (int)threadIdx.x; i < 2 * TOKENS * (STATES / 4); i += THREADS) {
+    for (int i = (int)threadIdx.x; i < 2 * TOKENS * (STATES / 4); i += SCAN_THREADS) {
         const int t = i / (STATES / 2), is_c = i / (STATES / 4) % 2, state = i % (STATES / 4) * 4;
         const float *from = s.bc + (size_t)(token0 + t) * 2 * s.d_state + is_c * s.d_state + state;
         float *at = (is_c ? to->c[t] : to->b[t]) + state;
@@ -1157,33 +1264,33 @@ DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt
     copies_end();
 }
 
-// The sums of a channel's lanes for four tokens: lane j gets that of token j % 4. The order is that of a tree over the lanes.
-template <int LANES> DEVICE float scan_sum(const float part[SCAN_GROUP], int j) {
-    float two[2];
+// The sums of a channel's lanes for SCAN_GROUP tokens: lane j gets that of token j % SCAN_GROUP. Lanes exchange halves of what they
+// still have; each sum is made in the order of scan_step_sum.
+DEVICE float scan_sums(const float part[SCAN_GROUP], int j) {
+    float four[4], two[2];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        four[i] = (j & 1 ? part[2 * i + 1] : part[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 1 ? part[2 * i] : part[2 * i + 1], 1);
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        two[i] = (j & 1 ? part[2 * i + 1] : part[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 1 ? part[2 * i] : part[2 * i + 1], 1);
-    float sum = (j & 2 ? two[1] : two[0]) + __shfl_xor_sync(WHOLE_WARP, j & 2 ? two[0] : two[1], 2);
-#pragma unroll
-    for (int distance = 4; distance < LANES; distance *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
-    return sum;
+        two[i] = (j & 2 ? four[2 * i + 1] : four[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 2 ? four[2 * i] : four[2 * i + 1], 2);
+    const float sum = (j & 4 ? two[1] : two[0]) + __shfl_xor_sync(WHOLE_WARP, j & 4 ? two[0] : two[1], 4);
+    return sum + __shfl_xor_sync(WHOLE_WARP, sum, 8);
 }
 
 // dt [tokens][ld_u]; conv_in [tokens][ld_u], the inputs of the convolution, which is over: its state moves on, too.
-template <int PER_LANE, int LANES>
-__global__ void __launch_bounds__(SCAN_CHANNELS * LANES) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in,
-                                                                     const span *spans) {
-    using tile = scan_tile<PER_LANE * LANES>;
-    constexpr int TOKENS = tile::TOKENS, THREADS = SCAN_CHANNELS * LANES;
-    DYNAMIC_SHARED(tile, tiles);  // [2]
-    const int j = (int)threadIdx.x % LANES, local = (int)threadIdx.x / LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
+template <int PER_LANE>
+__global__ void __launch_bounds__(SCAN_THREADS) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in, const span *spans) {
+    constexpr int STATES = PER_LANE * SCAN_LANES, TOKENS = scan_tile<STATES>::TOKENS;
+    DYNAMIC_SHARED(scan_tile<STATES>, tiles);  // [2]
+    const int j = (int)threadIdx.x % SCAN_LANES, local = (int)threadIdx.x / SCAN_LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
     const span sp = spans[blockIdx.y];
     const size_t at = (size_t)blockIdx.x * s.d_state * 16 + local;
     float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
     const float d = s.d[channel];
     next_may_start();
     inputs_ready();
-    copy_scan_tile<PER_LANE * LANES, THREADS>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
+    copy_scan_tile<STATES>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int n = j * PER_LANE + i;
@@ -1192,27 +1299,24 @@ __global__ void __launch_bounds__(SCAN_CHANNELS * LANES) scan_tokens(const scan 
     }
     for (int t0 = 0, now = 0; t0 < sp.n; t0 += TOKENS, now ^= 1) {
         const int n = min(sp.n - t0, (int)TOKENS), n_next = min(sp.n - t0 - n, (int)TOKENS);
-        if (n_next > 0) copy_scan_tile<PER_LANE * LANES, THREADS>(tiles + (now ^ 1), s, dt, sp.token0 + t0 + TOKENS, n_next);
+        if (n_next > 0) copy_scan_tile<STATES>(tiles + (now ^ 1), s, dt, sp.token0 + t0 + TOKENS, n_next);
         else copies_end();
         copies_wait<1>();
         __syncthreads();
-        const tile &in = tiles[now];
+        const scan_tile<STATES> &in = tiles[now];
         for (int t = 0; t < n; t += SCAN_GROUP) {
             float part[SCAN_GROUP] = {};
 #pragma unroll
             for (int k = 0; k < SCAN_GROUP; k++) {
                 const float step = in.dt[t + k][local], step_u = step * in.u[t + k][local];
 #pragma unroll
-                for (int i = 0; i < PER_LANE; i += 4) {
-                    const float4 b = load4(&in.b[t + k][j * PER_LANE + i]), c = load4(&in.c[t + k][j * PER_LANE + i]);
-                    h[i] = scan_state(h[i], step, step_u, a2[i], b.x, c.x, &part[k]);
-                    h[i + 1] = scan_state(h[i + 1], step, step_u, a2[i + 1], b.y, c.y, &part[k]);
-                    h[i + 2] = scan_state(h[i + 2], step, step_u, a2[i + 2], b.z, c.z, &part[k]);
-                    h[i + 3] = scan_state(h[i + 3], step, step_u, a2[i + 3], b.w, c.w, &part[k]);
+                for (int i = 0; i < PER_LANE; i++) {
+                    const int n = j * PER_LANE + i;
+                    h[i] = scan_state(h[i], step, step_u, a2[i], in.b[t + k][n], in.c[t + k][n], &part[k]);
                 }
             }
             const int own = t + j % SCAN_GROUP;
-            const float y = fmaf(d, in.u[own][local], scan_sum<LANES>(part, j)) * in.gate[own][local];
+            const float y = fmaf(d, in.u[own][local], scan_sums(part, j)) * in.gate[own][local];
             if (own < n && j < SCAN_GROUP) s.y[(size_t)(sp.token0 + t0 + own) * s.ld_u + channel] = y;
         }
         __syncthreads();  // nobody uses this tile any more
@@ -1431,13 +1535,13 @@ static bool take_buffers(struct device *d, struct error *e) {
     // Operands take at most 4 bytes a float, and are whole tiles of columns. What is added up later has at most so many tiles.
     const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 127) / 128 * 128 : 0;
     const size_t ld = (size_t)(d->ld_model > d->ld_inner ? d->ld_model : d->ld_inner), longest = ld > (size_t)d->ld_dt ? ld : (size_t)d->ld_dt;
-    const size_t few_tiles = 2 * (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
+    const size_t few_tiles = (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
     d->max_parts = MAX_SLICES * (few_tiles < outputs ? few_tiles : outputs);
     return reserve(d, &d->conv, slots * d->slot_conv + 1, e) && reserve(d, &d->ssm, slots * d->slot_ssm, e) && reserve(d, &d->x, model, e) &&
            reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->gate, inner, e) &&
            reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * 2 * (size_t)c->d_state, e) &&
            reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->columns.operands, columns * longest / 4 + 1, e) &&
-           reserve(d, &d->columns.factors, columns * longest / BLOCK * 3 + 1, e) && reserve(d, &d->columns.squares, columns * MAX_SLICES + 1, e) &&
+           reserve(d, &d->columns.factors, columns * longest / BLOCK * 3 + 1, e) && reserve(d, &d->columns.squares, columns * longest / CHUNK + 1, e) &&
            reserve(d, &d->parts, d->max_parts + 1, e) && reserve(d, &d->logits, rows * (size_t)c->n_vocab, e) &&
            reserve(d, &d->banned, (size_t)c->n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
            reserve(d, &d->batch, 5 * tokens + rows, e);
@@ -1472,10 +1576,10 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
-    const int n_slices = slice_count(w.n_chunks), share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
+    const int n_slices = slice_count(w.n_chunks), share = out.kind == SCAN ? SCAN_LANES : 1;
     const int ends = ceil_div(in.n * TILE * share, 32);  // warps that the end of the kernel has work for
     const dim3 threads(32, (unsigned)(ends < n_slices ? n_slices : ends < 8 ? ends : 8));
-    const size_t shared = (size_t)n_slices * FEW_COLUMNS * (TILE + 1) * sizeof(float);
+    const size_t shared = ((size_t)n_slices * TILE + (in.norm ? (size_t)w.n_chunks : 0)) * FEW_COLUMNS * sizeof(float);
     LAUNCH(product_few<F>, dim3((unsigned)ceil_div(w.rows, TILE)), threads, shared, d, w, in, out);
 }
 
@@ -1484,18 +1588,18 @@ template <enum format F, int R, int C> static void launch_tiles(struct device *d
     using S = stage<F, R, C>;
     const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
     const size_t shared = (size_t)S::COUNT * S::WORDS * 16, n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
-    int z = n_parts <= d->max_parts ? 2 * d->n_processors / (x * y) : 1;
+    int z = n_parts <= d->max_parts ? d->n_processors / (x * y) : 1;
     z = z < 1 ? 1 : z > n_slices ? n_slices : z;
     prepared columns = d->columns;
     columns.ld = x * S::COLUMNS;
     columns.n_units = ceil_div(w.cols, unit_columns(F));
     ALLOW_SHARED((product_tiles<F, R, C>), SHARED_BYTES);
-    LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8), dim3(32, (unsigned)n_slices), 0, d, in, columns, w.n_chunks);
+    LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8, (unsigned)w.n_chunks), dim3(32), 0, d, in, columns);
     LAUNCH((product_tiles<F, R, C>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, TILES_WARPS), shared, d, w, columns, in, out,
            z > 1 ? d->parts : NULL);
     if (z > 1)
         LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
-               w.rows, n_slices);
+               w.rows, n_slices, w.n_chunks);
 }
 
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
@@ -1541,10 +1645,10 @@ static const int *rows_of(const struct device *d) { return d->batch + 5 * (size_
 
 static void launch_scan(struct device *d, const scan &s, const conv &c, int n_spans) {
     const dim3 grid((unsigned)ceil_div(s.n, SCAN_CHANNELS), (unsigned)n_spans);
-    const dim3 threads((unsigned)(SCAN_CHANNELS * scan_lanes(s.d_state)));
-    if (s.d_state <= 16) LAUNCH((scan_tokens<4, 4>), grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d));
-    else if (s.d_state <= 64) LAUNCH((scan_tokens<16, 4>), grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d));
-    else LAUNCH((scan_tokens<16, 16>), grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
+    const dim3 threads(SCAN_THREADS);
+    if (s.d_state <= 16) LAUNCH(scan_tokens<1>, grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else if (s.d_state <= 64) LAUNCH(scan_tokens<4>, grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else LAUNCH(scan_tokens<16>, grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
 }
 
 // x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token, and they are few
@@ -1559,7 +1663,7 @@ static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool o
     const input x = {d->x, NULL, l->norm, n_tokens, d->ld_model, c->d_model, c->norm_eps};
     const input u = {d->u, NULL, NULL, n_tokens, d->ld_inner, 0, 0}, dt_low = {d->dt_low, NULL, NULL, n_tokens, d->ld_dt, 0, 0};
     const input y = {d->y, NULL, NULL, n_tokens, d->ld_inner, 0, 0};
-    const dim3 channels((unsigned)ceil_div(c->d_inner, 128), (unsigned)n_tokens);
+    const dim3 channels((unsigned)ceil_div(c->d_inner, 4 * 128), (unsigned)n_tokens);
     product(d, l->in, x, output{one_each ? CONV : GATE, one_each ? d->u : d->u_in, d->gate, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
     if (!one_each) LAUNCH(conv_tokens, channels, dim3(128), 0, d, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
     product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, 2 * c->d_state, NULL, cv, sc});

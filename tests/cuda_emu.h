@@ -432,6 +432,7 @@ template <int N> inline void copies_wait() {
 // Kernels run one after the other here.
 inline void inputs_ready() {}
 inline void next_may_start() {}
+inline void prefetch(const void *) {}
 inline float exp2_flushed(float x) { return exp2f(x); }
 
 // ---- Tensor cores ----

@@ -97,7 +97,7 @@ static constexpr __host__ __device__ int scale_words(enum format f) {
 }
 
 // Blocks whose weights a warp loads together where it has few columns: loads in flight are what counts then.
-static constexpr __host__ __device__ int blocks_at_once(enum format f) { return is_quantized(f) ? 8 : 4; }
+static constexpr __host__ __device__ int blocks_at_once(enum format f) { return is_quantized(f) && f != Q8_0 ? 8 : 4; }
 
 struct weights {            // a matrix on the device
     const uint4 *data;      // [n_tiles][n_chunks][chunk_words]
@@ -566,6 +566,14 @@ DEVICE const float *input_row(const input &in, int column) {
     return in.x + (size_t)(in.rows ? in.rows[column] : column) * (size_t)in.ld;
 }
 
+// At most n columns from `first` on.
+DEVICE input from_column(input in, int first, int n) {
+    if (in.rows) in.rows += first;
+    else in.x += (size_t)first * (size_t)in.ld;
+    in.n = min(n, in.n - first);
+    return in;
+}
+
 DEVICE float4 load4(const float *p) { return *(const float4 *)p; }
 
 DEVICE float4 floats_of(uint4 v) { return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)); }
@@ -847,35 +855,34 @@ DEVICE void store(const output &out, int row, int column, float v) {
 }
 
 // States that a tile's end will read are on their way to the second-level cache while the block waits for its inputs.
-DEVICE void prefetch_states(const output &out, int n, int tile) {
+DEVICE void prefetch_states(const output &out, int column0, int n, int tile) {
     const int thread = (int)(threadIdx.y * 32 + threadIdx.x), n_threads = (int)blockDim.y * 32;
     if (out.kind == CONV && tile * TILE < out.split)
         for (int i = thread; i < n * (out.c.d_conv - 1); i += n_threads)
-            prefetch(out.c.state + (size_t)out.slots[i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
+            prefetch(out.c.state + (size_t)out.slots[column0 + i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
     if (out.kind == SCAN)
         for (int i = thread; i < n * ((out.s.d_state + 1) / 2); i += n_threads)  // 128 bytes are two states of 16 channels
-            prefetch(out.s.state + (size_t)out.slots[i % n] * out.s.slot_floats + ((size_t)tile * out.s.d_state + i / n * 2) * TILE);
+            prefetch(out.s.state + (size_t)out.slots[column0 + i % n] * out.s.slot_floats + ((size_t)tile * out.s.d_state + i / n * 2) * TILE);
 }
 
-// Up to 8 columns. Block: 32 threads for each warp; blockIdx.x: tile of rows. Warps beyond the slices help at the end.
+// blockIdx.x: COLUMNS (1 or FEW_COLUMNS) at once; blockIdx.y: tile of rows. Block: 32 threads for each warp; warps beyond the slices help
+// at the end.
 // Shared: parts [slices][8 columns][TILE rows], squares [chunks][8] where there is a norm.
-template <enum format F> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input in, const output out) {
+template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input whole, const output out) {
     DYNAMIC_SHARED(float, parts);
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y, tile = (int)blockIdx.x;
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y, tile = (int)blockIdx.y, column0 = (int)blockIdx.x * COLUMNS;
+    const input in = from_column(whole, column0, COLUMNS);
     float *squares = parts + n_slices * FEW_COLUMNS * TILE;
     next_may_start();
-    prefetch_states(out, in.n, tile);
+    prefetch_states(out, column0, in.n, tile);
     if (warp < n_slices) {
         const int g = threadIdx.x / 4, q = threadIdx.x % 4, first = warp * per * CHUNK, end = min(first + per * CHUNK, w.cols);
         sums<F> s = {};
         float own[4];
         if constexpr (F == F32) {
-            if (in.n == 1) slice_of_floats<1>(w, in, tile, first, end, &s, squares);
-            else slice_of_floats<FEW_COLUMNS>(w, in, tile, first, end, &s, squares);
+            slice_of_floats<COLUMNS>(w, in, tile, first, end, &s, squares);
         } else {
-            const int block = first / BLOCK, last = (end + BLOCK - 1) / BLOCK;
-            if (in.n == 1) slice_of_blocks<F, 1>(w, in, tile, block, last, &s, squares);
-            else slice_of_blocks<F, FEW_COLUMNS>(w, in, tile, block, last, &s, squares);
+            slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares);
         }
         own_sums<F>(s, own);
 #pragma unroll
@@ -887,11 +894,11 @@ template <enum format F> __global__ void __launch_bounds__(256, 1) product_few(c
     // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
     const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? SCAN_LANES : 1;
     for (int first = 0; first < in.n * TILE * share; first += n_threads) {
-        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = tile * TILE + i % TILE, column = i / TILE;
-        const bool exists = row < w.rows && column < in.n;
+        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = tile * TILE + i % TILE, local = i / TILE, column = column0 + local;
+        const bool exists = row < w.rows && local < in.n;
         float v = 0;
         for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
-        if (exists) v *= norm_factor(in, squares + column, FEW_COLUMNS, w.n_chunks);
+        if (exists) v *= norm_factor(in, squares + local, FEW_COLUMNS, w.n_chunks);
         if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
             const int j = (int)threadIdx.x % share;
             const float y = scan_step_sum(exists ? scan_part(out.s, out.slots[column], column, row, j, softplus(v + out.s.dt_b[row])) : 0.0f);
@@ -1111,7 +1118,7 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
 // blockIdx.x: columns, y: rows, z: slices. parts: NULL, or where blocks that have not all slices leave the sums of each one,
 // [slices][columns][tiles * TILE].
 template <enum format F, int R, int C>
-__global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
+__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
     using S = stage<F, R, C>;
     DYNAMIC_SHARED(uint4, shared);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
@@ -1163,15 +1170,25 @@ __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const p
         left = per;
     }
     if (parts) return;
+    // Results go through shared memory, each warp's groups of columns in turn, and from there row after row.
+    constexpr int ROWS = S::TILES * TILE, LD = ROWS + 4;  // so that lanes write to different banks
+    static_assert((32 * LD + S::COLUMNS) * 4 <= S::COUNT * S::WORDS * 16, "results have room where units were");
+    float *results = (float *)shared, *factors = results + 32 * LD;  // [4 groups of 8 columns][LD], [COLUMNS]
+    const int warp = threadIdx.y, thread = warp * 32 + (int)threadIdx.x;
+    __syncthreads();
+    if (thread < S::COLUMNS && group0 * 8 + thread < in.n) factors[thread] = norm_factor(in, x.squares + group0 * 8 + thread, x.ld, w.n_chunks);
 #pragma unroll
-    for (int i = 0; i < C * 2; i++) {
-        const int column = column0 + i / 2 * 8 + i % 2;
-        const float factor = column < in.n ? norm_factor(in, x.squares + column, x.ld, w.n_chunks) : 0.0f;
+    for (int c = 0; c < C; c++) {
 #pragma unroll
-        for (int j = 0; j < R * 2; j++) {
-            const int row = row0 + j * 8;
-            if (row < w.rows && column < in.n) store(out, row, column, total[j / 2][i / 2][j % 2 * 2 + i % 2] * factor);
+        for (int i = 0; i < R * 4; i++)
+            results[(warp / 2 * 8 + 2 * q + i % 2) * LD + (warp % 2 * R + i / 4) * TILE + g + i % 4 / 2 * 8] = total[i / 4][c][i % 4];
+        __syncthreads();
+#pragma unroll 2
+        for (int i = thread; i < 32 * ROWS; i += 32 * TILES_WARPS) {
+            const int row = tile0 * TILE + i % ROWS, local = i / ROWS, own = (local / 8 * C + c) * 8 + local % 8, column = group0 * 8 + own;
+            if (row < w.rows && column < in.n) store(out, row, column, results[local * LD + i % ROWS] * factors[own]);
         }
+        __syncthreads();
     }
 }
 
@@ -1236,29 +1253,37 @@ template <int STATES> struct scan_tile {  // states of a channel, padded
     float b[TOKENS][STATES], c[TOKENS][STATES];  // zero behind the last state
 };
 
-// n tokens from token0 on. Behind them stand tokens that leave a state as it is to the bit: h = 1 h - 0.
-template <int STATES>
-DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt, int token0, int n) {
-    constexpr int TOKENS = scan_tile<STATES>::TOKENS, FOURS = SCAN_CHANNELS / 4;
-    const size_t first = (size_t)blockIdx.x * SCAN_CHANNELS;
-#pragma unroll
-    for (int i = (int)threadIdx.x; i < 3 * TOKENS * FOURS; i += SCAN_THREADS) {
-        const int which = i / (TOKENS * FOURS), t = i / FOURS % TOKENS, four = i % FOURS * 4;
-        const float *from = which == 0 ? dt : which == 1 ? s.u : s.gate;
-        float *at = (which == 0 ? to->dt[t] : which == 1 ? to->u[t] : to->gate[t]) + four;
-        if (t < n) copy_async<16>(at, from + (size_t)(token0 + t) * s.ld_u + first + four);
-        else *(float4 *)at = which == 1 ? make_float4(-0.0f, -0.0f, -0.0f, -0.0f) : make_float4(0, 0, 0, 0);
+// n tokens from token0 on, of the block's channels. Behind them stand tokens that leave a state as it is to the bit: h = 1 h - 0.
+template <int STATES> DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt, int token0, int n) {
+    constexpr int TOKENS = scan_tile<STATES>::TOKENS, FOURS = SCAN_CHANNELS / 4, PARTS = STATES / 4;
+    static_assert(TOKENS * FOURS <= SCAN_THREADS, "a thread copies four channels of a token");
+    const int thread = (int)threadIdx.x, t = thread / FOURS, four = thread % FOURS * 4;
+    if (t < n) {
+        const size_t at = (size_t)(token0 + t) * s.ld_u + (size_t)blockIdx.x * SCAN_CHANNELS + four;
+        copy_async<16>(&to->dt[t][four], dt + at);
+        copy_async<16>(&to->u[t][four], s.u + at);
+        copy_async<16>(&to->gate[t][four], s.gate + at);
+    } else if (t < TOKENS) {
+        *(float4 *)&to->dt[t][four] = *(float4 *)&to->gate[t][four] = make_float4(0, 0, 0, 0);
+        *(float4 *)&to->u[t][four] = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
     }
-    for (int i = (int)threadIdx.x; i < 2 * TOKENS * (STATES / 4); i += SCAN_THREADS) {
-        const int t = i / (STATES / 2), is_c = i / (STATES / 4) % 2, state = i % (STATES / 4) * 4;
-        const float *from = s.bc + (size_t)(token0 + t) * 2 * s.d_state + is_c * s.d_state + state;
-        float *at = (is_c ? to->c[t] : to->b[t]) + state;
-        if (t < n && state + 4 <= s.d_state && s.d_state % 4 == 0) {
-            copy_async<16>(at, from);
-        } else {
-            for (int k = 0; k < 4; k++)
-                if (t < n && state + k < s.d_state) copy_async<4>(at + k, from + k);
-                else at[k] = 0;
+    const float *bc = s.bc + (size_t)token0 * 2 * s.d_state;
+#pragma unroll
+    for (int i = thread; i < TOKENS * PARTS; i += SCAN_THREADS) {  // four states of a token
+        const int token = i / PARTS, state = i % PARTS * 4;
+        const float *b = bc + token * 2 * s.d_state + state;
+        if (s.d_state % 4 == 0 && token < n && state < s.d_state) {
+            copy_async<16>(&to->b[token][state], b);
+            copy_async<16>(&to->c[token][state], b + s.d_state);
+            continue;
+        }
+#pragma unroll 1
+        for (int k = 0; k < 4; k++) {
+            const bool exists = token < n && state + k < s.d_state;
+            if (exists) copy_async<4>(&to->b[token][state + k], b + k);
+            else to->b[token][state + k] = 0;
+            if (exists) copy_async<4>(&to->c[token][state + k], b + s.d_state + k);
+            else to->c[token][state + k] = 0;
         }
     }
     copies_end();
@@ -1364,15 +1389,16 @@ DEVICE bool is_better(float logit, int id, float than, int than_id) {
 }
 
 // A block a row. banned: bits of tokens that are not drawn.
-__global__ void __launch_bounds__(256) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices, int n_vocab) {
-    DYNAMIC_SHARED(float, parts);  // [8 warps] best, id (as bits), max, poison
+enum { CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / 32 };
+__global__ void __launch_bounds__(CHOOSE_THREADS) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices, int n_vocab) {
+    DYNAMIC_SHARED(float, parts);  // [warps] best, id (as bits), max, poison
     const float *row = logits + (size_t)blockIdx.x * n_vocab;
     const int warp = (int)threadIdx.x / 32;
     next_may_start();
     inputs_ready();
     float best = 0, largest = row[0], poison = 0;  // poison: NaN when something is not finite
     int best_id = -1;
-    for (int id = (int)threadIdx.x; id < n_vocab; id += 256) {
+    for (int id = (int)threadIdx.x; id < n_vocab; id += CHOOSE_THREADS) {
         const float v = row[id];
         largest = fmaxf(largest, v);
         poison = fmaf(v, 0.0f, poison);
@@ -1393,7 +1419,7 @@ __global__ void __launch_bounds__(256) choose_rows(const float *logits, const un
     }
     __syncthreads();
     if (threadIdx.x) return;
-    for (int w = 1; w < 8; w++) {
+    for (int w = 1; w < CHOOSE_WARPS; w++) {
         const int id = (int)__float_as_uint(parts[4 * w + 1]);
         if (is_better(parts[4 * w], id, best, best_id)) best = parts[4 * w], best_id = id;
         largest = fmaxf(largest, parts[4 * w + 2]);
@@ -1422,6 +1448,7 @@ struct device {             // owner of all memory on the GPU, of staging and of
     bool use_graphs;
     bool early_start;       // from Hopper on: kernels are started before the last one has ended
     int n_processors;
+    int few;                // columns that product_few takes
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -1576,11 +1603,12 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
-    const int n_slices = slice_count(w.n_chunks), share = out.kind == SCAN ? SCAN_LANES : 1;
-    const int ends = ceil_div(in.n * TILE * share, 32);  // warps that the end of the kernel has work for
-    const dim3 threads(32, (unsigned)(ends < n_slices ? n_slices : ends < 8 ? ends : 8));
+    const int n_slices = slice_count(w.n_chunks), columns = in.n == 1 || out.kind == SCAN ? 1 : FEW_COLUMNS;  // the scan is the larger part
+    const int ends = ceil_div(columns * TILE * (out.kind == SCAN ? SCAN_LANES : 1), 32);  // warps that have something to do at the end
+    const dim3 grid((unsigned)ceil_div(in.n, columns), (unsigned)ceil_div(w.rows, TILE)), threads(32, (unsigned)(ends < n_slices ? n_slices : ends));
     const size_t shared = ((size_t)n_slices * TILE + (in.norm ? (size_t)w.n_chunks : 0)) * FEW_COLUMNS * sizeof(float);
-    LAUNCH(product_few<F>, dim3((unsigned)ceil_div(w.rows, TILE)), threads, shared, d, w, in, out);
+    if (columns == 1) LAUNCH((product_few<F, 1>), grid, threads, shared, d, w, in, out);
+    else LAUNCH((product_few<F, FEW_COLUMNS>), grid, threads, shared, d, w, in, out);
 }
 
 // Slices of their own where there are fewer blocks than the GPU's multiprocessors take.
@@ -1605,7 +1633,7 @@ template <enum format F, int R, int C> static void launch_tiles(struct device *d
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
     constexpr int R = is_quantized(F) ? 2 : 4;  // of the largest tiles; scales take registers, too
     const int large = ceil_div(in.n, stage<F, R, 4>::COLUMNS) * ceil_div(w.rows, stage<F, R, 4>::TILES * TILE);
-    if (in.n <= FEW_COLUMNS) {
+    if (in.n <= d->few) {
         launch_few<F>(d, w, in, out);
         return;
     }
@@ -1681,7 +1709,7 @@ static void run_head(struct device *d, int n_rows) {
 }
 
 static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && n_tokens <= FEW_COLUMNS);
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && n_tokens <= d->few);
     if (n_layers < d->m->c.n_layer) return;
     LAUNCH(norm_tokens, dim3((unsigned)n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, d->m->c.d_model, d->ld_model, d->m->c.norm_eps);
     if (n_rows) run_head(d, n_rows);
@@ -1706,7 +1734,8 @@ static bool fetch_logits(struct device *d, int n_rows, float *logits, int ld_log
     if (n_rows && !ok(cudaMemcpyAsync(d->host_logits, d->logits, (size_t)n_rows * n_vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream),
                       "copying logits", e))
         return false;
-    if (!ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;
+    if (!ok(cudaGetLastError(), "starting a kernel", e)) return false;
+    if (n_rows && !ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;
     for (int r = 0; r < n_rows; r++) memcpy(logits + (size_t)r * ld_logits, d->host_logits + (size_t)r * n_vocab, n_vocab * sizeof(float));
     return true;
 }
@@ -1785,7 +1814,8 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
         ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
-        d->early_start = major >= 9;
+        d->early_start = major >= 9 && !getenv("NO_PDL");
+        d->few = getenv("FEW") ? atoi(getenv("FEW")) : 8;
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);
@@ -1804,6 +1834,7 @@ struct device_facts device_facts(const struct device *d) { return d->facts; }
 bool device_forward(struct device *d, const struct segment *segments, int n_segments, int n_layers, const float *x, int ld_x, float *logits,
                     int ld_logits, struct error *e) {
     const int max_tokens = d->shape.max_tokens;
+    if (!ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;  // the last forward may still read its batch
     int n_tokens = 0, n_rows = 0, *slots = d->host_batch, *positions = slots + max_tokens, *rows = slots + 5 * (size_t)max_tokens;
     span *spans = (span *)(slots + 2 * (size_t)max_tokens);
     for (int i = 0; i < n_segments; i++) {
@@ -1834,7 +1865,7 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
 }
 
 bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
-    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(256), 8 * 4 * sizeof(float), d, d->logits, d->banned, d->choices, d->m->c.n_vocab);
+    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(CHOOSE_THREADS), CHOOSE_WARPS * 4 * sizeof(float), d, d->logits, d->banned, d->choices, d->m->c.n_vocab);
     const size_t bytes = (size_t)n_rows * sizeof *choices;
     if (!ok(cudaMemcpyAsync(d->host_choices, d->choices, bytes, cudaMemcpyDeviceToHost, d->stream), "copying tokens", e) ||
         !ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "choosing tokens", e))

@@ -607,8 +607,6 @@ template <enum format F, int N> DEVICE void load_blocks(const input &in, int col
     }
 }
 
-DEVICE float tree_of_four(const float v[4]) { return (v[0] + v[1]) + (v[2] + v[3]); }
-
 // RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column. squares: its sum of
 // squares in each chunk, so many floats apart.
 DEVICE float norm_factor(const input &in, const float *squares, int apart, int n_chunks) {
@@ -693,33 +691,25 @@ template <enum format F, int N> DEVICE void load_fragment(const weights &w, int 
     for (int i = 0; i < 2 && is_quantized(F); i++) a->scales[i].load(w.scales + at * scale_words(F) * TILE + lane / 4 + 8 * i, block % BLOCKS);
 }
 
-// Half a chunk of all columns, four blocks. Squares of a chunk are added as a tree, of blocks and then of lanes;
-// *half: that of the lane.
-template <enum format F> DEVICE void blocks_of_columns(const input &in, int block, column_block<F> c[4], float *half, float *squares) {
-    const int column = threadIdx.x / 4;
-    float x[4][8], square[4];
-    load_blocks<F, 4>(in, column, block * BLOCK, x, square);
-    make_blocks<F, 4>(x, c);
-    if (!in.norm) return;
-    *half = block % BLOCKS ? *half + tree_of_four(square) : tree_of_four(square);
-    const float sum = sum_of_four(*half);
-    if (threadIdx.x % 4 == 0) squares[block / BLOCKS * FEW_COLUMNS + column] = sum;
+// A pair of blocks of all columns. square: of the lane's part of the chunk, to which those of each block are added in rising order.
+template <enum format F> DEVICE void blocks_of_columns(const input &in, int block, column_block<F> c[2], float *square) {
+    float x[2][8], squares[2];
+    load_blocks<F, 2>(in, threadIdx.x / 4, block * BLOCK, x, squares);
+    make_blocks<F, 2>(x, c);
+    *square = (block % BLOCKS ? *square + squares[0] : squares[0]) + squares[1];
 }
 
 // The chunk of a single column: its 8 blocks are spread over the lanes, of which each makes one.
-template <enum format F> DEVICE column_block<F> block_of_one_column(const input &in, int chunk, float *squares) {
+template <enum format F> DEVICE column_block<F> block_of_one_column(const input &in, int chunk, float *square) {
     const int lane = threadIdx.x;
-    float x[1][8], square[1];
+    float x[1][8], squares[1];
     column_block<F> c[1];
-    load_blocks<F, 1>(in, 0, chunk * CHUNK + lane / 4 * BLOCK, x, square);
+    load_blocks<F, 1>(in, 0, chunk * CHUNK + lane / 4 * BLOCK, x, squares);
     make_blocks<F, 1>(x, c);
-    if (in.norm) {
-        float sum = square[0];
+    if (!in.norm) return c[0];
+    *square = 0;
 #pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
-        sum = sum_of_four(sum);
-        if (lane == 0) squares[chunk * FEW_COLUMNS] = sum;
-    }
+    for (int b = 0; b < BLOCKS; b++) *square += __shfl_sync(WHOLE_WARP, squares[0], 4 * b + lane % 4);
     return c[0];
 }
 
@@ -738,18 +728,22 @@ template <enum format F, int COLUMNS>
 DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
     constexpr int N = blocks_at_once(F);
     fragment<F, N> a, next;
-    column_block<F> c[4];
-    float *sums[1] = {s->v}, half = 0;
+    column_block<F> c[2];
+    float *sums[1] = {s->v}, square = 0;
     load_fragment<F, N>(w, tile, first, &a);
     next = a;
     if (first + N < end) load_fragment<F, N>(w, tile, first + N, &next);
     inputs_ready();
     for (int block = first; block < end; block += N) {
-        if (COLUMNS == 1 && block % BLOCKS == 0) c[0] = block_of_one_column<F>(in, block / BLOCKS, squares);
+        if (COLUMNS == 1 && block % BLOCKS == 0) c[0] = block_of_one_column<F>(in, block / BLOCKS, &square);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            if (COLUMNS > 1 && i % 4 == 0) blocks_of_columns<F>(in, block + i, c, &half, squares);
-            multiply<F, N, 1>(&a, i, COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 4]), sums);
+            if (COLUMNS > 1 && i % 2 == 0) blocks_of_columns<F>(in, block + i, c, &square);
+            multiply<F, N, 1>(&a, i, COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 2]), sums);
+        }
+        if (in.norm) {
+            const float sum = sum_of_four(square);
+            if (threadIdx.x % 4 == 0) squares[block / BLOCKS * FEW_COLUMNS + threadIdx.x / 4] = sum;
         }
         a = next;
         if (block + 2 * N < end) load_fragment<F, N>(w, tile, block + 2 * N, &next);
@@ -802,6 +796,12 @@ DEVICE float scan_state(float h, float dt, float dt_u, float a2, float b, float 
 enum { SCAN_LANES = 16 };
 static constexpr __host__ __device__ int scan_states(int d_state) { return d_state <= 16 ? 1 : d_state <= 64 ? 4 : 16; }
 
+// A state of 16 channels on its way to the second-level cache.
+DEVICE void prefetch_scan_state(const scan &s, int slot, int tile, int thread, int n_threads) {
+    const float *state = s.state + (size_t)slot * s.slot_floats + (size_t)tile * s.d_state * 16;
+    for (int n = 2 * thread; n < s.d_state; n += 2 * n_threads) prefetch(state + 16 * n);  // two states are 128 bytes
+}
+
 // What lane j adds to y for one token of a channel; the state is in memory.
 DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt) {
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
@@ -820,10 +820,23 @@ DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, f
     return part;
 }
 
-// What the lanes add is summed as a tree.
-DEVICE float scan_step_sum(float part) {
-    for (int distance = 1; distance < SCAN_LANES; distance *= 2) part += __shfl_xor_sync(WHOLE_WARP, part, distance);
-    return part;
+// A token of a channel, by its SCAN_LANES lanes: what they add is summed as a tree. All lanes of a warp come here, also those without a channel.
+DEVICE void scan_step(const scan &s, const int *slots, int token, int channel, bool exists, float dt) {
+    const int j = (int)threadIdx.x % SCAN_LANES;
+    const size_t at = (size_t)token * s.ld_u + channel;
+    float y = exists ? scan_part(s, slots[token], token, channel, j, dt) : 0.0f;
+#pragma unroll
+    for (int distance = 1; distance < SCAN_LANES; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
+    if (exists && j == 0) s.y[at] = fmaf(s.d[channel], s.u[at], y) * s.gate[at];
+}
+
+// Of several sequences; blockIdx.x: 16 channels, blockIdx.y: token.
+__global__ void __launch_bounds__(16 * SCAN_LANES) scan_steps(const scan s, const float *dt, const int *slots) {
+    const int token = (int)blockIdx.y, channel = (int)blockIdx.x * 16 + (int)threadIdx.x / SCAN_LANES;
+    next_may_start();
+    prefetch_scan_state(s, slots[token], (int)blockIdx.x, (int)threadIdx.x, 16 * SCAN_LANES);
+    inputs_ready();
+    scan_step(s, slots, token, channel, channel < s.n, channel < s.n ? dt[(size_t)token * s.ld_u + channel] : 0.0f);
 }
 
 enum epilogue {             // what becomes of the products v of a row
@@ -832,7 +845,7 @@ enum epilogue {             // what becomes of the products v of a row
     GATE,                   // y = v, y2 = silu(v)                      in_proj
     CONV,                   // y = the convolution, y2 = silu(v)        in_proj of one token a sequence
     STEP,                   // y = softplus(v + dt_b)                   dt_proj
-    SCAN                    // a step of the scan with that             dt_proj of one token a sequence
+    SCAN                    // a step of the scan with that             dt_proj of one token
 };
 
 struct output {
@@ -857,12 +870,10 @@ DEVICE void store(const output &out, int row, int column, float v) {
 // States that a tile's end will read are on their way to the second-level cache while the block waits for its inputs.
 DEVICE void prefetch_states(const output &out, int column0, int n, int tile) {
     const int thread = (int)(threadIdx.y * 32 + threadIdx.x), n_threads = (int)blockDim.y * 32;
-    if (out.kind == CONV && tile * TILE < out.split)
-        for (int i = thread; i < n * (out.c.d_conv - 1); i += n_threads)
-            prefetch(out.c.state + (size_t)out.slots[column0 + i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
-    if (out.kind == SCAN)
-        for (int i = thread; i < n * ((out.s.d_state + 1) / 2); i += n_threads)  // 128 bytes are two states of 16 channels
-            prefetch(out.s.state + (size_t)out.slots[column0 + i % n] * out.s.slot_floats + ((size_t)tile * out.s.d_state + i / n * 2) * TILE);
+    if (out.kind == SCAN) prefetch_scan_state(out.s, out.slots[column0], tile, thread, n_threads);
+    if (out.kind != CONV || tile * TILE >= out.split) return;
+    for (int i = thread; i < n * (out.c.d_conv - 1); i += n_threads)
+        prefetch(out.c.state + (size_t)out.slots[column0 + i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
 }
 
 // blockIdx.x: COLUMNS (1 or FEW_COLUMNS) at once; blockIdx.y: tile of rows. Block: 32 threads for each warp; warps beyond the slices help
@@ -899,11 +910,8 @@ template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) 
         float v = 0;
         for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
         if (exists) v *= norm_factor(in, squares + local, FEW_COLUMNS, w.n_chunks);
-        if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
-            const int j = (int)threadIdx.x % share;
-            const float y = scan_step_sum(exists ? scan_part(out.s, out.slots[column], column, row, j, softplus(v + out.s.dt_b[row])) : 0.0f);
-            const size_t at = (size_t)column * out.s.ld_u + row;
-            if (exists && j == 0) out.s.y[at] = fmaf(out.s.d[row], out.s.u[at], y) * out.s.gate[at];
+        if (out.kind == SCAN) {
+            scan_step(out.s, out.slots, column, row, exists, exists ? softplus(v + out.s.dt_b[row]) : 0.0f);
         } else if (exists && out.kind == CONV && row < out.split) {
             out.y[(size_t)column * out.ld_y + row] = conv_token(out.c, out.slots[column], row, v);
         } else if (exists) {
@@ -950,7 +958,8 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
         constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;  // units of four blocks; words a lane
         float x[BLOCKS][8], squares[BLOCKS];
         load_blocks<F, BLOCKS>(in, column, chunk * CHUNK, x, squares);
-        square = tree_of_four(squares) + tree_of_four(squares + 4);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) square += squares[b];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             column_block<F> c[4];
@@ -1603,7 +1612,7 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
-    const int n_slices = slice_count(w.n_chunks), columns = in.n == 1 || out.kind == SCAN ? 1 : FEW_COLUMNS;  // the scan is the larger part
+    const int n_slices = slice_count(w.n_chunks), columns = in.n == 1 ? 1 : FEW_COLUMNS;
     const int ends = ceil_div(columns * TILE * (out.kind == SCAN ? SCAN_LANES : 1), 32);  // warps that have something to do at the end
     const dim3 grid((unsigned)ceil_div(in.n, columns), (unsigned)ceil_div(w.rows, TILE)), threads(32, (unsigned)(ends < n_slices ? n_slices : ends));
     const size_t shared = ((size_t)n_slices * TILE + (in.norm ? (size_t)w.n_chunks : 0)) * FEW_COLUMNS * sizeof(float);
@@ -1697,8 +1706,10 @@ static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool o
     product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, 2 * c->d_state, NULL, cv, sc});
     if (c->dt_b_c_rms)
         LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, c->dt_b_c_eps);
-    product(d, l->dt, dt_low, output{one_each ? SCAN : STEP, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
+    product(d, l->dt, dt_low, output{one_each && n_tokens == 1 ? SCAN : STEP, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
     if (!one_each) launch_scan(d, sc, cv, n_spans);
+    else if (n_tokens > 1)
+        LAUNCH(scan_steps, dim3((unsigned)ceil_div(c->d_inner, 16), (unsigned)n_tokens), dim3(16 * SCAN_LANES), 0, d, sc, d->dt, slots_of(d));
     product(d, l->out, y, output{ADD, d->x, NULL, c->d_model, d->ld_model, 0, NULL, cv, sc});
 }
 

@@ -557,7 +557,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     const char *arch = getenv("CUDA_EMU_ARCH");
     const int capability = arch ? atoi(arch) : 80;
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
-         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 2 : 256;
+         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4 : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
 }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {

@@ -1713,17 +1713,16 @@ static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool o
     product(d, l->out, y, output{ADD, d->x, NULL, c->d_model, d->ld_model, 0, NULL, cv, sc});
 }
 
+// Logits of the rows that the batch names, of the normed residual stream.
 static void run_head(struct device *d, int n_rows) {
-    const int n_vocab = d->m->c.n_vocab;
-    const input in = {d->normed, rows_of(d), NULL, n_rows, d->ld_model, 0, 0};
-    product(d, d->head, in, output{STORE, d->logits, NULL, n_vocab, n_vocab, 0, NULL, {}, {}});
+    const struct config *c = &d->m->c;
+    const input in = {d->x, rows_of(d), d->norm, n_rows, d->ld_model, c->d_model, c->norm_eps};
+    product(d, d->head, in, output{STORE, d->logits, NULL, c->n_vocab, c->n_vocab, 0, NULL, {}, {}});
 }
 
 static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
     for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && n_tokens <= d->few);
-    if (n_layers < d->m->c.n_layer) return;
-    LAUNCH(norm_tokens, dim3((unsigned)n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, d->m->c.d_model, d->ld_model, d->m->c.norm_eps);
-    if (n_rows) run_head(d, n_rows);
+    if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
 // A decoding step is one graph, made when a batch of its size first comes.
@@ -1804,6 +1803,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
     int major = 0, clock = 0, width = 0;
     cudaDeviceProp properties;
+    cudaFuncAttributes kernels;  // of what they were compiled for: only code for Hopper and later waits in inputs_ready()
     if (shape.max_tokens > 65535) {  // the y of a grid
         set_error(e, "the GPU takes up to 65535 tokens a pass; use a smaller -ub or -np");
         return NULL;
@@ -1823,9 +1823,10 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
         ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
+        ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
-        d->early_start = major >= 9 && !getenv("NO_PDL");
+        d->early_start = kernels.ptxVersion >= 90 && !getenv("NO_PDL");
         d->few = getenv("FEW") ? atoi(getenv("FEW")) : 8;
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
@@ -1902,8 +1903,11 @@ bool device_logits(struct device *d, const int *tokens, int n, float *logits, in
 }
 
 bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct error *e) {
+    const struct config *c = &d->m->c;
     const size_t n = (size_t)d->n_tokens * (size_t)d->ld_model;
-    if (!ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
+    if (normed)
+        LAUNCH(norm_tokens, dim3((unsigned)d->n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, c->d_model, d->ld_model, c->norm_eps);
+    if (!ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
         !ok(cudaStreamSynchronize(d->stream), "copying rows", e))
         return false;
     for (int t = 0; t < d->n_tokens; t++)

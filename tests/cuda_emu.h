@@ -136,7 +136,7 @@ inline char *aligned_memory(size_t n) {
 inline size_t shared_limit = 48 << 10;    // of a launch; ALLOW_SHARED raises it
 
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
-enum { MAX_WORDS = 12, MAX_THREADS = 1024 };  // words that a lane gives to its warp
+enum { MAX_WORDS = 12, MAX_THREADS = 1024, MAX_COPIES = 256 };  // words that a lane gives to its warp; copies of a thread under way
 #if defined(__SANITIZE_ADDRESS__)
 enum { GUARD = 0 };         // AddressSanitizer has its own
 #else
@@ -158,8 +158,8 @@ struct Fiber {
     unsigned index, mask;   // in the block; of lanes that it waits for
     int line;               // where it waits
     uint32_t words[MAX_WORDS];  // that it gives
-    std::vector<Copy> copies;   // that it has not waited for
-    std::vector<size_t> group_ends;  // of them
+    Copy copies[MAX_COPIES];    // that it has not waited for
+    unsigned n_copies, group_ends[MAX_COPIES], n_groups;  // of them
     EMU_TSAN(void *shadow;)
     EMU_ASAN(void *fake_stack;)
 };
@@ -242,8 +242,7 @@ EMU_UNSEEN inline void fiber_start(Fiber *f, unsigned index) {
     f->index = index;
     f->state = READY;
     f->line = 0;
-    f->copies.clear();
-    f->group_ends.clear();
+    f->n_copies = f->n_groups = 0;
     f->thread = dim3(index % block.block.x, index / block.block.x % block.block.y, index / (block.block.x * block.block.y));
     if (!f->stack) {
         f->stack = (char *)aligned_alloc(4096, stack_bytes);
@@ -414,20 +413,39 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
 // ---- Copies past the registers ----
 // Each is made when its thread waits for it, not before: a wait left out is seen as missing bytes.
 
+namespace emu {
+
+EMU_UNSEEN inline void add_copy(void *to, const void *from, int n) {
+    if ((uintptr_t)to % (unsigned)n || (uintptr_t)from % (unsigned)n) fault("a copy that is not aligned");
+    if (current->n_copies == MAX_COPIES) fault("too many copies under way");
+    current->copies[current->n_copies++] = {to, from, n};
+}
+
+EMU_UNSEEN inline void end_copies() {
+    if (current->n_groups == MAX_COPIES) fault("too many groups of copies");
+    current->group_ends[current->n_groups++] = current->n_copies;
+}
+
+EMU_UNSEEN inline void wait_for_copies(unsigned n_open) {
+    Fiber *f = current;
+    const unsigned n_groups = f->n_groups > n_open ? f->n_groups - n_open : 0, n = n_groups ? f->group_ends[n_groups - 1] : 0;
+    for (unsigned i = 0; i < f->n_copies; i++) {
+        if (i < n) memcpy(f->copies[i].to, f->copies[i].from, (size_t)f->copies[i].n);
+        else f->copies[i - n] = f->copies[i];
+    }
+    for (unsigned i = n_groups; i < f->n_groups; i++) f->group_ends[i - n_groups] = f->group_ends[i] - n;
+    f->n_copies -= n;
+    f->n_groups -= n_groups;
+}
+
+}  // namespace emu
+
 template <int BYTES> inline void copy_async(void *to, const void *from) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "a copy that CUDA does not have");
-    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) emu::fault("a copy that is not aligned");
-    emu::current->copies.push_back({to, from, BYTES});
+    emu::add_copy(to, from, BYTES);
 }
-inline void copies_end() { emu::current->group_ends.push_back(emu::current->copies.size()); }
-template <int N> inline void copies_wait() {
-    emu::Fiber *f = emu::current;
-    const size_t n_groups = f->group_ends.size() > N ? f->group_ends.size() - N : 0, n = n_groups ? f->group_ends[n_groups - 1] : 0;
-    for (size_t i = 0; i < n; i++) memcpy(f->copies[i].to, f->copies[i].from, f->copies[i].n);
-    f->copies.erase(f->copies.begin(), f->copies.begin() + (ptrdiff_t)n);
-    f->group_ends.erase(f->group_ends.begin(), f->group_ends.begin() + (ptrdiff_t)n_groups);
-    for (size_t &end : f->group_ends) end -= n;
-}
+inline void copies_end() { emu::end_copies(); }
+template <int N> inline void copies_wait() { emu::wait_for_copies(N); }
 
 // Kernels run one after the other here.
 inline void inputs_ready() {}
@@ -481,6 +499,7 @@ enum cudaDeviceAttr {
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp { char name[256]; };
+struct cudaFuncAttributes { int ptxVersion; };
 typedef struct emu_stream *cudaStream_t;
 typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
 
@@ -559,6 +578,10 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
          : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4 : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
+}
+template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
+    a->ptxVersion = 80;
+    return emu::call("cudaFuncGetAttributes", cudaErrorUnknown);
 }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = emu::memory_limit();

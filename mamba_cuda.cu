@@ -114,9 +114,9 @@ static __host__ __device__ inline int slice_count(int n_chunks) { return (n_chun
 
 
 // Where a byte q of row r (0 to 15) and column k (of the chunk) stands. Lane = 4 (r % 8) + q-th four of the half block; its words
-// are numbered e = 4 block + 2 (r / 8) + half, and byte i of word e has k % 4 = i.
+// are numbered e = 4 block + 2 half + r / 8, as a tensor core takes them, and byte i of word e has k % 4 = i.
 static void place_q(uint8_t *chunk, enum format f, int r, int k, int q) {
-    const int lane = r % 8 * 4 + k % 16 / 4, e = k / 32 * 4 + r / 8 * 2 + k % 32 / 16, i = k % 4;
+    const int lane = r % 8 * 4 + k % 16 / 4, e = k / 32 * 4 + k % 32 / 16 * 2 + r / 8, i = k % 4;
     const int low = low_bits(f), high = high_bits(f);
     const auto put = [&](uint8_t *plane, int bits, int value) {  // 8 / bits words share one
         const int word = e * bits / 8, shift = e % (8 / bits) * bits;
@@ -166,7 +166,7 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
     for (int r = 0; r < TILE && tile * TILE + r < m->rows; r++) {
         const uint8_t *row = m->data + (size_t)(tile * TILE + r) * m->row_bytes;
         if (is_quantized(f)) unpack(f, row, m->cols, q.data(), scale.data(), min.data());
-        const int run = is_quantized(f) ? 1 : f == F32 ? 4 : 8;  // columns that stay side by side
+        const int run = is_quantized(f) ? 1 : f == F32 ? 4 : 2;  // columns that stay side by side
         for (int k = 0; k < m->cols; k += run) {
             uint8_t *chunk = data + (size_t)(k / CHUNK) * chunk_bytes;
             const int c = k % CHUNK, n = m->cols - k < run ? m->cols - k : run;
@@ -177,7 +177,8 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
             } else if (f == F32) {
                 memcpy(chunk + (c / 4 * TILE + r) * 16, row + 4 * (size_t)k, 4 * (size_t)n);
             } else {
-                memcpy(chunk + ((c / 32 * 2 + r / 8) * 32 + r % 8 * 4 + c % 32 / 8) * 16, row + 2 * (size_t)k, 2 * (size_t)n);
+                const int step = c % 8 / 4;  // of the two that a tensor core takes for a block: four of a lane's eight columns each
+                memcpy(chunk + ((c / 32 * 2 + step) * 32 + r % 8 * 4 + c % 32 / 8) * 16 + (c % 4 / 2 * 2 + r / 8) * 4, row + 2 * (size_t)k, 2 * (size_t)n);
             }
         }
         for (int c = 0; c < n_chunks && is_quantized(f); c++) {
@@ -346,7 +347,7 @@ template <enum format F, int N> struct loaded {
     // Four q of the i-th block, row g + 8 r, half h of the block, less their zero.
     __device__ __forceinline__ uint32_t q(int i, int r, int h) const {
         constexpr int lb = low_bits(F), hb = high_bits(F);
-        const int e = 4 * i + 2 * r + h;
+        const int e = 4 * i + 2 * h + r;
         if constexpr (lb == 8) return words[e];
         uint32_t v = words[e * lb / 8] >> e % (8 / lb) * lb & (lb == 4 ? 0x0f0f0f0fu : 0x03030303u);
         if constexpr (hb > 0) v |= (words[low + e * hb / 8] >> e % (8 / hb) * hb & (hb == 2 ? 0x03030303u : 0x01010101u)) << lb;
@@ -514,7 +515,7 @@ template <enum format F, int N, int R, class T> DEVICE void multiply_block(const
         for (int i = 0; i < 4; i++)  // both halves of 16, high and low parts
 #pragma unroll
             for (int r = 0; r < R; r++) {
-                const uint32_t *at = a[r].weights.words + 8 * n + i / 2 * 2, words[4] = {at[0], at[4], at[1], at[5]};
+                const uint32_t *words = a[r].weights.words + 8 * n + i / 2 * 4;
                 if constexpr (F == F16) mma_f16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
                 else mma_bf16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
             }
@@ -1127,7 +1128,7 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
 // blockIdx.x: columns, y: rows, z: slices. parts: NULL, or where blocks that have not all slices leave the sums of each one,
 // [slices][columns][tiles * TILE].
 template <enum format F, int R, int C>
-__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
+__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
     using S = stage<F, R, C>;
     DYNAMIC_SHARED(uint4, shared);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
@@ -1457,7 +1458,6 @@ struct device {             // owner of all memory on the GPU, of staging and of
     bool use_graphs;
     bool early_start;       // from Hopper on: kernels are started before the last one has ended
     int n_processors;
-    int few;                // columns that product_few takes
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -1611,6 +1611,12 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 
 static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Whether product_few takes n columns: up to 64, where its blocks of 8 columns, each of which reads the weights again, are not many
+// for the GPU. Measured on an H200: at 768 channels it is faster up to 64 columns, at 2560 up to 16.
+static bool are_few(const struct device *d, int n, int rows) {
+    return n <= FEW_COLUMNS || (n <= 8 * FEW_COLUMNS && ceil_div(n, FEW_COLUMNS) * ceil_div(rows, TILE) <= 12 * d->n_processors);
+}
+
 template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
     const int n_slices = slice_count(w.n_chunks), columns = in.n == 1 ? 1 : FEW_COLUMNS;
     const int ends = ceil_div(columns * TILE * (out.kind == SCAN ? SCAN_LANES : 1), 32);  // warps that have something to do at the end
@@ -1642,7 +1648,7 @@ template <enum format F, int R, int C> static void launch_tiles(struct device *d
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
     constexpr int R = is_quantized(F) ? 2 : 4;  // of the largest tiles; scales take registers, too
     const int large = ceil_div(in.n, stage<F, R, 4>::COLUMNS) * ceil_div(w.rows, stage<F, R, 4>::TILES * TILE);
-    if (in.n <= d->few) {
+    if (are_few(d, in.n, w.rows)) {
         launch_few<F>(d, w, in, out);
         return;
     }
@@ -1721,7 +1727,7 @@ static void run_head(struct device *d, int n_rows) {
 }
 
 static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && n_tokens <= d->few);
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && are_few(d, n_tokens, 2 * d->m->c.d_inner));
     if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
@@ -1826,8 +1832,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
         ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
-        d->early_start = kernels.ptxVersion >= 90 && !getenv("NO_PDL");
-        d->few = getenv("FEW") ? atoi(getenv("FEW")) : 8;
+        d->early_start = kernels.ptxVersion >= 90;
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);

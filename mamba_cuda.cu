@@ -986,15 +986,24 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
 
 // A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
 // What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
-enum { TILES_WARPS = 8, SHARED_BYTES = 64 << 10 };  // of Turing's multiprocessors; others have more
+enum { TILES_WARPS = 8, MAX_STAGES = 5 };
 
 template <enum format F, int R, int C> struct stage {
     static constexpr int TILES = 2 * R, GROUPS = 4 * C, COLUMNS = 8 * GROUPS;
     static constexpr int TILE_WORDS = unit_weights(F) + unit_scales(F), OPERANDS = TILES * TILE_WORDS, FACTORS = OPERANDS + GROUPS * unit_operands(F);
     static constexpr int WORDS = FACTORS + unit_blocks(F) * factor_count(F) * COLUMNS / 4;
-    static constexpr int COUNT = SHARED_BYTES / (WORDS * 16) < 5 ? SHARED_BYTES / (WORDS * 16) : 5;
-    static_assert(COUNT >= 2, "one stage is copied while another one is used");
+    // At the end, results [4 groups of 8 columns][LD] and factors [COLUMNS] stand there; LD is so that lanes write to different banks.
+    static constexpr int LD = TILES * TILE + 4, RESULT_BYTES = (32 * LD + COLUMNS) * 4;
+    static_assert(2 * WORDS * 16 <= 64 << 10, "one stage is copied while another one is used, on Turing too");
 };
+
+// Waits for all of a thread's groups of copies but n.
+DEVICE void copies_wait_but(int n) {
+    if (n == 0) copies_wait<0>();
+    else if (n == 1) copies_wait<1>();
+    else if (n == 2) copies_wait<2>();
+    else copies_wait<3>();
+}
 
 // Two blocks of a plane, its lanes' words side by side; a lane's bytes are 4 BITS.
 template <int BITS> DEVICE void copy_plane(uint4 *to, const uint4 *plane, int pair) {
@@ -1006,51 +1015,60 @@ template <int BITS> DEVICE void copy_plane(uint4 *to, const uint4 *plane, int pa
         for (int i = 0; i < BITS / 4; i++) copy_async<16>(to + 32 * i + lane, plane + (pair * BITS / 4 + i) * 32 + lane);
 }
 
-// A warp copies a tile's unit.
-template <enum format F> DEVICE void copy_tile(uint4 *to, const weights &w, int tile, int unit) {
-    constexpr int PER_CHUNK = CHUNK / unit_columns(F);
-    const size_t at = (size_t)tile * w.n_chunks + unit / PER_CHUNK;
-    const uint4 *chunk = w.data + at * chunk_words(F);
-    const int lane = threadIdx.x, pair = unit % PER_CHUNK;
-    if constexpr (is_quantized(F)) {
-        copy_plane<low_bits(F)>(to, chunk, pair);
-        if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(to + 8 * low_bits(F), chunk + 32 * low_bits(F), pair);
-        // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
-        constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
-        const int i = lane / 4, word = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
-        if (lane < unit_scales(F))
-            copy_async<16>(to + unit_weights(F) + lane, (const uint4 *)(w.scales + at * scale_words(F) * TILE) + word * (TILE / 4) + lane % 4);
-    } else {
-#pragma unroll
-        for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(to + i + lane, chunk + unit % PER_CHUNK * unit_weights(F) + i + lane);
-    }
-}
-
-// All threads of a block copy a unit: of its tiles, whose weights are there from the start, and of its columns.
-template <enum format F, int R, int C> DEVICE void copy_tiles(uint4 *to, const weights &w, int tile0, int unit) {
+// Where a thread copies from: everything that does not depend on the unit. A warp copies a tile and some groups of columns.
+template <enum format F, int R, int C> struct source {
     using S = stage<F, R, C>;
-    const int tile = tile0 + (int)threadIdx.y, last = (w.rows + TILE - 1) / TILE - 1;
-    static_assert(S::TILES <= TILES_WARPS, "a warp copies a tile");
-    if ((int)threadIdx.y < S::TILES) copy_tile<F>(to + threadIdx.y * S::TILE_WORDS, w, min(tile, last), unit);  // behind the last: not stored
-}
+    const uint4 *tile, *scales, *operands;
+    const float *factors;
+    int n_units;
+    unsigned ld;
 
-template <enum format F, int R, int C> DEVICE void copy_columns(uint4 *to, const prepared &x, int group0, int unit) {
-    using S = stage<F, R, C>;
-    const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < (S::GROUPS + TILES_WARPS - 1) / TILES_WARPS; i++) {
-        const int group = TILES_WARPS - 1 - (int)threadIdx.y + i * TILES_WARPS;  // first the warps that may have no tile
-        if (group >= S::GROUPS) continue;
-        const uint4 *from = x.operands + ((size_t)(group0 + group) * x.n_units + unit) * unit_operands(F) + threadIdx.x;
-#pragma unroll
-        for (int k = 0; k < unit_operands(F); k += 32) copy_async<16>(to + S::OPERANDS + group * unit_operands(F) + k + threadIdx.x, from + k);
+    __device__ __forceinline__ source(const weights &w, const prepared &x, int tile0, int group0) : n_units(x.n_units), ld((unsigned)x.ld) {
+        const int last = (w.rows + TILE - 1) / TILE - 1, thread = (int)(threadIdx.y * 32 + threadIdx.x), lane = threadIdx.x;
+        const size_t first = (size_t)min(tile0 + (int)threadIdx.y, last) * w.n_chunks;  // behind the last tile: computed, not stored
+        tile = w.data + first * chunk_words(F);
+        scales = (const uint4 *)(w.scales + first * scale_words(F) * TILE) + lane % 4;
+        operands = x.operands + (size_t)group0 * x.n_units * unit_operands(F) + lane;
+        factors = x.factors + group0 * 8 + thread % (S::COLUMNS / 4) * 4;
     }
-    constexpr int FOURS = S::COLUMNS / 4, N = S::WORDS - S::FACTORS;
-    if (thread < N)
-        copy_async<16>(to + S::FACTORS + thread,
-                       x.factors + (size_t)(unit * (N / FOURS) + thread / FOURS) * x.ld + group0 * 8 + thread % FOURS * 4);
-    copies_end();
-}
+
+    // A unit's weights, which are there from the start.
+    __device__ __forceinline__ void copy_tile(uint4 *to, int unit) const {
+        constexpr int PER_CHUNK = CHUNK / unit_columns(F);
+        const int lane = threadIdx.x, pair = unit % PER_CHUNK, chunk = unit / PER_CHUNK;
+        static_assert(S::TILES <= TILES_WARPS, "a warp copies a tile");
+        if ((int)threadIdx.y >= S::TILES) return;
+        to += threadIdx.y * S::TILE_WORDS;
+        if constexpr (is_quantized(F)) {
+            const uint4 *from = tile + chunk * chunk_words(F);
+            copy_plane<low_bits(F)>(to, from, pair);
+            if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(to + 8 * low_bits(F), from + 32 * low_bits(F), pair);
+            // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
+            constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
+            const int i = lane / 4, row = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
+            if (lane < unit_scales(F)) copy_async<16>(to + unit_weights(F) + lane, scales + (chunk * scale_words(F) + row) * (TILE / 4));
+        } else {
+#pragma unroll
+            for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(to + i + lane, tile + unit * unit_weights(F) + i + lane);
+        }
+    }
+
+    // Its columns; ends the group of copies.
+    __device__ __forceinline__ void copy_columns(uint4 *to, int unit) const {
+        const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < (S::GROUPS + TILES_WARPS - 1) / TILES_WARPS; i++) {
+            const int group = TILES_WARPS - 1 - (int)threadIdx.y + i * TILES_WARPS;  // first the warps that may have no tile
+            if (S::GROUPS % TILES_WARPS && group >= S::GROUPS) continue;
+            const uint4 *from = operands + (group * n_units + unit) * unit_operands(F);
+#pragma unroll
+            for (int k = 0; k < unit_operands(F); k += 32) copy_async<16>(to + S::OPERANDS + group * unit_operands(F) + k + threadIdx.x, from + k);
+        }
+        constexpr int FOURS = S::COLUMNS / 4, N = S::WORDS - S::FACTORS;
+        if (thread < N) copy_async<16>(to + S::FACTORS + thread, factors + (size_t)(unsigned)(unit * (N / FOURS) + thread / FOURS) * ld);
+        copies_end();
+    }
+};
 
 // A tile's unit of this lane, from shared memory.
 template <enum format F> DEVICE void load_unit(const uint4 *tile, int unit, fragment<F, unit_blocks(F)> *a) {
@@ -1125,10 +1143,11 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
     }
 }
 
-// blockIdx.x: columns, y: rows, z: slices. parts: NULL, or where blocks that have not all slices leave the sums of each one,
-// [slices][columns][tiles * TILE].
+// blockIdx.x: columns, y: rows, z: slices. Shared: n_stages, of which all but one are on their way. parts: NULL, or where blocks that
+// have not all slices leave the sums of each one, [slices][columns][tiles * TILE].
 template <enum format F, int R, int C>
-__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
+__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts,
+              int n_stages) {
     using S = stage<F, R, C>;
     DYNAMIC_SHARED(uint4, shared);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
@@ -1137,31 +1156,29 @@ __global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2)
     const int g = threadIdx.x / 4, q = threadIdx.x % 4, row0 = (tile0 + (int)threadIdx.y % 2 * R) * TILE + g;
     const int column0 = (group0 + (int)threadIdx.y / 2 * C) * 8 + 2 * q;
     const size_t ld_parts = (size_t)((w.rows + TILE - 1) / TILE * TILE);
+    const source<F, R, C> from(w, x, tile0, group0);
     sums<F> part[R][C] = {};
     float total[R][C][4] = {};
     next_may_start();
-#pragma unroll
-    for (int i = 0; i < S::COUNT - 1; i++)
-        if (slice0 * per + i < end) copy_tiles<F, R, C>(shared + i * S::WORDS, w, tile0, slice0 * per + i);
+    for (int i = 0; i < n_stages - 1 && slice0 * per + i < end; i++) from.copy_tile(shared + i * S::WORDS, slice0 * per + i);
     inputs_ready();
-#pragma unroll
-    for (int i = 0; i < S::COUNT - 1; i++) {
-        if (slice0 * per + i < end) copy_columns<F, R, C>(shared + i * S::WORDS, x, group0, slice0 * per + i);
+    for (int i = 0; i < n_stages - 1; i++) {
+        if (slice0 * per + i < end) from.copy_columns(shared + i * S::WORDS, slice0 * per + i);
         else copies_end();
     }
-    int now = 0, next = S::COUNT - 1;  // stages
+    int now = 0, next = n_stages - 1;
     for (int unit = slice0 * per, slice = slice0, left = per; unit < end; unit++) {
-        copies_wait<S::COUNT - 2>();
+        copies_wait_but(n_stages - 2);
         __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
-        if (unit + S::COUNT - 1 < end) {
-            copy_tiles<F, R, C>(shared + next * S::WORDS, w, tile0, unit + S::COUNT - 1);
-            copy_columns<F, R, C>(shared + next * S::WORDS, x, group0, unit + S::COUNT - 1);
+        if (unit + n_stages - 1 < end) {
+            from.copy_tile(shared + next * S::WORDS, unit + n_stages - 1);
+            from.copy_columns(shared + next * S::WORDS, unit + n_stages - 1);
         } else {
             copies_end();
         }
         multiply_unit<F, R, C>(shared + now * S::WORDS, unit, part);
-        now = now + 1 == S::COUNT ? 0 : now + 1;
-        next = next + 1 == S::COUNT ? 0 : next + 1;
+        now = now + 1 == n_stages ? 0 : now + 1;
+        next = next + 1 == n_stages ? 0 : next + 1;
         if (--left && unit + 1 < end) continue;
 #pragma unroll
         for (int i = 0; i < R * C; i++) {
@@ -1181,9 +1198,8 @@ __global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2)
     }
     if (parts) return;
     // Results go through shared memory, each warp's groups of columns in turn, and from there row after row.
-    constexpr int ROWS = S::TILES * TILE, LD = ROWS + 4;  // so that lanes write to different banks
-    static_assert((32 * LD + S::COLUMNS) * 4 <= S::COUNT * S::WORDS * 16, "results have room where units were");
-    float *results = (float *)shared, *factors = results + 32 * LD;  // [4 groups of 8 columns][LD], [COLUMNS]
+    constexpr int ROWS = S::TILES * TILE, LD = S::LD;
+    float *results = (float *)shared, *factors = results + 32 * LD;
     const int warp = threadIdx.y, thread = warp * 32 + (int)threadIdx.x;
     __syncthreads();
     if (thread < S::COLUMNS && group0 * 8 + thread < in.n) factors[thread] = norm_factor(in, x.squares + group0 * 8 + thread, x.ld, w.n_chunks);
@@ -1457,7 +1473,7 @@ struct device {             // owner of all memory on the GPU, of staging and of
     bool no_bf16;           // Turing: such weights are uploaded as F32
     bool use_graphs;
     bool early_start;       // from Hopper on: kernels are started before the last one has ended
-    int n_processors;
+    int n_processors, max_shared;  // bytes of a block
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -1630,16 +1646,17 @@ template <enum format F> static void launch_few(struct device *d, const weights 
 template <enum format F, int R, int C> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
     using S = stage<F, R, C>;
     const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
-    const size_t shared = (size_t)S::COUNT * S::WORDS * 16, n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
+    const int most = d->max_shared / (S::WORDS * 16), n_stages = most < MAX_STAGES ? most : MAX_STAGES;
+    const size_t units = (size_t)n_stages * S::WORDS * 16, shared = units > S::RESULT_BYTES ? units : S::RESULT_BYTES, n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
     int z = n_parts <= d->max_parts ? d->n_processors / (x * y) : 1;
     z = z < 1 ? 1 : z > n_slices ? n_slices : z;
     prepared columns = d->columns;
     columns.ld = x * S::COLUMNS;
     columns.n_units = ceil_div(w.cols, unit_columns(F));
-    ALLOW_SHARED((product_tiles<F, R, C>), SHARED_BYTES);
+    ALLOW_SHARED((product_tiles<F, R, C>), d->max_shared);
     LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8, (unsigned)w.n_chunks), dim3(32), 0, d, in, columns);
     LAUNCH((product_tiles<F, R, C>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, TILES_WARPS), shared, d, w, columns, in, out,
-           z > 1 ? d->parts : NULL);
+           z > 1 ? d->parts : NULL, n_stages);
     if (z > 1)
         LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
                w.rows, n_slices, w.n_chunks);
@@ -1829,6 +1846,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
         ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
+        ok(cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "being asked for its size", e) &&
         ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;

@@ -495,7 +495,7 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth,
-    cudaDevAttrMultiProcessorCount
+    cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp { char name[256]; };
@@ -544,7 +544,7 @@ template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t
 
 }  // namespace emu
 
-#define ALLOW_SHARED(kernel, bytes) (emu::shared_limit = (bytes))
+#define ALLOW_SHARED(kernel, bytes) (emu::shared_limit = (size_t)(bytes))
 #define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
     ((void)(device), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 
@@ -576,7 +576,8 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     const char *arch = getenv("CUDA_EMU_ARCH");
     const int capability = arch ? atoi(arch) : 80;
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
-         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4 : 256;
+         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4
+         : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (capability < 80 ? 64 << 10 : 99 << 10) : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
 }
 template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {

@@ -3,14 +3,17 @@
 //   make cuda                                      nvcc 12 or later
 //   g++ -x c++ -DCUDA_EMULATION mamba_cuda.cu      on the CPU, for tests: tests/cuda_emu.h
 //
-// One forward is four kernels a layer while sequences decode, one token each:
+// A layer is four products, and what is between them:
 //
 //   in_proj     norm (a factor after the dot product), product, convolution and SiLU
 //   x_proj      product: dt (low rank), B, C
-//   dt_proj     product, selective scan, skip and gate
+//   dt_proj     product, softplus, selective scan, skip and gate
 //   out_proj    product, added to the residual stream
 //
-// Prompts have the convolution and the scan in kernels of their own, which do the same operations in the same order.
+// While one sequence decodes, each line is a kernel (product_few); while some do, the scan is one of its own. Prompts, and more
+// sequences, have the columns of a product prepared once (prepare) and multiplied in tiles (product_tiles, add_slices), and
+// the convolution and the scan are kernels of their own, which do the same operations in the same order. From Hopper on, a kernel starts
+// while the one before it ends: it loads weights, and then waits for its inputs.
 //
 // The promise: on one GPU the same tokens give the same bits whatever the batch, the chunks of a prompt and the kernels' shapes,
 // because a product has one method for all of them. A row of weights times a column of activations is a sum over blocks of
@@ -20,7 +23,7 @@
 //
 //   quantised      bytes, exact; activations are rounded to 8 bits in blocks of 32, as on the CPU
 //   F16, BF16      activations are cut into a high and a low part of the weights' type, which together keep 22 (16) bits
-//   F32            no tensor cores: fused multiply-adds in rising order
+//   F32            no tensor cores: four sums a slice, of every fourth four of its columns in rising order, added as a tree
 //
 // Everything is compiled without contraction of multiplications and additions (-fmad=false).
 //
@@ -178,7 +181,8 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
                 memcpy(chunk + (c / 4 * TILE + r) * 16, row + 4 * (size_t)k, 4 * (size_t)n);
             } else {
                 const int step = c % 8 / 4;  // of the two that a tensor core takes for a block: four of a lane's eight columns each
-                memcpy(chunk + ((c / 32 * 2 + step) * 32 + r % 8 * 4 + c % 32 / 8) * 16 + (c % 4 / 2 * 2 + r / 8) * 4, row + 2 * (size_t)k, 2 * (size_t)n);
+                const int lane = r % 8 * 4 + c % 32 / 8, word = c % 4 / 2 * 2 + r / 8;
+                memcpy(chunk + ((c / 32 * 2 + step) * 32 + lane) * 16 + word * 4, row + 2 * (size_t)k, 2 * (size_t)n);
             }
         }
         for (int c = 0; c < n_chunks && is_quantized(f); c++) {
@@ -501,7 +505,8 @@ DEVICE float exact_float(int sum) { return __uint_as_float((unsigned)sum) - 1258
 
 // dot += the n-th loaded block (of its half h, where groups of 16 have scales) times a column's. A tensor core takes several steps:
 // tiles go side by side, so that none waits for its own last one.
-template <enum format F, int N, int R, class T> DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> &c, T dot[R][4]) {
+template <enum format F, int N, int R, class T>
+DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> &c, T dot[R][4]) {
     if constexpr (is_quantized(F)) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -549,10 +554,10 @@ template <enum format F, int N, int R> DEVICE void multiply(const fragment<F, N>
 
 // ====================================================================================================================
 // Product: y = w x for the columns of x, which are tokens.
-// Kernels differ in who does what, never in what is computed. Up to FEW_COLUMNS, product_few has a warp for each slice of 16
-// rows and makes operands of the columns where it needs them; what follows a product in a layer while decoding is its end. For
-// more, prepare makes the operands once, product_tiles multiplies them from shared memory, and where it has too few
-// blocks to fill the GPU, these take slices of their own, which add_slices adds up.
+// Kernels differ in who does what, never in what is computed. For few columns (are_few()), product_few has a warp for each slice of
+// 16 rows and makes operands of the columns where it needs them; what follows a product in a layer while decoding is its end.
+// For more, prepare makes the operands once, product_tiles multiplies them from shared memory, and where it has too few blocks
+// to fill the GPU, these take slices of their own, which add_slices adds up.
 // ====================================================================================================================
 
 struct input {              // of a product
@@ -724,7 +729,7 @@ template <enum format F> DEVICE operand<F> operand_of_one_column(const column_bl
     return o;
 }
 
-// The same for other formats, in whole blocks, N at once.
+// The same for other formats, in whole blocks, N at once. Weights of 2 N blocks are under way before the inputs are there.
 template <enum format F, int COLUMNS>
 DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
     constexpr int N = blocks_at_once(F);
@@ -882,7 +887,8 @@ DEVICE void prefetch_states(const output &out, int column0, int n, int tile) {
 // Shared: parts [slices][8 columns][TILE rows], squares [chunks][8] where there is a norm.
 template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input whole, const output out) {
     DYNAMIC_SHARED(float, parts);
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y, tile = (int)blockIdx.y, column0 = (int)blockIdx.x * COLUMNS;
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks);
+    const int warp = threadIdx.y, tile = (int)blockIdx.y, column0 = (int)blockIdx.x * COLUMNS;
     const input in = from_column(whole, column0, COLUMNS);
     float *squares = parts + n_slices * FEW_COLUMNS * TILE;
     next_may_start();
@@ -891,11 +897,8 @@ template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) 
         const int g = threadIdx.x / 4, q = threadIdx.x % 4, first = warp * per * CHUNK, end = min(first + per * CHUNK, w.cols);
         sums<F> s = {};
         float own[4];
-        if constexpr (F == F32) {
-            slice_of_floats<COLUMNS>(w, in, tile, first, end, &s, squares);
-        } else {
-            slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares);
-        }
+        if constexpr (F == F32) slice_of_floats<COLUMNS>(w, in, tile, first, end, &s, squares);
+        else slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares);
         own_sums<F>(s, own);
 #pragma unroll
         for (int i = 0; i < 4; i++) parts[(warp * FEW_COLUMNS + 2 * q + i % 2) * TILE + g + i / 2 * 8] = own[i];
@@ -953,10 +956,10 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
         for (int i = 0; i < UNITS; i++) v[i] = load_normed(in, column, (unit0 + i) * unit_columns(F) + 4 * q, &square);
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
-            if (i < n)
-                operands[i * unit_operands(F)] = make_uint4(__float_as_uint(v[i].x), __float_as_uint(v[i].y), __float_as_uint(v[i].z), __float_as_uint(v[i].w));
+            if (i < n) *(float4 *)&operands[i * unit_operands(F)] = v[i];
     } else {
-        constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;  // units of four blocks; words a lane
+        // Words of a lane's block, units of four blocks, 16-byte words of a lane's unit.
+        constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;
         float x[BLOCKS][8], squares[BLOCKS];
         load_blocks<F, BLOCKS>(in, column, chunk * CHUNK, x, squares);
 #pragma unroll
@@ -987,6 +990,9 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
 // A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
 // What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
 enum { TILES_WARPS = 8, MAX_STAGES = 5 };
+
+// Blocks that a multiprocessor has registers for: two of small tiles, where a lane holds few sums and scales.
+static constexpr __host__ __device__ int tiles_at_once(enum format f, int r, int c) { return r * c > 4 || is_k(f) || f == F32 ? 1 : 2; }
 
 template <enum format F, int R, int C> struct stage {
     static constexpr int TILES = 2 * R, GROUPS = 4 * C, COLUMNS = 8 * GROUPS;
@@ -1146,8 +1152,8 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
 // blockIdx.x: columns, y: rows, z: slices. Shared: n_stages, of which all but one are on their way. parts: NULL, or where blocks that
 // have not all slices leave the sums of each one, [slices][columns][tiles * TILE].
 template <enum format F, int R, int C>
-__global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2) product_tiles(const weights w, const prepared x, const input in, const output out, float *parts,
-              int n_stages) {
+__global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(const weights w, const prepared x, const input in, const output out,
+                                                                             float *parts, int n_stages) {
     using S = stage<F, R, C>;
     DYNAMIC_SHARED(uint4, shared);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
@@ -1219,8 +1225,8 @@ __global__ void __launch_bounds__(256, R * C > 4 || is_k(F) || F == F32 ? 1 : 2)
 }
 
 // A thread an output; blockIdx.y: column.
-__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out, int rows,
-                                                  int n_slices, int n_chunks) {
+__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out,
+                                                  int rows, int n_slices, int n_chunks) {
     const int row = (int)(blockIdx.x * 128 + threadIdx.x), column = (int)blockIdx.y;
     const size_t ld_parts = (size_t)((rows + TILE - 1) / TILE * TILE);
     float v = 0;
@@ -1239,7 +1245,9 @@ struct span {               // the new tokens of one sequence
     int slot, token0, n;
 };
 
-DEVICE float4 fma4(float4 a, float4 b, float4 c) { return make_float4(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z), fmaf(a.w, b.w, c.w)); }
+DEVICE float4 fma4(float4 a, float4 b, float4 c) {
+    return make_float4(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z), fmaf(a.w, b.w, c.w));
+}
 
 // u = silu(convolution of x), a thread for four channels of a token; what pads the channels is zero and stays so. x [tokens][ld], the
 // products of in_proj. Does not move the state, which the first tokens of every span read: scan_tokens does.
@@ -1416,7 +1424,8 @@ DEVICE bool is_better(float logit, int id, float than, int than_id) {
 
 // A block a row. banned: bits of tokens that are not drawn.
 enum { CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / 32 };
-__global__ void __launch_bounds__(CHOOSE_THREADS) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices, int n_vocab) {
+__global__ void __launch_bounds__(CHOOSE_THREADS) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices,
+                                                              int n_vocab) {
     DYNAMIC_SHARED(float, parts);  // [warps] best, id (as bits), max, poison
     const float *row = logits + (size_t)blockIdx.x * n_vocab;
     const int warp = (int)threadIdx.x / 32;
@@ -1647,7 +1656,8 @@ template <enum format F, int R, int C> static void launch_tiles(struct device *d
     using S = stage<F, R, C>;
     const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
     const int most = d->max_shared / (S::WORDS * 16), n_stages = most < MAX_STAGES ? most : MAX_STAGES;
-    const size_t units = (size_t)n_stages * S::WORDS * 16, shared = units > S::RESULT_BYTES ? units : S::RESULT_BYTES, n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
+    const size_t units = (size_t)n_stages * S::WORDS * 16, shared = units > S::RESULT_BYTES ? units : S::RESULT_BYTES;
+    const size_t n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
     int z = n_parts <= d->max_parts ? d->n_processors / (x * y) : 1;
     z = z < 1 ? 1 : z > n_slices ? n_slices : z;
     prepared columns = d->columns;
@@ -1724,7 +1734,8 @@ static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool o
     const input u = {d->u, NULL, NULL, n_tokens, d->ld_inner, 0, 0}, dt_low = {d->dt_low, NULL, NULL, n_tokens, d->ld_dt, 0, 0};
     const input y = {d->y, NULL, NULL, n_tokens, d->ld_inner, 0, 0};
     const dim3 channels((unsigned)ceil_div(c->d_inner, 4 * 128), (unsigned)n_tokens);
-    product(d, l->in, x, output{one_each ? CONV : GATE, one_each ? d->u : d->u_in, d->gate, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
+    float *in_to = one_each ? d->u : d->u_in;
+    product(d, l->in, x, output{one_each ? CONV : GATE, in_to, d->gate, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
     if (!one_each) LAUNCH(conv_tokens, channels, dim3(128), 0, d, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
     product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, 2 * c->d_state, NULL, cv, sc});
     if (c->dt_b_c_rms)
@@ -1900,7 +1911,8 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
 }
 
 bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
-    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(CHOOSE_THREADS), CHOOSE_WARPS * 4 * sizeof(float), d, d->logits, d->banned, d->choices, d->m->c.n_vocab);
+    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(CHOOSE_THREADS), CHOOSE_WARPS * 4 * sizeof(float), d, d->logits, d->banned, d->choices,
+           d->m->c.n_vocab);
     const size_t bytes = (size_t)n_rows * sizeof *choices;
     if (!ok(cudaMemcpyAsync(d->host_choices, d->choices, bytes, cudaMemcpyDeviceToHost, d->stream), "copying tokens", e) ||
         !ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "choosing tokens", e))
@@ -1930,7 +1942,8 @@ bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct er
     const size_t n = (size_t)d->n_tokens * (size_t)d->ld_model;
     if (normed)
         LAUNCH(norm_tokens, dim3((unsigned)d->n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, c->d_model, d->ld_model, c->norm_eps);
-    if (!ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
+    if (!ok(cudaGetLastError(), "starting a kernel", e) ||
+        !ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
         !ok(cudaStreamSynchronize(d->stream), "copying rows", e))
         return false;
     for (int t = 0; t < d->n_tokens; t++)

@@ -1172,19 +1172,19 @@ __global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(con
         if (slice0 * per + i < end) from.copy_columns(shared + i * S::WORDS, slice0 * per + i);
         else copies_end();
     }
-    int now = 0, next = n_stages - 1;
-    for (int unit = slice0 * per, slice = slice0, left = per; unit < end; unit++) {
+    int now = 0;
+    for (int unit = slice0 * per, left = per; unit < end; unit++) {
         copies_wait_but(n_stages - 2);
         __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
         if (unit + n_stages - 1 < end) {
-            from.copy_tile(shared + next * S::WORDS, unit + n_stages - 1);
-            from.copy_columns(shared + next * S::WORDS, unit + n_stages - 1);
+            uint4 *last = shared + (now ? now - 1 : n_stages - 1) * S::WORDS;
+            from.copy_tile(last, unit + n_stages - 1);
+            from.copy_columns(last, unit + n_stages - 1);
         } else {
             copies_end();
         }
         multiply_unit<F, R, C>(shared + now * S::WORDS, unit, part);
         now = now + 1 == n_stages ? 0 : now + 1;
-        next = next + 1 == n_stages ? 0 : next + 1;
         if (--left && unit + 1 < end) continue;
 #pragma unroll
         for (int i = 0; i < R * C; i++) {
@@ -1196,10 +1196,9 @@ __global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(con
             for (int k = 0; k < 4; k++) {
                 const int row = row0 + r * TILE + k / 2 * 8, column = column0 + c * 8 + k % 2;
                 total[r][c][k] += own[k];
-                if (parts && row < w.rows && column < in.n) parts[((size_t)slice * in.n + column) * ld_parts + row] = own[k];
+                if (parts && row < w.rows && column < in.n) parts[((size_t)(unit / per) * in.n + column) * ld_parts + row] = own[k];
             }
         }
-        slice++;
         left = per;
     }
     if (parts) return;
@@ -1339,7 +1338,7 @@ DEVICE float scan_sums(const float part[SCAN_GROUP], int j) {
 
 // dt [tokens][ld_u]; conv_in [tokens][ld_u], the inputs of the convolution, which is over: its state moves on, too.
 template <int PER_LANE>
-__global__ void __launch_bounds__(SCAN_THREADS) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in, const span *spans) {
+__global__ void __launch_bounds__(SCAN_THREADS, 2) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in, const span *spans) {
     constexpr int STATES = PER_LANE * SCAN_LANES, TOKENS = scan_tile<STATES>::TOKENS;
     DYNAMIC_SHARED(scan_tile<STATES>, tiles);  // [2]
     const int j = (int)threadIdx.x % SCAN_LANES, local = (int)threadIdx.x / SCAN_LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;

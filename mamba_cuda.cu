@@ -3,14 +3,17 @@
 //   make cuda                                      nvcc 12 or later
 //   g++ -x c++ -DCUDA_EMULATION mamba_cuda.cu      on the CPU, for tests: tests/cuda_emu.h
 //
-// One forward is four kernels a layer while sequences decode, one token each:
+// A layer is four products, and what is between them:
 //
 //   in_proj     norm (a factor after the dot product), product, convolution and SiLU
 //   x_proj      product: dt (low rank), B, C
-//   dt_proj     product, selective scan, skip and gate
+//   dt_proj     product, softplus, selective scan, skip and gate
 //   out_proj    product, added to the residual stream
 //
-// Prompts have the convolution and the scan in kernels of their own, which do the same operations in the same order.
+// While one sequence decodes, each line is a kernel (product_few); while some do, the scan is one of its own. Prompts, and more
+// sequences, have the columns of a product prepared once (prepare) and multiplied in tiles (product_tiles, add_slices), and
+// the convolution and the scan are kernels of their own, which do the same operations in the same order. From Hopper on, a kernel starts
+// while the one before it ends: it loads weights, and then waits for its inputs.
 //
 // The promise: on one GPU the same tokens give the same bits whatever the batch, the chunks of a prompt and the kernels' shapes,
 // because a product has one method for all of them. A row of weights times a column of activations is a sum over blocks of
@@ -20,7 +23,7 @@
 //
 //   quantised      bytes, exact; activations are rounded to 8 bits in blocks of 32, as on the CPU
 //   F16, BF16      activations are cut into a high and a low part of the weights' type, which together keep 22 (16) bits
-//   F32            no tensor cores: fused multiply-adds in rising order
+//   F32            no tensor cores: four sums a slice, of every fourth four of its columns in rising order, added as a tree
 //
 // Everything is compiled without contraction of multiplications and additions (-fmad=false).
 //
@@ -41,7 +44,29 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) unsigned char name##_bytes[]; type *name = (type *)name##_bytes
-#define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
+    launch(kernel, grid, threads, shared_bytes, (device)->stream, (device)->early_start, __VA_ARGS__)
+
+// More shared memory than 48 KB is asked for, once for each kernel; where that fails, so does the launch.
+#define ALLOW_SHARED(kernel, bytes) \
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
+    (void)allowed
+
+// early: the kernel may be started before the last one has ended, and waits for it itself (inputs_ready()).
+template <class... P, class... A>
+static void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, P(args)...);  // an error stays until cudaGetLastError()
+}
 #endif
 
 #define DEVICE static __device__ __forceinline__
@@ -74,17 +99,13 @@ static constexpr __host__ __device__ int scale_words(enum format f) {
     return !is_quantized(f) ? 0 : is_k(f) ? 1 + CHUNK / group_of(f) / 4 * (has_min(f) ? 2 : 1) : has_min(f) ? 8 : 4;
 }
 
-// Blocks whose weights are loaded together: more where a warp has one tile of rows and few columns, since then loads in flight
-// are what counts, and registers are left.
-static constexpr __host__ __device__ int blocks_at_once(enum format f, int r, int c) {
-    const int n = !is_quantized(f) ? 1 : f == Q8_0 ? 2 : 4;
-    return r * c > 1 ? n : n == 1 ? 4 : 8;
-}
+// Blocks whose weights a warp loads together where it has few columns: loads in flight are what counts then.
+static constexpr __host__ __device__ int blocks_at_once(enum format f) { return is_quantized(f) && f != Q8_0 ? 8 : 4; }
 
 struct weights {            // a matrix on the device
     const uint4 *data;      // [n_tiles][n_chunks][chunk_words]
     const unsigned *scales; // [n_tiles][n_chunks][scale_words][16 rows]
-    int rows, n_chunks;
+    int rows, cols, n_chunks;
     enum format format;
 };
 
@@ -96,9 +117,9 @@ static __host__ __device__ inline int slice_count(int n_chunks) { return (n_chun
 
 
 // Where a byte q of row r (0 to 15) and column k (of the chunk) stands. Lane = 4 (r % 8) + q-th four of the half block; its words
-// are numbered e = 4 block + 2 (r / 8) + half, and byte i of word e has k % 4 = i.
+// are numbered e = 4 block + 2 half + r / 8, as a tensor core takes them, and byte i of word e has k % 4 = i.
 static void place_q(uint8_t *chunk, enum format f, int r, int k, int q) {
-    const int lane = r % 8 * 4 + k % 16 / 4, e = k / 32 * 4 + r / 8 * 2 + k % 32 / 16, i = k % 4;
+    const int lane = r % 8 * 4 + k % 16 / 4, e = k / 32 * 4 + k % 32 / 16 * 2 + r / 8, i = k % 4;
     const int low = low_bits(f), high = high_bits(f);
     const auto put = [&](uint8_t *plane, int bits, int value) {  // 8 / bits words share one
         const int word = e * bits / 8, shift = e % (8 / bits) * bits;
@@ -148,7 +169,7 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
     for (int r = 0; r < TILE && tile * TILE + r < m->rows; r++) {
         const uint8_t *row = m->data + (size_t)(tile * TILE + r) * m->row_bytes;
         if (is_quantized(f)) unpack(f, row, m->cols, q.data(), scale.data(), min.data());
-        const int run = is_quantized(f) ? 1 : f == F32 ? 4 : 8;  // columns that stay side by side
+        const int run = is_quantized(f) ? 1 : f == F32 ? 4 : 2;  // columns that stay side by side
         for (int k = 0; k < m->cols; k += run) {
             uint8_t *chunk = data + (size_t)(k / CHUNK) * chunk_bytes;
             const int c = k % CHUNK, n = m->cols - k < run ? m->cols - k : run;
@@ -159,7 +180,9 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
             } else if (f == F32) {
                 memcpy(chunk + (c / 4 * TILE + r) * 16, row + 4 * (size_t)k, 4 * (size_t)n);
             } else {
-                memcpy(chunk + ((c / 32 * 2 + r / 8) * 32 + r % 8 * 4 + c % 32 / 8) * 16, row + 2 * (size_t)k, 2 * (size_t)n);
+                const int step = c % 8 / 4;  // of the two that a tensor core takes for a block: four of a lane's eight columns each
+                const int lane = r % 8 * 4 + c % 32 / 8, word = c % 4 / 2 * 2 + r / 8;
+                memcpy(chunk + ((c / 32 * 2 + step) * 32 + lane) * 16 + word * 4, row + 2 * (size_t)k, 2 * (size_t)n);
             }
         }
         for (int c = 0; c < n_chunks && is_quantized(f); c++) {
@@ -182,30 +205,91 @@ static void fill_tile(const struct matrix *m, enum format f, int tile, int n_chu
 // d += a * b, m16n8k16. The emulation brings its own.
 DEVICE void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     for (int half = 0; half < 2; half++)
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
 }
 
 DEVICE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #if __CUDA_ARCH__ >= 800    // on Turing BF16 weights are uploaded as F32
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
 DEVICE void mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(b));
 #else
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[0]), "+r"(d[1]) : "r"(a0), "r"(b));
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[2]), "+r"(d[3]) : "r"(a1), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[0]), "+r"(d[1]) : "r"(a0), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(d[2]), "+r"(d[3]) : "r"(a1), "r"(b));
 #endif
+}
+
+// d += a * b, m16n8k32: a holds rows g and g + 8 of the first half, then of the second.
+DEVICE void mma_s8_block(int d[4], const uint32_t a[4], const uint32_t b[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    mma_s8(d, a[0], a[1], b[0]);
+    mma_s8(d, a[2], a[3], b[1]);
+#endif
+}
+
+// From global to shared memory past the registers: 4, 8 or 16 bytes of each thread, aligned to as many. Copies up to
+// copies_end() are a group, and copies_wait<N>() waits for all of a thread's groups but the last N.
+template <int BYTES> DEVICE void copy_async(void *shared, const void *global) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+#else
+    if constexpr (BYTES == 16) *(uint4 *)shared = *(const uint4 *)global;
+    else if constexpr (BYTES == 8) *(uint2 *)shared = *(const uint2 *)global;
+    else *(unsigned *)shared = *(const unsigned *)global;
+#endif
+}
+
+DEVICE void copies_end() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int N> DEVICE void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// A kernel may be started before the one before it has ended (launch()): it waits here before it touches what others write or
+// read, and says at its start that the next one may be started, too.
+DEVICE void inputs_ready() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void next_may_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// To the second-level cache, in which nothing gets old.
+DEVICE void prefetch(const void *global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// 2^x, where what is below the smallest normal number is 0.
+DEVICE float exp2_flushed(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 #endif
 
@@ -267,7 +351,7 @@ template <enum format F, int N> struct loaded {
     // Four q of the i-th block, row g + 8 r, half h of the block, less their zero.
     __device__ __forceinline__ uint32_t q(int i, int r, int h) const {
         constexpr int lb = low_bits(F), hb = high_bits(F);
-        const int e = 4 * i + 2 * r + h;
+        const int e = 4 * i + 2 * h + r;
         if constexpr (lb == 8) return words[e];
         uint32_t v = words[e * lb / 8] >> e % (8 / lb) * lb & (lb == 4 ? 0x0f0f0f0fu : 0x03030303u);
         if constexpr (hb > 0) v |= (words[low + e * hb / 8] >> e % (8 / hb) * hb & (hb == 2 ? 0x03030303u : 0x01010101u)) << lb;
@@ -284,11 +368,20 @@ template <enum format F, int N> struct group_scales {
     // row: the chunk's words, moved to the row; b: the first block, a multiple of N
     __device__ __forceinline__ void load(const unsigned *row, int b) {
         const unsigned *first = row + ((is_k(F) ? 1 : 0) + b / per_word) * TILE;
+        const int shift = N < per_word ? b % per_word * 8 : 0;
         if constexpr (is_k(F)) super = row[0];
 #pragma unroll
-        for (int i = 0; i < n; i++) scale_words[i] = first[i * TILE];
+        for (int i = 0; i < n; i++) scale_words[i] = first[i * TILE] >> shift;
 #pragma unroll
-        for (int i = 0; i < n && has_min(F); i++) min_words[i] = first[(BLOCKS / per_word + i) * TILE];
+        for (int i = 0; i < n && has_min(F); i++) min_words[i] = first[(BLOCKS / per_word + i) * TILE] >> shift;
+    }
+
+    // The same of a unit in shared memory, which has a row of 16 words for each word loaded; b: the row's block
+    __device__ __forceinline__ void take(const unsigned *rows, int b) {
+        const int shift = N < per_word ? b % per_word * 8 : 0, at = is_k(F) ? TILE : 0;
+        super = rows[0];
+        scale_words[0] = rows[at] >> shift;
+        min_words[0] = has_min(F) ? rows[at + TILE] >> shift : 0;
     }
 
     __device__ __forceinline__ float one(const unsigned *words, int upper, int i, int h) const {
@@ -303,32 +396,38 @@ template <enum format F, int N> struct group_scales {
     __device__ __forceinline__ float min(int i, int h) const { return is_k(F) ? -one(min_words, 1, i, h) : one(min_words, 0, i, h); }
 };
 
-// A column's block of activations as the product takes it, and what the result is multiplied by.
+// Numbers that go with a column's block: its scale, and for minima the scale times the sum of its bytes, or of each half's.
+static constexpr __host__ __device__ int factor_count(enum format f) { return f == F32 ? 0 : !has_min(f) ? 1 : group_of(f) == 16 ? 3 : 2; }
+
+// A block of activations of one column, as the four lanes that share column g hold it.
 template <enum format F> struct column_block {
     uint32_t b[is_quantized(F) ? 2 : 8];  // bytes of both halves; or pairs: high parts [4], low parts [4]
-    float scale[2];         // of columns 2 q and 2 q + 1
-    float sum[2][2];        // [half][column] scale * sum of the bytes, for minima
+    float factors[factor_count(F)];
 };
 
-// The largest magnitude of a block, as bits: those of a NaN are larger than those of infinity, and so it is not lost.
-DEVICE unsigned block_max(const float v[8]) {
-    unsigned max_bits = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) max_bits = max(max_bits, __float_as_uint(v[i]) & 0x7fffffffu);
-    max_bits = max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 1));
-    return max(max_bits, __shfl_xor_sync(WHOLE_WARP, max_bits, 2));
-}
+// What a lane multiplies with: the operand, of column g, and the factors, of its results' columns 2 q and 2 q + 1.
+template <enum format F> struct operand {
+    uint32_t b[is_quantized(F) ? 2 : 8];
+    float factors[factor_count(F)][2];
+};
 
-// A value that the four lanes of column g share, of columns 2 q and 2 q + 1.
-DEVICE void of_own_columns(float v, float own[2]) {
-    const int q = threadIdx.x % 4;
-    own[0] = __shfl_sync(WHOLE_WARP, v, 8 * q);
-    own[1] = __shfl_sync(WHOLE_WARP, v, 8 * q + 4);
+// The largest magnitudes of N blocks, as bits: those of a NaN are larger than those of infinity, and so it is not lost.
+template <int N> DEVICE void block_max(const float v[N][8], unsigned max_bits[N]) {
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+        max_bits[b] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) max_bits[b] = max(max_bits[b], __float_as_uint(v[b][i]) & 0x7fffffffu);
+    }
+#pragma unroll
+    for (int b = 0; b < N; b++) max_bits[b] = max(max_bits[b], __shfl_xor_sync(WHOLE_WARP, max_bits[b], 1));
+#pragma unroll
+    for (int b = 0; b < N; b++) max_bits[b] = max(max_bits[b], __shfl_xor_sync(WHOLE_WARP, max_bits[b], 2));
 }
 
 // q = round(x / scale), scale = max|x| / 127, as the CPU does it.
-template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F> *c) {
-    const float largest = __uint_as_float(block_max(v)), scale = largest / 127.0f;
+template <enum format F> DEVICE void make_bytes(const float v[8], unsigned max_bits, column_block<F> *c) {
+    const float largest = __uint_as_float(max_bits), scale = largest / 127.0f;
     const float inverse = largest > 1e-30f && largest < 1e30f ? 127.0f / largest : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -336,7 +435,7 @@ template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F
 #pragma unroll
         for (int i = 0; i < 4; i++) c->b[h] |= ((unsigned)__float2int_rn(v[4 * h + i] * inverse) & 255u) << 8 * i;
     }
-    of_own_columns(scale, c->scale);
+    c->factors[0] = scale;
     if constexpr (has_min(F)) {
         int sums[2];
 #pragma unroll
@@ -346,18 +445,18 @@ template <enum format F> DEVICE void make_bytes(const float v[8], column_block<F
             sums[h] = s + __shfl_xor_sync(WHOLE_WARP, s, 2);
         }
         if (group_of(F) == 32) sums[0] += sums[1];
-        of_own_columns(scale * (float)sums[0], c->sum[0]);
-        if (group_of(F) == 16) of_own_columns(scale * (float)sums[1], c->sum[1]);
+        c->factors[1] = scale * (float)sums[0];
+        if constexpr (group_of(F) == 16) c->factors[2] = scale * (float)sums[1];
     }
 }
 
 // x = 2^e * (high + low): a power of two brings the block's largest to between 1 and 2, so that neither part leaves the
 // range of its type. Blocks of denormals count as zero; infinities and NaN reach the result through the scale.
-template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F> *c) {
-    const unsigned bits = block_max(v), exponent = bits >> 23;
+template <enum format F> DEVICE void make_pairs(const float v[8], unsigned max_bits, column_block<F> *c) {
+    const unsigned exponent = max_bits >> 23;
     const bool finite = exponent < 254;
     const float inverse = exponent > 0 && finite ? __uint_as_float((254 - exponent) << 23) : 0.0f;
-    of_own_columns(finite ? __uint_as_float(exponent << 23) : __uint_as_float(0x7fc00000), c->scale);
+    c->factors[0] = finite ? __uint_as_float(exponent << 23) : __uint_as_float(0x7fc00000);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float a = v[2 * i] * inverse, b = v[2 * i + 1] * inverse;
@@ -367,51 +466,98 @@ template <enum format F> DEVICE void make_pairs(const float v[8], column_block<F
     }
 }
 
+template <enum format F, int N> DEVICE void make_blocks(const float v[N][8], column_block<F> c[N]) {
+    unsigned max_bits[N];
+    block_max<N>(v, max_bits);
+#pragma unroll
+    for (int b = 0; b < N; b++) {
+        if constexpr (is_quantized(F)) make_bytes<F>(v[b], max_bits[b], &c[b]);
+        else make_pairs<F>(v[b], max_bits[b], &c[b]);
+    }
+}
+
+// A value that the four lanes of column g share, of columns 2 q and 2 q + 1.
+DEVICE void of_own_columns(float v, float own[2]) {
+    const int q = threadIdx.x % 4;
+    own[0] = __shfl_sync(WHOLE_WARP, v, 8 * q);
+    own[1] = __shfl_sync(WHOLE_WARP, v, 8 * q + 4);
+}
+
+template <enum format F> DEVICE operand<F> operand_of(const column_block<F> &c) {
+    operand<F> o;
+#pragma unroll
+    for (int i = 0; i < (is_quantized(F) ? 2 : 8); i++) o.b[i] = c.b[i];
+#pragma unroll
+    for (int i = 0; i < factor_count(F); i++) of_own_columns(c.factors[i], o.factors[i]);
+    return o;
+}
+
 // Rows g and g + 8 of a tile, N blocks of them.
 template <enum format F, int N> struct fragment {
     loaded<F, N> weights;
     group_scales<F, N> scales[2];  // not loaded, and so not there, for floats
 };
 
-// sum += the i-th loaded block of a tile's rows times a column block.
-template <enum format F, int N> DEVICE void multiply(const fragment<F, N> &w, int n, const column_block<F> &c, float sum[4]) {
+// A sum of bytes' products as a float. Such sums start from EXACT, whose bits as a float are 1.5 * 2^23: a sum below 2^22 in
+// magnitude then stands in the mantissa, and one subtraction is cheaper than a conversion.
+enum { EXACT = 0x4b400000 };
+DEVICE float exact_float(int sum) { return __uint_as_float((unsigned)sum) - 12582912.0f; }
+
+// dot += the n-th loaded block (of its half h, where groups of 16 have scales) times a column's. A tensor core takes several steps:
+// tiles go side by side, so that none waits for its own last one.
+template <enum format F, int N, int R, class T>
+DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> &c, T dot[R][4]) {
     if constexpr (is_quantized(F)) {
-        int dot[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            mma_s8(dot, w.weights.q(n, 0, h), w.weights.q(n, 1, h), c.b[h]);
-            if (group_of(F) == 32 && h == 0) continue;
+        for (int r = 0; r < R; r++) {
+            const loaded<F, N> &w = a[r].weights;
+            const uint32_t words[4] = {w.q(n, 0, h), w.q(n, 1, h), w.q(n, 0, 1), w.q(n, 1, 1)};
+            if constexpr (group_of(F) == 16) mma_s8(dot[r], words[0], words[1], c.b[h]);
+            else mma_s8_block(dot[r], words, c.b);
+        }
+    } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const group_scales<F, N> &row = w.scales[i / 2];
-                sum[i] = fmaf(row.scale(n, h) * c.scale[i % 2], (float)dot[i], sum[i]);
-                if constexpr (has_min(F)) sum[i] = fmaf(row.min(n, h), c.sum[group_of(F) == 16 ? h : 0][i % 2], sum[i]);
-                dot[i] = 0;
+        for (int i = 0; i < 4; i++)  // both halves of 16, high and low parts
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                const uint32_t *words = a[r].weights.words + 8 * n + i / 2 * 4;
+                if constexpr (F == F16) mma_f16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
+                else mma_bf16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
+            }
+    }
+}
+
+// sums[r] += the n-th loaded block of R tiles times a column's block.
+template <enum format F, int N, int R> DEVICE void multiply(const fragment<F, N> a[R], int n, const operand<F> &c, float *const sums[R]) {
+    if constexpr (is_quantized(F)) {
+#pragma unroll
+        for (int h = 0; h < BLOCK / group_of(F); h++) {
+            int dot[R][4];
+#pragma unroll
+            for (int i = 0; i < 4 * R; i++) dot[i / 4][i % 4] = EXACT;
+            multiply_block<F, N, R>(a, n, h, c, dot);
+#pragma unroll
+            for (int i = 0; i < 4 * R; i++) {
+                const group_scales<F, N> &row = a[i / 4].scales[i % 4 / 2];
+                float *sum = &sums[i / 4][i % 4];
+                *sum = fmaf(row.scale(n, h) * c.factors[0][i % 2], exact_float(dot[i / 4][i % 4]), *sum);
+                if constexpr (has_min(F)) *sum = fmaf(row.min(n, h), c.factors[1 + h][i % 2], *sum);
             }
         }
     } else {
-        float dot[4] = {0, 0, 0, 0};
+        float dot[R][4] = {};
+        multiply_block<F, N, R>(a, n, 0, c, dot);
 #pragma unroll
-        for (int step = 0; step < 2; step++) {
-            const uint32_t *at = w.weights.words + 8 * n + 2 * step, a[4] = {at[0], at[4], at[1], at[5]};
-            if constexpr (F == F16) {
-                mma_f16(dot, a, c.b + 2 * step);
-                mma_f16(dot, a, c.b + 4 + 2 * step);
-            } else {
-                mma_bf16(dot, a, c.b + 2 * step);
-                mma_bf16(dot, a, c.b + 4 + 2 * step);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(c.scale[i % 2], dot[i], sum[i]);
+        for (int i = 0; i < 4 * R; i++) sums[i / 4][i % 4] = fmaf(c.factors[0][i % 2], dot[i / 4][i % 4], sums[i / 4][i % 4]);
     }
 }
 
 // ====================================================================================================================
 // Product: y = w x for the columns of x, which are tokens.
-// The two kernels below differ in who does what, never in what is computed: product_split has a warp for each slice of 16 rows
-// and few columns, and what follows a product in a layer while decoding; product_tiles has many columns, and its warps take
-// slices one after the other.
+// Kernels differ in who does what, never in what is computed. For few columns (are_few()), product_few has a warp for each slice of
+// 16 rows and makes operands of the columns where it needs them; what follows a product in a layer while decoding is its end.
+// For more, prepare makes the operands once, product_tiles multiplies them from shared memory, and where it has too few blocks
+// to fill the GPU, these take slices of their own, which add_slices adds up.
 // ====================================================================================================================
 
 struct input {              // of a product
@@ -426,108 +572,189 @@ DEVICE const float *input_row(const input &in, int column) {
     return in.x + (size_t)(in.rows ? in.rows[column] : column) * (size_t)in.ld;
 }
 
+// At most n columns from `first` on.
+DEVICE input from_column(input in, int first, int n) {
+    if (in.rows) in.rows += first;
+    else in.x += (size_t)first * (size_t)in.ld;
+    in.n = min(n, in.n - first);
+    return in;
+}
+
 DEVICE float4 load4(const float *p) { return *(const float4 *)p; }
+
+DEVICE float4 floats_of(uint4 v) { return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)); }
 
 DEVICE float4 times(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 
 DEVICE float dot4(float4 a, float4 b, float sum) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum)))); }
 
-// One slice of R tiles and C times 8 columns: sums [R][C][4] as a lane holds them, and the sums of squares of its own columns.
-template <int R, int C> struct sums {
-    float v[R][C][4];
-    float squares[C][2];
-};
-
-// F32: a lane reads its own two columns, and rows g and g + 8.
-template <int R, int C>
-DEVICE void slice_of_floats(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-    const int g = threadIdx.x / 4, q = threadIdx.x % 4;
-    for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll 1
-        for (int k = 0; k < CHUNK; k += 4) {
-            float4 x[C][2];
-#pragma unroll
-            for (int i = 0; i < 2 * C; i++) {
-                const int column = column0 + i / 2 * 8 + 2 * q + i % 2;
-                float4 v = make_float4(0, 0, 0, 0);
-                if (column < in.n) v = load4(input_row(in, column) + chunk * CHUNK + k);
-                s->squares[i / 2][i % 2] = dot4(v, v, s->squares[i / 2][i % 2]);
-                x[i / 2][i % 2] = in.norm ? times(v, load4(in.norm + chunk * CHUNK + k)) : v;
-            }
-#pragma unroll
-            for (int i = 0; i < 2 * R; i++) {
-                const uint4 bits = w.data[((size_t)tile[i / 2] * w.n_chunks + chunk) * chunk_words(F32) + k / 4 * TILE + g + i % 2 * 8];
-                const float4 a = make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
-#pragma unroll
-                for (int j = 0; j < 2 * C; j++) {
-                    float *sum = &s->v[i / 2][j / 2][i % 2 * 2 + j % 2];
-                    *sum = dot4(a, x[j / 2][j % 2], *sum);
-                }
-            }
-        }
+// Four floats of a column times the norm's weight, zeros where there is no such column; adds the squares of those without it.
+DEVICE float4 load_normed(const input &in, int column, int k, float *squares) {
+    const float4 v = column < in.n ? load4(input_row(in, column) + k) : make_float4(0, 0, 0, 0);
+    if (!in.norm) return v;
+    *squares = dot4(v, v, *squares);
+    return times(v, load4(in.norm + k));
 }
 
-template <enum format F, int R, int C>
-DEVICE void slice(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-    constexpr int N = blocks_at_once(F, R, C);
-    const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
-    const int near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);  // where its two fours of a block stand
-    float squares[C];
+// The sum over the four lanes of a column.
+DEVICE float sum_of_four(float v) {
+    v += __shfl_xor_sync(WHOLE_WARP, v, 1);
+    return v + __shfl_xor_sync(WHOLE_WARP, v, 2);
+}
+
+// N blocks of a column from column k of the row on. Lane q has of a block what it has of weights, too. squares: of each block.
+template <enum format F, int N> DEVICE void load_blocks(const input &in, int column, int k, float x[N][8], float squares[N]) {
+    const int q = threadIdx.x % 4, near = is_quantized(F) ? 4 * q : 8 * q, far = near + (is_quantized(F) ? 16 : 4);
 #pragma unroll
-    for (int c = 0; c < C; c++) squares[c] = 0;
-    for (int chunk = chunk0; chunk < chunk1; chunk++)
-#pragma unroll 1
-        for (int b0 = 0; b0 < BLOCKS; b0 += N) {
-            fragment<F, N> a[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                const size_t at = (size_t)tile[r] * w.n_chunks + chunk;
-                a[r].weights.load(w.data + at * chunk_words(F) + lane, b0);
-#pragma unroll
-                for (int i = 0; i < 2 && is_quantized(F); i++) a[r].scales[i].load(w.scales + at * scale_words(F) * TILE + g + 8 * i, b0);
-            }
-#pragma unroll
-            for (int i = 0; i < N * C; i++) {
-                const int b = b0 + i / C, c = i % C, k = chunk * CHUNK + b * BLOCK, column = column0 + 8 * c + g;
-                float4 v[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-                if (column < in.n) {
-                    const float *x = input_row(in, column) + k;
-                    v[0] = load4(x + near);
-                    v[1] = load4(x + far);
-                }
-                squares[c] = dot4(v[1], v[1], dot4(v[0], v[0], squares[c]));
-                if (in.norm) {
-                    v[0] = times(v[0], load4(in.norm + k + near));
-                    v[1] = times(v[1], load4(in.norm + k + far));
-                }
-                const float x[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-                column_block<F> block;
-                if constexpr (is_quantized(F)) make_bytes<F>(x, &block);
-                else make_pairs<F>(x, &block);
-#pragma unroll
-                for (int r = 0; r < R; r++) multiply<F, N>(a[r], i / C, block, s->v[r][c]);
-            }
-        }
-#pragma unroll
-    for (int c = 0; c < C; c++) {
-        squares[c] += __shfl_xor_sync(WHOLE_WARP, squares[c], 1);
-        squares[c] += __shfl_xor_sync(WHOLE_WARP, squares[c], 2);
-        of_own_columns(squares[c], s->squares[c]);
+    for (int b = 0; b < N; b++) {
+        squares[b] = 0;
+        const float4 v = load_normed(in, column, k + b * BLOCK + near, &squares[b]), w = load_normed(in, column, k + b * BLOCK + far, &squares[b]);
+        x[b][0] = v.x, x[b][1] = v.y, x[b][2] = v.z, x[b][3] = v.w, x[b][4] = w.x, x[b][5] = w.y, x[b][6] = w.z, x[b][7] = w.w;
     }
 }
 
-template <enum format F, int R, int C>
-DEVICE void slice_sums(const weights &w, const input &in, const int tile[R], int column0, int chunk0, int chunk1, sums<R, C> *s) {
-#pragma unroll
-    for (int i = 0; i < R * C * 4; i++) s->v[i / (4 * C)][i / 4 % C][i % 4] = 0;
-#pragma unroll
-    for (int i = 0; i < C * 2; i++) s->squares[i / 2][i % 2] = 0;
-    if constexpr (F == F32) slice_of_floats<R, C>(w, in, tile, column0, chunk0, chunk1, s);
-    else slice<F, R, C>(w, in, tile, column0, chunk0, chunk1, s);
+// RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column. squares: its sum of
+// squares in each chunk, so many floats apart.
+DEVICE float norm_factor(const input &in, const float *squares, int apart, int n_chunks) {
+    if (!in.norm) return 1.0f;
+    float sum = 0;
+    for (int c = 0; c < n_chunks; c++) sum += squares[(size_t)c * apart];
+    return 1.0f / sqrtf(sum / (float)in.n_normed + in.eps);
 }
 
-// RMSNorm after the product: its weight was multiplied before, and 1 / rms is a factor of the whole column.
-DEVICE float norm_factor(const input &in, float squares) { return in.norm ? 1.0f / sqrtf(squares / (float)in.n_normed + in.eps) : 1.0f; }
+// What a lane adds up of a tile and 8 columns: rows g and g + 8 times columns 2 q and 2 q + 1. F32: times all 8 columns, of
+// the fours of k that are q modulo 4.
+template <enum format F> struct sums {
+    float v[F == F32 ? 16 : 4];
+};
+
+// Its results. F32: the four lanes' sums are added as a tree, and each lane keeps those of its columns.
+template <enum format F> DEVICE void own_sums(const sums<F> &s, float own[4]) {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[i] = s.v[i];
+    if constexpr (F == F32) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float four[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float low = s.v[8 * h + i], high = s.v[8 * h + 4 + i];
+                four[i] = (q & 2 ? high : low) + __shfl_xor_sync(WHOLE_WARP, q & 2 ? low : high, 2);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                own[2 * h + i] = (q & 1 ? four[2 + i] : four[i]) + __shfl_xor_sync(WHOLE_WARP, q & 1 ? four[i] : four[2 + i], 1);
+        }
+    }
+}
+
+// ---- Few columns ----
+
+enum { FEW_COLUMNS = 8 };
+
+// Columns of the row from `first` to `end` - 1, times one or all of the columns of x. squares [chunks][FEW_COLUMNS], where the norm
+// needs them. F32: 64 at once, of which lane q has four fours. Weights of the next 64 are under way meanwhile.
+template <int COLUMNS> DEVICE void slice_of_floats(const weights &w, const input &in, int tile, int first, int end, sums<F32> *s, float *squares) {
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4;
+    const uint4 *row = w.data + (size_t)tile * w.n_chunks * chunk_words(F32) + q * TILE + g;
+    uint4 a[4][2], next[4][2] = {};
+    float square[COLUMNS] = {};
+    const auto load = [&](uint4 to[4][2], int k) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i / 2][i % 2] = row[(k / 4 + i / 2 * 4) * TILE + i % 2 * 8];
+    };
+    load(a, first);
+    if (first + 64 < end) load(next, first + 64);
+    inputs_ready();
+    for (int k = first; k < end; k += 64) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                const float4 x = load_normed(in, j, k + 16 * i + 4 * q, &square[j]);
+#pragma unroll
+                for (int h = 0; h < 2; h++) s->v[8 * h + j] = dot4(floats_of(a[i][h]), x, s->v[8 * h + j]);
+            }
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i / 2][i % 2] = next[i / 2][i % 2];
+        if (k + 128 < end) load(next, k + 128);
+        if (!in.norm || (k % CHUNK + 64 != CHUNK && k + 64 < end)) continue;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {  // a chunk is over
+            const float sum = sum_of_four(square[j]);
+            if (lane == 0) squares[k / CHUNK * FEW_COLUMNS + j] = sum;
+            square[j] = 0;
+        }
+    }
+}
+
+template <enum format F, int N> DEVICE void load_fragment(const weights &w, int tile, int block, fragment<F, N> *a) {
+    const size_t at = (size_t)tile * w.n_chunks + block / BLOCKS;
+    const int lane = threadIdx.x;
+    a->weights.load(w.data + at * chunk_words(F) + lane, block % BLOCKS);
+#pragma unroll
+    for (int i = 0; i < 2 && is_quantized(F); i++) a->scales[i].load(w.scales + at * scale_words(F) * TILE + lane / 4 + 8 * i, block % BLOCKS);
+}
+
+// A pair of blocks of all columns. square: of the lane's part of the chunk, to which those of each block are added in rising order.
+template <enum format F> DEVICE void blocks_of_columns(const input &in, int block, column_block<F> c[2], float *square) {
+    float x[2][8], squares[2];
+    load_blocks<F, 2>(in, threadIdx.x / 4, block * BLOCK, x, squares);
+    make_blocks<F, 2>(x, c);
+    *square = (block % BLOCKS ? *square + squares[0] : squares[0]) + squares[1];
+}
+
+// The chunk of a single column: its 8 blocks are spread over the lanes, of which each makes one.
+template <enum format F> DEVICE column_block<F> block_of_one_column(const input &in, int chunk, float *square) {
+    const int lane = threadIdx.x;
+    float x[1][8], squares[1];
+    column_block<F> c[1];
+    load_blocks<F, 1>(in, 0, chunk * CHUNK + lane / 4 * BLOCK, x, squares);
+    make_blocks<F, 1>(x, c);
+    if (!in.norm) return c[0];
+    *square = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) *square += __shfl_sync(WHOLE_WARP, squares[0], 4 * b + lane % 4);
+    return c[0];
+}
+
+// Block i of the chunk, from the lanes that have it. Seven columns more with the same numbers are multiplied, and not looked at.
+template <enum format F> DEVICE operand<F> operand_of_one_column(const column_block<F> &c, int i) {
+    operand<F> o;
+#pragma unroll
+    for (int k = 0; k < (is_quantized(F) ? 2 : 8); k++) o.b[k] = __shfl_sync(WHOLE_WARP, c.b[k], 4 * i + (int)threadIdx.x % 4);
+#pragma unroll
+    for (int k = 0; k < factor_count(F); k++) o.factors[k][0] = o.factors[k][1] = __shfl_sync(WHOLE_WARP, c.factors[k], 4 * i);
+    return o;
+}
+
+// The same for other formats, in whole blocks, N at once. Weights of 2 N blocks are under way before the inputs are there.
+template <enum format F, int COLUMNS>
+DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int first, int end, sums<F> *s, float *squares) {
+    constexpr int N = blocks_at_once(F);
+    fragment<F, N> a, next;
+    column_block<F> c[2];
+    float *sums[1] = {s->v}, square = 0;
+    load_fragment<F, N>(w, tile, first, &a);
+    next = a;
+    if (first + N < end) load_fragment<F, N>(w, tile, first + N, &next);
+    inputs_ready();
+    for (int block = first; block < end; block += N) {
+        if (COLUMNS == 1 && block % BLOCKS == 0) c[0] = block_of_one_column<F>(in, block / BLOCKS, &square);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (COLUMNS > 1 && i % 2 == 0) blocks_of_columns<F>(in, block + i, c, &square);
+            multiply<F, N, 1>(&a, i, COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 2]), sums);
+        }
+        if (in.norm) {
+            const float sum = sum_of_four(square);
+            if (threadIdx.x % 4 == 0) squares[block / BLOCKS * FEW_COLUMNS + threadIdx.x / 4] = sum;
+        }
+        a = next;
+        if (block + 2 * N < end) load_fragment<F, N>(w, tile, block + 2 * N, &next);
+    }
+}
 
 // ---- What follows a product while every sequence decodes one token ----
 
@@ -546,11 +773,11 @@ struct scan {               // of a layer
     const float *a2;        // [ld/16][d_state][16]: A * log2(e)
     const float *d, *dt_b;  // [ld]
     float *state;           // of slot 0: [ld/16][d_state][16]
-    const float *u, *z;     // [tokens][ld_u], [tokens][ld_z]
-    const float *bc;        // [tokens][ld_bc]: B [d_state], C [d_state]
+    const float *u, *gate;  // [tokens][ld_u]; the latter is silu(z)
+    const float *bc;        // [tokens][2 d_state]: B, C
     float *y;               // [tokens][ld_u]
     size_t slot_floats;
-    int d_state, n, ld_u, ld_z, ld_bc;
+    int d_state, n, ld_u;
 };
 
 // out = silu(b + sum over taps of w[tap] * input), in tap order; the state moves on by one.
@@ -566,36 +793,70 @@ DEVICE float conv_token(const conv &c, int slot, int channel, float now) {
 // One state of one channel (equation 2a with the discretisation of section 3.6, and 2b):
 //   h = exp(dt * A) * h + dt * B * u        y += C * h
 DEVICE float scan_state(float h, float dt, float dt_u, float a2, float b, float c, float *y) {
-    h = fmaf(exp2f(dt * a2), h, dt_u * b);
+    h = fmaf(exp2_flushed(dt * a2), h, dt_u * b);
     *y = fmaf(c, h, *y);
     return h;
 }
 
-// Lanes that share a channel: lane j has the states n = j, j + lanes, j + 2 lanes ..., at most 16 of them.
-static __host__ __device__ inline int scan_lanes(int d_state) { return d_state <= 64 ? 4 : 16; }
+// Lanes that share a channel, neighbours; lane j has so many states from n = j * scan_states() on.
+enum { SCAN_LANES = 16 };
+static constexpr __host__ __device__ int scan_states(int d_state) { return d_state <= 16 ? 1 : d_state <= 64 ? 4 : 16; }
 
-// What the lanes add to y is summed as a tree. Then skip and gate.
-DEVICE float scan_output(int lanes, float part, float d, float u, float z) {
-    for (int distance = 1; distance < lanes; distance *= 2) part += __shfl_xor_sync(WHOLE_WARP, part, distance);
-    return fmaf(d, u, part) * silu(z);
+// A state of 16 channels on its way to the second-level cache.
+DEVICE void prefetch_scan_state(const scan &s, int slot, int tile, int thread, int n_threads) {
+    const float *state = s.state + (size_t)slot * s.slot_floats + (size_t)tile * s.d_state * 16;
+    for (int n = 2 * thread; n < s.d_state; n += 2 * n_threads) prefetch(state + 16 * n);  // two states are 128 bytes
 }
 
 // What lane j adds to y for one token of a channel; the state is in memory.
-DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt_low) {
+DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, float dt) {
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
-    const float *bc = s.bc + (size_t)token * s.ld_bc, u = s.u[(size_t)token * s.ld_u + channel];
+    const int first = j * scan_states(s.d_state), end = min(first + scan_states(s.d_state), s.d_state);
+    const float *bc = s.bc + (size_t)token * 2 * s.d_state, dt_u = dt * s.u[(size_t)token * s.ld_u + channel];
     float *state = s.state + (size_t)slot * s.slot_floats + at, part = 0;
-    const float dt = softplus(dt_low + s.dt_b[channel]);
-    for (int n = j; n < s.d_state; n += scan_lanes(s.d_state))
-        state[16 * n] = scan_state(state[16 * n], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
+    for (int n0 = first; n0 < end; n0 += 4) {  // four at once: all are loaded before the first is stored
+        float h[4] = {}, a2[4] = {}, b[4] = {}, c[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (n0 + i < end) h[i] = state[16 * (n0 + i)], a2[i] = s.a2[at + 16 * (n0 + i)], b[i] = bc[n0 + i], c[i] = bc[s.d_state + n0 + i];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (n0 + i < end) state[16 * (n0 + i)] = scan_state(h[i], dt, dt_u, a2[i], b[i], c[i], &part);
+    }
     return part;
 }
 
-enum epilogue { STORE, ADD, CONV, SCAN };
+// A token of a channel, by its SCAN_LANES lanes: what they add is summed as a tree. All lanes of a warp come here, also those without a channel.
+DEVICE void scan_step(const scan &s, const int *slots, int token, int channel, bool exists, float dt) {
+    const int j = (int)threadIdx.x % SCAN_LANES;
+    const size_t at = (size_t)token * s.ld_u + channel;
+    float y = exists ? scan_part(s, slots[token], token, channel, j, dt) : 0.0f;
+#pragma unroll
+    for (int distance = 1; distance < SCAN_LANES; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
+    if (exists && j == 0) s.y[at] = fmaf(s.d[channel], s.u[at], y) * s.gate[at];
+}
 
-struct output {             // of a product, and what follows it
+// Of several sequences; blockIdx.x: 16 channels, blockIdx.y: token.
+__global__ void __launch_bounds__(16 * SCAN_LANES) scan_steps(const scan s, const float *dt, const int *slots) {
+    const int token = (int)blockIdx.y, channel = (int)blockIdx.x * 16 + (int)threadIdx.x / SCAN_LANES;
+    next_may_start();
+    prefetch_scan_state(s, slots[token], (int)blockIdx.x, (int)threadIdx.x, 16 * SCAN_LANES);
+    inputs_ready();
+    scan_step(s, slots, token, channel, channel < s.n, channel < s.n ? dt[(size_t)token * s.ld_u + channel] : 0.0f);
+}
+
+enum epilogue {             // what becomes of the products v of a row
+    STORE,                  // y = v
+    ADD,                    // y += v
+    GATE,                   // y = v, y2 = silu(v)                      in_proj
+    CONV,                   // y = the convolution, y2 = silu(v)        in_proj of one token a sequence
+    STEP,                   // y = softplus(v + dt_b)                   dt_proj
+    SCAN                    // a step of the scan with that             dt_proj of one token
+};
+
+struct output {
     epilogue kind;
-    float *y;               // [n][ld_y] rows below `split`; ADD adds to it; CONV: u, the convolution's output
+    float *y;               // [n][ld_y] rows below `split`
     float *y2;              // [n][ld_y2] the others
     int split, ld_y, ld_y2;
     const int *slots;       // [n] of each column's sequence
@@ -605,52 +866,56 @@ struct output {             // of a product, and what follows it
 
 DEVICE void store(const output &out, int row, int column, float v) {
     if (row >= out.split) {
-        out.y2[(size_t)column * out.ld_y2 + row - out.split] = v;
+        out.y2[(size_t)column * out.ld_y2 + row - out.split] = out.kind == GATE || out.kind == CONV ? silu(v) : v;
         return;
     }
     float *y = &out.y[(size_t)column * out.ld_y + row];
-    *y = out.kind == ADD ? *y + v : v;
+    *y = out.kind == ADD ? *y + v : out.kind == STEP ? softplus(v + out.s.dt_b[row]) : v;
 }
 
-// Block: 32 threads for each warp; blockIdx.x: 8 C columns, blockIdx.y: tile of rows. Warps beyond the slices help at the end.
-// Shared: parts [slices][8 C columns][TILE rows], squares [slices][8 C].
-template <enum format F, int C> __global__ void __launch_bounds__(256, 1) product_split(const weights w, const input in, const output out) {
-    constexpr int COLUMNS = 8 * C;
+// States that a tile's end will read are on their way to the second-level cache while the block waits for its inputs.
+DEVICE void prefetch_states(const output &out, int column0, int n, int tile) {
+    const int thread = (int)(threadIdx.y * 32 + threadIdx.x), n_threads = (int)blockDim.y * 32;
+    if (out.kind == SCAN) prefetch_scan_state(out.s, out.slots[column0], tile, thread, n_threads);
+    if (out.kind != CONV || tile * TILE >= out.split) return;
+    for (int i = thread; i < n * (out.c.d_conv - 1); i += n_threads)
+        prefetch(out.c.state + (size_t)out.slots[column0 + i % n] * out.c.slot_floats + (size_t)(i / n) * out.c.ld + tile * TILE);
+}
+
+// blockIdx.x: COLUMNS (1 or FEW_COLUMNS) at once; blockIdx.y: tile of rows. Block: 32 threads for each warp; warps beyond the slices help
+// at the end.
+// Shared: parts [slices][8 columns][TILE rows], squares [chunks][8] where there is a norm.
+template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) product_few(const weights w, const input whole, const output out) {
     DYNAMIC_SHARED(float, parts);
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), warp = threadIdx.y;
-    const int tile[1] = {(int)blockIdx.y}, column0 = (int)blockIdx.x * COLUMNS;
-    float *squares = parts + n_slices * COLUMNS * TILE;
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks);
+    const int warp = threadIdx.y, tile = (int)blockIdx.y, column0 = (int)blockIdx.x * COLUMNS;
+    const input in = from_column(whole, column0, COLUMNS);
+    float *squares = parts + n_slices * FEW_COLUMNS * TILE;
+    next_may_start();
+    prefetch_states(out, column0, in.n, tile);
     if (warp < n_slices) {
-        const int g = threadIdx.x / 4, q = threadIdx.x % 4;
-        sums<1, C> s;
-        slice_sums<F, 1, C>(w, in, tile, column0, warp * per, min((warp + 1) * per, w.n_chunks), &s);
+        const int g = threadIdx.x / 4, q = threadIdx.x % 4, first = warp * per * CHUNK, end = min(first + per * CHUNK, w.cols);
+        sums<F> s = {};
+        float own[4];
+        if constexpr (F == F32) slice_of_floats<COLUMNS>(w, in, tile, first, end, &s, squares);
+        else slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares);
+        own_sums<F>(s, own);
 #pragma unroll
-        for (int i = 0; i < C * 4; i++) {
-            const int column = i / 4 * 8 + 2 * q + i % 2, row = g + i % 4 / 2 * 8;
-            parts[(warp * COLUMNS + column) * TILE + row] = s.v[0][i / 4][i % 4];
-        }
-#pragma unroll
-        for (int i = 0; i < C * 2; i++)
-            if (g == 0) squares[warp * COLUMNS + i / 2 * 8 + 2 * q + i % 2] = s.squares[i / 2][i % 2];
+        for (int i = 0; i < 4; i++) parts[(warp * FEW_COLUMNS + 2 * q + i % 2) * TILE + g + i / 2 * 8] = own[i];
+    } else {
+        inputs_ready();
     }
     __syncthreads();
     // An output a thread, or (SCAN) several: lanes of one output are neighbours, then come the rows of a column.
-    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? scan_lanes(out.s.d_state) : 1;
-    for (int first = 0; first < COLUMNS * TILE * share; first += n_threads) {
-        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = (int)blockIdx.y * TILE + i % TILE, column = column0 + i / TILE;
-        const bool exists = i < COLUMNS * TILE && row < w.rows && column < in.n;
-        float v = 0, square = 0;
-        for (int s = 0; s < n_slices && exists; s++) {
-            v += parts[s * COLUMNS * TILE + i];
-            square += squares[s * COLUMNS + i / TILE];
-        }
-        v *= norm_factor(in, square);
-        if (out.kind == SCAN) {  // all lanes shuffle, also those without an output
-            const int j = (int)threadIdx.x % share;
-            const float y = exists ? scan_part(out.s, out.slots[column], column, row, j, v) : 0.0f;
-            const float sum = scan_output(share, y, exists ? out.s.d[row] : 0.0f, exists ? out.s.u[(size_t)column * out.s.ld_u + row] : 0.0f,
-                                          exists ? out.s.z[(size_t)column * out.s.ld_z + row] : 0.0f);
-            if (exists && j == 0) out.s.y[(size_t)column * out.s.ld_u + row] = sum;
+    const int n_threads = (int)blockDim.y * 32, share = out.kind == SCAN ? SCAN_LANES : 1;
+    for (int first = 0; first < in.n * TILE * share; first += n_threads) {
+        const int i = (first + warp * 32 + (int)threadIdx.x) / share, row = tile * TILE + i % TILE, local = i / TILE, column = column0 + local;
+        const bool exists = row < w.rows && local < in.n;
+        float v = 0;
+        for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
+        if (exists) v *= norm_factor(in, squares + local, FEW_COLUMNS, w.n_chunks);
+        if (out.kind == SCAN) {
+            scan_step(out.s, out.slots, column, row, exists, exists ? softplus(v + out.s.dt_b[row]) : 0.0f);
         } else if (exists && out.kind == CONV && row < out.split) {
             out.y[(size_t)column * out.ld_y + row] = conv_token(out.c, out.slots[column], row, v);
         } else if (exists) {
@@ -659,35 +924,316 @@ template <enum format F, int C> __global__ void __launch_bounds__(256, 1) produc
     }
 }
 
-// Warps of a block: 2 of rows by 4 of columns. A warp has R tiles, as many as registers are there for, and C times 8 columns.
-enum { TILES_WARPS = 8, TILES_C = 2, TILES_COLUMNS = 4 * TILES_C * 8 };
-static constexpr __host__ __device__ int tiles_r(enum format f) { return f == F16 || f == BF16 || f == Q8_0 || f == Q4_0 ? 4 : 2; }
+// ---- Many columns ----
+// Rows and columns are walked in units: what is copied to shared memory at once.
 
-template <enum format F> __global__ void __launch_bounds__(256, 1) product_tiles(const weights w, const input in, const output out) {
-    constexpr int R = tiles_r(F), C = TILES_C;
-    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks), n_tiles = (w.rows + TILE - 1) / TILE;
-    const int warp = threadIdx.y, g = threadIdx.x / 4, q = threadIdx.x % 4;
-    const int tile0 = ((int)blockIdx.y * 2 + warp % 2) * R, column0 = ((int)blockIdx.x * 4 + warp / 2) * 8 * C;
-    if (tile0 >= n_tiles || column0 >= in.n) return;
-    int tile[R];
+static constexpr __host__ __device__ int unit_columns(enum format f) { return f == F32 ? 16 : is_quantized(f) ? 64 : 32; }
+static constexpr __host__ __device__ int unit_blocks(enum format f) { return f == F32 ? 0 : unit_columns(f) / BLOCK; }
+// 16-byte words of a tile's weights, of its scales (rows of 16 words, as group_scales has them), and of 8 columns' operands.
+static constexpr __host__ __device__ int unit_weights(enum format f) { return chunk_words(f) / (CHUNK / unit_columns(f)); }
+static constexpr __host__ __device__ int unit_scales(enum format f) { return is_quantized(f) ? 4 * (1 + is_k(f) + has_min(f)) : 0; }
+static constexpr __host__ __device__ int unit_operands(enum format f) { return f == F16 || f == BF16 ? 64 : 32; }
+
+struct prepared {           // columns of a product, ready for product_tiles
+    uint4 *operands;        // [ld/8][units][unit_operands]: 16 bytes a lane, lanes side by side
+    float *factors;         // [blocks][factor_count][ld]
+    float *squares;         // [chunks][ld]
+    int ld, n_units;        // columns, those that are missing to whole tiles zero; units of a row
+};
+
+// A warp for 8 columns (blockIdx.x) and a chunk (blockIdx.y).
+template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const input in, const prepared to) {
+    constexpr int UNITS = CHUNK / unit_columns(F);
+    const int lane = threadIdx.x, q = lane % 4, group = (int)blockIdx.x, column = 8 * group + lane / 4, chunk = (int)blockIdx.y;
+    const int unit0 = chunk * UNITS, n = min(UNITS, to.n_units - unit0);
+    uint4 *operands = to.operands + ((size_t)group * to.n_units + unit0) * unit_operands(F) + lane;
+    float square = 0;
+    next_may_start();
+    inputs_ready();
+    if constexpr (F == F32) {
+        float4 v[UNITS];
 #pragma unroll
-    for (int r = 0; r < R; r++) tile[r] = min(tile0 + r, n_tiles - 1);  // behind the last one: computed, not stored
-    sums<R, C> total = {};
-    for (int s = 0; s < n_slices; s++) {
-        sums<R, C> part;
-        slice_sums<F, R, C>(w, in, tile, column0, s * per, min((s + 1) * per, w.n_chunks), &part);
+        for (int i = 0; i < UNITS; i++) v[i] = load_normed(in, column, (unit0 + i) * unit_columns(F) + 4 * q, &square);
 #pragma unroll
-        for (int i = 0; i < R * C * 4; i++) total.v[i / (4 * C)][i / 4 % C][i % 4] += part.v[i / (4 * C)][i / 4 % C][i % 4];
+        for (int i = 0; i < UNITS; i++)
+            if (i < n) *(float4 *)&operands[i * unit_operands(F)] = v[i];
+    } else {
+        // Words of a lane's block, units of four blocks, 16-byte words of a lane's unit.
+        constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;
+        float x[BLOCKS][8], squares[BLOCKS];
+        load_blocks<F, BLOCKS>(in, column, chunk * CHUNK, x, squares);
 #pragma unroll
-        for (int i = 0; i < C * 2; i++) total.squares[i / 2][i % 2] += part.squares[i / 2][i % 2];
+        for (int b = 0; b < BLOCKS; b++) square += squares[b];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            column_block<F> c[4];
+            make_blocks<F, 4>(x + 4 * half, c);
+#pragma unroll
+            for (int i = 0; i < 4 * WORDS / 4; i++) {
+                const int word = 4 * i;
+                const uint32_t *at = &c[word / WORDS].b[word % WORDS];
+                if (half * N + i / FOURS < n)
+                    operands[32 * (half * WORDS + i)] = WORDS == 2 ? make_uint4(at[0], at[1], c[word / WORDS + 1].b[0], c[word / WORDS + 1].b[1])
+                                                                   : make_uint4(at[0], at[1], at[2], at[3]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4 * factor_count(F); i++) {
+                const int b = i / factor_count(F), k = i % factor_count(F), block = chunk * BLOCKS + half * 4 + b;
+                if (q == 0 && half * N + b / unit_blocks(F) < n) to.factors[((size_t)block * factor_count(F) + k) * to.ld + column] = c[b].factors[k];
+            }
+        }
+    }
+    square = sum_of_four(square);
+    if (q == 0) to.squares[(size_t)chunk * to.ld + column] = square;
+}
+
+// A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
+// What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
+enum { TILES_WARPS = 8, MAX_STAGES = 5 };
+
+// Blocks that a multiprocessor has registers for: two of small tiles, where a lane holds few sums and scales.
+static constexpr __host__ __device__ int tiles_at_once(enum format f, int r, int c) { return r * c > 4 || is_k(f) || f == F32 ? 1 : 2; }
+
+template <enum format F, int R, int C> struct stage {
+    static constexpr int TILES = 2 * R, GROUPS = 4 * C, COLUMNS = 8 * GROUPS;
+    static constexpr int TILE_WORDS = unit_weights(F) + unit_scales(F), OPERANDS = TILES * TILE_WORDS, FACTORS = OPERANDS + GROUPS * unit_operands(F);
+    static constexpr int WORDS = FACTORS + unit_blocks(F) * factor_count(F) * COLUMNS / 4;
+    // At the end, results [4 groups of 8 columns][LD] and factors [COLUMNS] stand there; LD is so that lanes write to different banks.
+    static constexpr int LD = TILES * TILE + 4, RESULT_BYTES = (32 * LD + COLUMNS) * 4;
+    static_assert(2 * WORDS * 16 <= 64 << 10, "one stage is copied while another one is used, on Turing too");
+};
+
+// Waits for all of a thread's groups of copies but n.
+DEVICE void copies_wait_but(int n) {
+    if (n == 0) copies_wait<0>();
+    else if (n == 1) copies_wait<1>();
+    else if (n == 2) copies_wait<2>();
+    else copies_wait<3>();
+}
+
+// Two blocks of a plane, its lanes' words side by side; a lane's bytes are 4 BITS.
+template <int BITS> DEVICE void copy_plane(uint4 *to, const uint4 *plane, int pair) {
+    const int lane = threadIdx.x;
+    if constexpr (BITS == 1) copy_async<4>((unsigned *)to + lane, (const unsigned *)(plane + lane) + pair);
+    else if constexpr (BITS == 2) copy_async<8>((uint2 *)to + lane, (const uint2 *)(plane + pair / 2 * 32 + lane) + pair % 2);
+    else
+#pragma unroll
+        for (int i = 0; i < BITS / 4; i++) copy_async<16>(to + 32 * i + lane, plane + (pair * BITS / 4 + i) * 32 + lane);
+}
+
+// Where a thread copies from: everything that does not depend on the unit. A warp copies a tile and some groups of columns.
+template <enum format F, int R, int C> struct source {
+    using S = stage<F, R, C>;
+    const uint4 *tile, *scales, *operands;
+    const float *factors;
+    int n_units;
+    unsigned ld;
+
+    __device__ __forceinline__ source(const weights &w, const prepared &x, int tile0, int group0) : n_units(x.n_units), ld((unsigned)x.ld) {
+        const int last = (w.rows + TILE - 1) / TILE - 1, thread = (int)(threadIdx.y * 32 + threadIdx.x), lane = threadIdx.x;
+        const size_t first = (size_t)min(tile0 + (int)threadIdx.y, last) * w.n_chunks;  // behind the last tile: computed, not stored
+        tile = w.data + first * chunk_words(F);
+        scales = (const uint4 *)(w.scales + first * scale_words(F) * TILE) + lane % 4;
+        operands = x.operands + (size_t)group0 * x.n_units * unit_operands(F) + lane;
+        factors = x.factors + group0 * 8 + thread % (S::COLUMNS / 4) * 4;
+    }
+
+    // A unit's weights, which are there from the start.
+    __device__ __forceinline__ void copy_tile(uint4 *to, int unit) const {
+        constexpr int PER_CHUNK = CHUNK / unit_columns(F);
+        const int lane = threadIdx.x, pair = unit % PER_CHUNK, chunk = unit / PER_CHUNK;
+        static_assert(S::TILES <= TILES_WARPS, "a warp copies a tile");
+        if ((int)threadIdx.y >= S::TILES) return;
+        to += threadIdx.y * S::TILE_WORDS;
+        if constexpr (is_quantized(F)) {
+            const uint4 *from = tile + chunk * chunk_words(F);
+            copy_plane<low_bits(F)>(to, from, pair);
+            if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(to + 8 * low_bits(F), from + 32 * low_bits(F), pair);
+            // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
+            constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
+            const int i = lane / 4, row = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
+            if (lane < unit_scales(F)) copy_async<16>(to + unit_weights(F) + lane, scales + (chunk * scale_words(F) + row) * (TILE / 4));
+        } else {
+#pragma unroll
+            for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(to + i + lane, tile + unit * unit_weights(F) + i + lane);
+        }
+    }
+
+    // Its columns; ends the group of copies.
+    __device__ __forceinline__ void copy_columns(uint4 *to, int unit) const {
+        const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < (S::GROUPS + TILES_WARPS - 1) / TILES_WARPS; i++) {
+            const int group = TILES_WARPS - 1 - (int)threadIdx.y + i * TILES_WARPS;  // first the warps that may have no tile
+            if (S::GROUPS % TILES_WARPS && group >= S::GROUPS) continue;
+            const uint4 *from = operands + (group * n_units + unit) * unit_operands(F);
+#pragma unroll
+            for (int k = 0; k < unit_operands(F); k += 32) copy_async<16>(to + S::OPERANDS + group * unit_operands(F) + k + threadIdx.x, from + k);
+        }
+        constexpr int FOURS = S::COLUMNS / 4, N = S::WORDS - S::FACTORS;
+        if (thread < N) copy_async<16>(to + S::FACTORS + thread, factors + (size_t)(unsigned)(unit * (N / FOURS) + thread / FOURS) * ld);
+        copies_end();
+    }
+};
+
+// A tile's unit of this lane, from shared memory.
+template <enum format F> DEVICE void load_unit(const uint4 *tile, int unit, fragment<F, unit_blocks(F)> *a) {
+    constexpr int low = is_quantized(F) ? low_bits(F) : 8, high = is_quantized(F) ? high_bits(F) : 0;  // words of the lane
+    const int lane = threadIdx.x, g = lane / 4;
+    uint32_t *words = a->weights.words;
+    if constexpr (low == 2) {
+        const uint2 two = ((const uint2 *)tile)[lane];
+        words[0] = two.x, words[1] = two.y;
     }
 #pragma unroll
-    for (int i = 0; i < R * C * 4; i++) {
-        const int r = i / (4 * C), c = i / 4 % C, column = column0 + 8 * c + 2 * q + i % 2;
-        const int row = (tile0 + r) * TILE + g + i % 4 / 2 * 8;
-        if (row < w.rows && column < in.n)
-            store(out, row, column, total.v[r][c][i % 4] * norm_factor(in, total.squares[c][i % 2]));
+    for (int i = 0; i < low / 4; i++) {
+        const uint4 four = tile[32 * i + lane];
+        words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
     }
+#pragma unroll
+    for (int i = 0; i < high; i++) words[low + i] = ((const uint32_t *)(tile + 8 * low))[high * lane + i];
+    if constexpr (is_quantized(F)) {
+        const unsigned *scales = (const unsigned *)(tile + unit_weights(F)) + g;
+#pragma unroll
+        for (int i = 0; i < 2; i++) a->scales[i].take(scales + 8 * i, unit * unit_blocks(F));
+    }
+}
+
+template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *shared, int unit, sums<F> part[R][C]) {
+    using S = stage<F, R, C>;
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, tile0 = (int)threadIdx.y % 2 * R, group0 = (int)threadIdx.y / 2 * C;
+    const uint4 *tiles = shared + tile0 * S::TILE_WORDS, *operands = shared + S::OPERANDS + group0 * unit_operands(F);
+    if constexpr (F == F32) {
+        float4 a[R][2];
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++) a[i / 2][i % 2] = floats_of(tiles[i / 2 * S::TILE_WORDS + q * TILE + g + i % 2 * 8]);
+#pragma unroll
+        for (int j = 0; j < 8 * C; j++) {
+            const float4 x = floats_of(operands[j * 4 + q]);
+#pragma unroll
+            for (int i = 0; i < 2 * R; i++) {
+                float *sum = &part[i / 2][j / 8].v[i % 2 * 8 + j % 8];
+                *sum = dot4(a[i / 2][i % 2], x, *sum);
+            }
+        }
+    } else {
+        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8;
+        fragment<F, N> a[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) load_unit<F>(tiles + r * S::TILE_WORDS, unit, &a[r]);
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            uint32_t words[N * WORDS];
+#pragma unroll
+            for (int i = 0; i < N * WORDS / 4; i++) {
+                const uint4 four = operands[c * unit_operands(F) + 32 * i + lane];
+                words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+            }
+#pragma unroll
+            for (int b = 0; b < N; b++) {
+                const float *factors = (const float *)(shared + S::FACTORS) + b * K * S::COLUMNS + (group0 + c) * 8 + 2 * q;
+                operand<F> x;
+#pragma unroll
+                for (int i = 0; i < WORDS; i++) x.b[i] = words[b * WORDS + i];
+#pragma unroll
+                for (int i = 0; i < K; i++) {
+                    const float2 two = *(const float2 *)(factors + i * S::COLUMNS);
+                    x.factors[i][0] = two.x, x.factors[i][1] = two.y;
+                }
+                float *sums[R];
+#pragma unroll
+                for (int r = 0; r < R; r++) sums[r] = part[r][c].v;
+                multiply<F, N, R>(a, b, x, sums);
+            }
+        }
+    }
+}
+
+// blockIdx.x: columns, y: rows, z: slices. Shared: n_stages, of which all but one are on their way. parts: NULL, or where blocks that
+// have not all slices leave the sums of each one, [slices][columns][tiles * TILE].
+template <enum format F, int R, int C>
+__global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(const weights w, const prepared x, const input in, const output out,
+                                                                             float *parts, int n_stages) {
+    using S = stage<F, R, C>;
+    DYNAMIC_SHARED(uint4, shared);
+    const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
+    const int slice0 = n_slices * (int)blockIdx.z / (int)gridDim.z, slice1 = n_slices * ((int)blockIdx.z + 1) / (int)gridDim.z;
+    const int tile0 = (int)blockIdx.y * S::TILES, group0 = (int)blockIdx.x * S::GROUPS, end = min(slice1 * per, x.n_units);
+    const int g = threadIdx.x / 4, q = threadIdx.x % 4, row0 = (tile0 + (int)threadIdx.y % 2 * R) * TILE + g;
+    const int column0 = (group0 + (int)threadIdx.y / 2 * C) * 8 + 2 * q;
+    const size_t ld_parts = (size_t)((w.rows + TILE - 1) / TILE * TILE);
+    const source<F, R, C> from(w, x, tile0, group0);
+    sums<F> part[R][C] = {};
+    float total[R][C][4] = {};
+    next_may_start();
+    for (int i = 0; i < n_stages - 1 && slice0 * per + i < end; i++) from.copy_tile(shared + i * S::WORDS, slice0 * per + i);
+    inputs_ready();
+    for (int i = 0; i < n_stages - 1; i++) {
+        if (slice0 * per + i < end) from.copy_columns(shared + i * S::WORDS, slice0 * per + i);
+        else copies_end();
+    }
+    int now = 0;
+    for (int unit = slice0 * per, left = per; unit < end; unit++) {
+        copies_wait_but(n_stages - 2);
+        __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
+        if (unit + n_stages - 1 < end) {
+            uint4 *last = shared + (now ? now - 1 : n_stages - 1) * S::WORDS;
+            from.copy_tile(last, unit + n_stages - 1);
+            from.copy_columns(last, unit + n_stages - 1);
+        } else {
+            copies_end();
+        }
+        multiply_unit<F, R, C>(shared + now * S::WORDS, unit, part);
+        now = now + 1 == n_stages ? 0 : now + 1;
+        if (--left && unit + 1 < end) continue;
+#pragma unroll
+        for (int i = 0; i < R * C; i++) {
+            const int r = i / C, c = i % C;
+            float own[4];
+            own_sums<F>(part[r][c], own);
+            part[r][c] = {};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int row = row0 + r * TILE + k / 2 * 8, column = column0 + c * 8 + k % 2;
+                total[r][c][k] += own[k];
+                if (parts && row < w.rows && column < in.n) parts[((size_t)(unit / per) * in.n + column) * ld_parts + row] = own[k];
+            }
+        }
+        left = per;
+    }
+    if (parts) return;
+    // Results go through shared memory, each warp's groups of columns in turn, and from there row after row.
+    constexpr int ROWS = S::TILES * TILE, LD = S::LD;
+    float *results = (float *)shared, *factors = results + 32 * LD;
+    const int warp = threadIdx.y, thread = warp * 32 + (int)threadIdx.x;
+    __syncthreads();
+    if (thread < S::COLUMNS && group0 * 8 + thread < in.n) factors[thread] = norm_factor(in, x.squares + group0 * 8 + thread, x.ld, w.n_chunks);
+#pragma unroll
+    for (int c = 0; c < C; c++) {
+#pragma unroll
+        for (int i = 0; i < R * 4; i++)
+            results[(warp / 2 * 8 + 2 * q + i % 2) * LD + (warp % 2 * R + i / 4) * TILE + g + i % 4 / 2 * 8] = total[i / 4][c][i % 4];
+        __syncthreads();
+#pragma unroll 2
+        for (int i = thread; i < 32 * ROWS; i += 32 * TILES_WARPS) {
+            const int row = tile0 * TILE + i % ROWS, local = i / ROWS, own = (local / 8 * C + c) * 8 + local % 8, column = group0 * 8 + own;
+            if (row < w.rows && column < in.n) store(out, row, column, results[local * LD + i % ROWS] * factors[own]);
+        }
+        __syncthreads();
+    }
+}
+
+// A thread an output; blockIdx.y: column.
+__global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out,
+                                                  int rows, int n_slices, int n_chunks) {
+    const int row = (int)(blockIdx.x * 128 + threadIdx.x), column = (int)blockIdx.y;
+    const size_t ld_parts = (size_t)((rows + TILE - 1) / TILE * TILE);
+    float v = 0;
+    next_may_start();
+    inputs_ready();
+    if (row >= rows) return;
+    for (int s = 0; s < n_slices; s++) v += parts[((size_t)s * in.n + column) * ld_parts + row];
+    store(out, row, column, v * norm_factor(in, squares + column, ld_squares, n_chunks));
 }
 
 // ====================================================================================================================
@@ -698,26 +1244,30 @@ struct span {               // the new tokens of one sequence
     int slot, token0, n;
 };
 
-// u = silu(convolution of x), a thread for each channel and token. x [tokens][ld], the products of in_proj. Does not move the
-// state, which the first tokens of every span read: conv_state does.
-__global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
-    const int channel = (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
-    if (channel >= c.n) return;
-    const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
-    float sum = c.b[channel];
-    for (int i = 0; i < c.d_conv; i++) {
-        const int back = c.d_conv - 1 - i;  // tokens
-        const float v = back <= position ? now[-(ptrdiff_t)back * ld] : state[(size_t)(position + i) * c.ld];
-        sum = fmaf(c.w[(size_t)i * c.ld + channel], v, sum);
-    }
-    u[(size_t)token * ld + channel] = silu(sum);
+DEVICE float4 fma4(float4 a, float4 b, float4 c) {
+    return make_float4(fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z), fmaf(a.w, b.w, c.w));
 }
 
-// The last inputs of each span become the state, in rising order: what is read later is not written before.
-__global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, const span *spans, int ld) {
-    const int channel = (int)(blockIdx.x * 128 + threadIdx.x);
-    const span s = spans[blockIdx.y];
+// u = silu(convolution of x), a thread for four channels of a token; what pads the channels is zero and stays so. x [tokens][ld], the
+// products of in_proj. Does not move the state, which the first tokens of every span read: scan_tokens does.
+__global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
+    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
+    next_may_start();
+    inputs_ready();
     if (channel >= c.n) return;
+    const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
+    float4 sum = load4(c.b + channel);
+#pragma unroll 4
+    for (int i = 0; i < c.d_conv; i++) {
+        const int back = c.d_conv - 1 - i;  // tokens
+        const float4 v = load4(back <= position ? now - (ptrdiff_t)back * ld : state + (size_t)(position + i) * c.ld);
+        sum = fma4(load4(c.w + (size_t)i * c.ld + channel), v, sum);
+    }
+    *(float4 *)(u + (size_t)token * ld + channel) = make_float4(silu(sum.x), silu(sum.y), silu(sum.z), silu(sum.w));
+}
+
+// The last inputs of a span become the state, in rising order: what is read later is not written before.
+DEVICE void move_conv_state(const conv &c, const float *x, int ld, span s, int channel) {
     float *state = c.state + (size_t)s.slot * c.slot_floats + channel;
     for (int i = 0; i < c.d_conv - 1; i++) {
         const int t = s.n - (c.d_conv - 1) + i;
@@ -725,34 +1275,116 @@ __global__ void __launch_bounds__(128) conv_state(const conv c, const float *x, 
     }
 }
 
-// The selective scan over the tokens of each span: LANES lanes a channel, each with its states in registers. Time stays in
-// order, so that cuts of a prompt do not change a bit. dt_low [tokens][ld_u]: the products of dt_proj.
-template <int PER_LANE, int LANES> __global__ void __launch_bounds__(128, 1) scan_tokens(const scan s, const float *dt_low, const span *spans) {
-    const int j = (int)threadIdx.x % LANES, number = (int)(blockIdx.x * 128 + threadIdx.x) / LANES;
-    const int channel = min(number, s.n - 1);  // lanes behind the last channel shuffle like the others, and touch no state
-    const span sp = spans[blockIdx.y];
-    const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16;
-    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE];
-    const float d = s.d[channel], dt_b = s.dt_b[channel];
+// The selective scan over the tokens of each span, in order, so that cuts of a prompt do not change a bit. A block has 16
+// channels, SCAN_LANES lanes each with PER_LANE states in registers, and goes from tile to tile of tokens: one is in shared memory
+// while the next is copied. Only one multiply-add a token and state waits for the token before.
+enum { SCAN_CHANNELS = 16, SCAN_THREADS = SCAN_CHANNELS * SCAN_LANES, SCAN_GROUP = 8 };
+
+template <int STATES> struct scan_tile {  // states of a channel, padded
+    static constexpr int TOKENS = STATES <= 16 ? 32 : STATES <= 64 ? 16 : 8;
+    float dt[TOKENS][SCAN_CHANNELS], u[TOKENS][SCAN_CHANNELS], gate[TOKENS][SCAN_CHANNELS];
+    float b[TOKENS][STATES], c[TOKENS][STATES];  // zero behind the last state
+};
+
+// n tokens from token0 on, of the block's channels. Behind them stand tokens that leave a state as it is to the bit: h = 1 h - 0.
+template <int STATES> DEVICE void copy_scan_tile(scan_tile<STATES> *to, const scan &s, const float *dt, int token0, int n) {
+    constexpr int TOKENS = scan_tile<STATES>::TOKENS, FOURS = SCAN_CHANNELS / 4, PARTS = STATES / 4;
+    static_assert(TOKENS * FOURS <= SCAN_THREADS, "a thread copies four channels of a token");
+    const int thread = (int)threadIdx.x, t = thread / FOURS, four = thread % FOURS * 4;
+    if (t < n) {
+        const size_t at = (size_t)(token0 + t) * s.ld_u + (size_t)blockIdx.x * SCAN_CHANNELS + four;
+        copy_async<16>(&to->dt[t][four], dt + at);
+        copy_async<16>(&to->u[t][four], s.u + at);
+        copy_async<16>(&to->gate[t][four], s.gate + at);
+    } else if (t < TOKENS) {
+        *(float4 *)&to->dt[t][four] = *(float4 *)&to->gate[t][four] = make_float4(0, 0, 0, 0);
+        *(float4 *)&to->u[t][four] = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
+    }
+    const float *bc = s.bc + (size_t)token0 * 2 * s.d_state;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) h[i] = number < s.n && LANES * i + j < s.d_state ? state[16 * (LANES * i + j)] : 0.0f;
-    for (int token = sp.token0; token < sp.token0 + sp.n; token++) {
-        const float *bc = s.bc + (size_t)token * s.ld_bc;
-        const float u = s.u[(size_t)token * s.ld_u + channel], z = s.z[(size_t)token * s.ld_z + channel];
-        const float dt = softplus(dt_low[(size_t)token * s.ld_u + channel] + dt_b);
-        float part = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int n = LANES * i + j;
-            if (n < s.d_state) h[i] = scan_state(h[i], dt, dt * u, s.a2[at + 16 * n], bc[n], bc[s.d_state + n], &part);
+    for (int i = thread; i < TOKENS * PARTS; i += SCAN_THREADS) {  // four states of a token
+        const int token = i / PARTS, state = i % PARTS * 4;
+        const float *b = bc + token * 2 * s.d_state + state;
+        if (s.d_state % 4 == 0 && token < n && state < s.d_state) {
+            copy_async<16>(&to->b[token][state], b);
+            copy_async<16>(&to->c[token][state], b + s.d_state);
+            continue;
         }
-        const float y = scan_output(LANES, part, d, u, z);
-        if (number < s.n && j == 0) s.y[(size_t)token * s.ld_u + channel] = y;
+#pragma unroll 1
+        for (int k = 0; k < 4; k++) {
+            const bool exists = token < n && state + k < s.d_state;
+            if (exists) copy_async<4>(&to->b[token][state + k], b + k);
+            else to->b[token][state + k] = 0;
+            if (exists) copy_async<4>(&to->c[token][state + k], b + s.d_state + k);
+            else to->c[token][state + k] = 0;
+        }
+    }
+    copies_end();
+}
+
+// The sums of a channel's lanes for SCAN_GROUP tokens: lane j gets that of token j % SCAN_GROUP. Lanes exchange halves of what they
+// still have; each sum is made in the order of scan_step_sum.
+DEVICE float scan_sums(const float part[SCAN_GROUP], int j) {
+    float four[4], two[2];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        four[i] = (j & 1 ? part[2 * i + 1] : part[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 1 ? part[2 * i] : part[2 * i + 1], 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        two[i] = (j & 2 ? four[2 * i + 1] : four[2 * i]) + __shfl_xor_sync(WHOLE_WARP, j & 2 ? four[2 * i] : four[2 * i + 1], 2);
+    const float sum = (j & 4 ? two[1] : two[0]) + __shfl_xor_sync(WHOLE_WARP, j & 4 ? two[0] : two[1], 4);
+    return sum + __shfl_xor_sync(WHOLE_WARP, sum, 8);
+}
+
+// dt [tokens][ld_u]; conv_in [tokens][ld_u], the inputs of the convolution, which is over: its state moves on, too.
+template <int PER_LANE>
+__global__ void __launch_bounds__(SCAN_THREADS, 2) scan_tokens(const scan s, const float *dt, const conv cv, const float *conv_in, const span *spans) {
+    constexpr int STATES = PER_LANE * SCAN_LANES, TOKENS = scan_tile<STATES>::TOKENS;
+    DYNAMIC_SHARED(scan_tile<STATES>, tiles);  // [2]
+    const int j = (int)threadIdx.x % SCAN_LANES, local = (int)threadIdx.x / SCAN_LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
+    const span sp = spans[blockIdx.y];
+    const size_t at = (size_t)blockIdx.x * s.d_state * 16 + local;
+    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
+    const float d = s.d[channel];
+    next_may_start();
+    inputs_ready();
+    copy_scan_tile<STATES>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int n = j * PER_LANE + i;
+        a2[i] = n < s.d_state ? s.a2[at + 16 * n] : 0.0f;
+        h[i] = n < s.d_state ? state[16 * n] : 0.0f;
+    }
+    for (int t0 = 0, now = 0; t0 < sp.n; t0 += TOKENS, now ^= 1) {
+        const int n = min(sp.n - t0, (int)TOKENS), n_next = min(sp.n - t0 - n, (int)TOKENS);
+        if (n_next > 0) copy_scan_tile<STATES>(tiles + (now ^ 1), s, dt, sp.token0 + t0 + TOKENS, n_next);
+        else copies_end();
+        copies_wait<1>();
+        __syncthreads();
+        const scan_tile<STATES> &in = tiles[now];
+        for (int t = 0; t < n; t += SCAN_GROUP) {
+            float part[SCAN_GROUP] = {};
+#pragma unroll
+            for (int k = 0; k < SCAN_GROUP; k++) {
+                const float step = in.dt[t + k][local], step_u = step * in.u[t + k][local];
+#pragma unroll
+                for (int i = 0; i < PER_LANE; i++) {
+                    const int n = j * PER_LANE + i;
+                    h[i] = scan_state(h[i], step, step_u, a2[i], in.b[t + k][n], in.c[t + k][n], &part[k]);
+                }
+            }
+            const int own = t + j % SCAN_GROUP;
+            const float y = fmaf(d, in.u[own][local], scan_sums(part, j)) * in.gate[own][local];
+            if (own < n && j < SCAN_GROUP) s.y[(size_t)(sp.token0 + t0 + own) * s.ld_u + channel] = y;
+        }
+        __syncthreads();  // nobody uses this tile any more
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        if (number < s.n && LANES * i + j < s.d_state) state[16 * (LANES * i + j)] = h[i];
+        const int n = j * PER_LANE + i;
+        if (n < s.d_state) state[16 * n] = h[i];
     }
+    if (j == 0) move_conv_state(cv, conv_in, s.ld_u, sp, channel);
 }
 
 // ====================================================================================================================
@@ -768,13 +1400,17 @@ DEVICE void norm_row(const float *x, const float *w, float *y, int n, float eps)
 }
 
 __global__ void __launch_bounds__(32) norm_tokens(const float *x, const float *w, float *y, int n, int ld, float eps) {
+    next_may_start();
+    inputs_ready();
     norm_row(x + (size_t)blockIdx.x * ld, w, y + (size_t)blockIdx.x * ld, n, eps);
 }
 
-// dt [tokens][ld_dt], bc [tokens][ld_bc]; blockIdx.y: 0 dt, 1 B, 2 C
-__global__ void __launch_bounds__(32) norm_dt_b_c(float *dt, float *bc, int dt_rank, int d_state, int ld_dt, int ld_bc, float eps) {
+// dt [tokens][ld_dt], bc [tokens][2 d_state]; blockIdx.y: 0 dt, 1 B, 2 C
+__global__ void __launch_bounds__(32) norm_dt_b_c(float *dt, float *bc, int dt_rank, int d_state, int ld_dt, float eps) {
     const int part = (int)blockIdx.y;
-    float *row = part ? bc + (size_t)blockIdx.x * ld_bc + (part - 1) * d_state : dt + (size_t)blockIdx.x * ld_dt;
+    next_may_start();
+    inputs_ready();
+    float *row = part ? bc + (size_t)blockIdx.x * 2 * d_state + (part - 1) * d_state : dt + (size_t)blockIdx.x * ld_dt;
     norm_row(row, NULL, row, part ? d_state : dt_rank, eps);
 }
 
@@ -786,13 +1422,17 @@ DEVICE bool is_better(float logit, int id, float than, int than_id) {
 }
 
 // A block a row. banned: bits of tokens that are not drawn.
-__global__ void __launch_bounds__(256) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices, int n_vocab) {
-    DYNAMIC_SHARED(float, parts);  // [8 warps] best, id (as bits), max, poison
+enum { CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / 32 };
+__global__ void __launch_bounds__(CHOOSE_THREADS) choose_rows(const float *logits, const unsigned *banned, struct device_choice *choices,
+                                                              int n_vocab) {
+    DYNAMIC_SHARED(float, parts);  // [warps] best, id (as bits), max, poison
     const float *row = logits + (size_t)blockIdx.x * n_vocab;
     const int warp = (int)threadIdx.x / 32;
+    next_may_start();
+    inputs_ready();
     float best = 0, largest = row[0], poison = 0;  // poison: NaN when something is not finite
     int best_id = -1;
-    for (int id = (int)threadIdx.x; id < n_vocab; id += 256) {
+    for (int id = (int)threadIdx.x; id < n_vocab; id += CHOOSE_THREADS) {
         const float v = row[id];
         largest = fmaxf(largest, v);
         poison = fmaf(v, 0.0f, poison);
@@ -813,7 +1453,7 @@ __global__ void __launch_bounds__(256) choose_rows(const float *logits, const un
     }
     __syncthreads();
     if (threadIdx.x) return;
-    for (int w = 1; w < 8; w++) {
+    for (int w = 1; w < CHOOSE_WARPS; w++) {
         const int id = (int)__float_as_uint(parts[4 * w + 1]);
         if (is_better(parts[4 * w], id, best, best_id)) best = parts[4 * w], best_id = id;
         largest = fmaxf(largest, parts[4 * w + 2]);
@@ -840,6 +1480,8 @@ struct device {             // owner of all memory on the GPU, of staging and of
     cudaStream_t stream;
     bool no_bf16;           // Turing: such weights are uploaded as F32
     bool use_graphs;
+    bool early_start;       // from Hopper on: kernels are started before the last one has ended
+    int n_processors, max_shared;  // bytes of a block
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -847,9 +1489,12 @@ struct device {             // owner of all memory on the GPU, of staging and of
     size_t slot_conv, slot_ssm;  // floats
     std::vector<int> free_slots;
     int ld_model, ld_inner, ld_dt;  // of rows that products read: whole chunks
-    int ld_state, ld_bc;    // d_inner padded to 16, as the CPU has it; 2 * d_state
+    int ld_state;           // d_inner padded to 16, as the CPU has it
     // [max_tokens][...], as in struct context
-    float *x, *normed, *u_in, *u, *z, *dt_low, *bc, *dt, *y;
+    float *x, *normed, *u_in, *u, *gate, *dt_low, *bc, *dt, *y;
+    prepared columns;       // of a product; ld is set for each
+    float *parts;           // [max_parts] of products whose slices are of several blocks
+    size_t max_parts;
     float *logits;          // [max_rows][n_vocab]
     unsigned *banned;       // [n_vocab / 32 + 1] bits
     struct device_choice *choices, *host_choices;  // [max_rows]; the latter pinned
@@ -901,7 +1546,7 @@ static bool upload_matrix(struct device *d, weights *w, const struct matrix *m, 
     const size_t data = (size_t)n_chunks * chunk_words(f) * 16, scales = (size_t)n_chunks * scale_words(f) * TILE;  // bytes, words of a tile
     uint4 *to;
     unsigned *to_scales;
-    *w = weights{NULL, NULL, m->rows, n_chunks, f};
+    *w = weights{NULL, NULL, m->rows, m->cols, n_chunks, f};
     if (!reserve(d, &to, n_tiles * data / 16, e) || !reserve(d, &to_scales, n_tiles * scales + 1, e)) return false;
     if (d->counting) return true;
     const int at_once = (int)((16u << 20) / data) + 1;
@@ -944,13 +1589,21 @@ static bool take_weights(struct device *d, unpack_row *unpack, struct error *e) 
 }
 
 static bool take_buffers(struct device *d, struct error *e) {
+    const struct config *c = &d->m->c;
     const size_t tokens = (size_t)d->shape.max_tokens, rows = (size_t)d->shape.max_rows, slots = (size_t)d->shape.max_sequences;
     const size_t model = tokens * (size_t)d->ld_model, inner = tokens * (size_t)d->ld_inner;
+    // Operands take at most 4 bytes a float, and are whole tiles of columns. What is added up later has at most so many tiles.
+    const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 127) / 128 * 128 : 0;
+    const size_t ld = (size_t)(d->ld_model > d->ld_inner ? d->ld_model : d->ld_inner), longest = ld > (size_t)d->ld_dt ? ld : (size_t)d->ld_dt;
+    const size_t few_tiles = (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
+    d->max_parts = MAX_SLICES * (few_tiles < outputs ? few_tiles : outputs);
     return reserve(d, &d->conv, slots * d->slot_conv + 1, e) && reserve(d, &d->ssm, slots * d->slot_ssm, e) && reserve(d, &d->x, model, e) &&
-           reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->z, inner, e) &&
-           reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * (size_t)d->ld_bc, e) &&
-           reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->logits, rows * (size_t)d->m->c.n_vocab, e) &&
-           reserve(d, &d->banned, (size_t)d->m->c.n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
+           reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->gate, inner, e) &&
+           reserve(d, &d->dt_low, tokens * (size_t)d->ld_dt, e) && reserve(d, &d->bc, tokens * 2 * (size_t)c->d_state, e) &&
+           reserve(d, &d->dt, inner, e) && reserve(d, &d->y, inner, e) && reserve(d, &d->columns.operands, columns * longest / 4 + 1, e) &&
+           reserve(d, &d->columns.factors, columns * longest / BLOCK * 3 + 1, e) && reserve(d, &d->columns.squares, columns * longest / CHUNK + 1, e) &&
+           reserve(d, &d->parts, d->max_parts + 1, e) && reserve(d, &d->logits, rows * (size_t)c->n_vocab, e) &&
+           reserve(d, &d->banned, (size_t)c->n_vocab / 32 + 1, e) && reserve(d, &d->choices, rows, e) &&
            reserve(d, &d->batch, 5 * tokens + rows, e);
 }
 
@@ -980,20 +1633,59 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 
 // ---- Launching ----
 
-enum { FEW_COLUMNS = 8, SPLIT_COLUMNS = 64 };  // up to so many, product_split takes 8, or 32 at once
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Whether product_few takes n columns: up to 64, where its blocks of 8 columns, each of which reads the weights again, are not many
+// for the GPU. Measured on an H200: at 768 channels it is faster up to 64 columns, at 2560 up to 16.
+static bool are_few(const struct device *d, int n, int rows) {
+    return n <= FEW_COLUMNS || (n <= 8 * FEW_COLUMNS && ceil_div(n, FEW_COLUMNS) * ceil_div(rows, TILE) <= 12 * d->n_processors);
+}
+
+template <enum format F> static void launch_few(struct device *d, const weights &w, const input &in, const output &out) {
+    const int n_slices = slice_count(w.n_chunks), columns = in.n == 1 ? 1 : FEW_COLUMNS;
+    const int ends = ceil_div(columns * TILE * (out.kind == SCAN ? SCAN_LANES : 1), 32);  // warps that have something to do at the end
+    const dim3 grid((unsigned)ceil_div(in.n, columns), (unsigned)ceil_div(w.rows, TILE)), threads(32, (unsigned)(ends < n_slices ? n_slices : ends));
+    const size_t shared = ((size_t)n_slices * TILE + (in.norm ? (size_t)w.n_chunks : 0)) * FEW_COLUMNS * sizeof(float);
+    if (columns == 1) LAUNCH((product_few<F, 1>), grid, threads, shared, d, w, in, out);
+    else LAUNCH((product_few<F, FEW_COLUMNS>), grid, threads, shared, d, w, in, out);
+}
+
+// Slices of their own where there are fewer blocks than the GPU's multiprocessors take.
+template <enum format F, int R, int C> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
+    using S = stage<F, R, C>;
+    const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
+    const int most = d->max_shared / (S::WORDS * 16), n_stages = most < MAX_STAGES ? most : MAX_STAGES;
+    const size_t units = (size_t)n_stages * S::WORDS * 16, shared = units > S::RESULT_BYTES ? units : S::RESULT_BYTES;
+    const size_t n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
+    int z = n_parts <= d->max_parts ? d->n_processors / (x * y) : 1;
+    z = z < 1 ? 1 : z > n_slices ? n_slices : z;
+    prepared columns = d->columns;
+    columns.ld = x * S::COLUMNS;
+    columns.n_units = ceil_div(w.cols, unit_columns(F));
+    ALLOW_SHARED((product_tiles<F, R, C>), d->max_shared);
+    LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8, (unsigned)w.n_chunks), dim3(32), 0, d, in, columns);
+    LAUNCH((product_tiles<F, R, C>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, TILES_WARPS), shared, d, w, columns, in, out,
+           z > 1 ? d->parts : NULL, n_stages);
+    if (z > 1)
+        LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
+               w.rows, n_slices, w.n_chunks);
+}
 
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
-    const bool fused = out.kind == CONV || out.kind == SCAN;
-    const int n_tiles = (w.rows + TILE - 1) / TILE, n_slices = slice_count(w.n_chunks), columns = in.n <= FEW_COLUMNS ? 8 : 32;
-    if (in.n > SPLIT_COLUMNS && !fused) {
-        const dim3 grid((unsigned)((in.n + TILES_COLUMNS - 1) / TILES_COLUMNS), (unsigned)((n_tiles + 2 * tiles_r(F) - 1) / (2 * tiles_r(F))));
-        LAUNCH(product_tiles<F>, grid, dim3(32, TILES_WARPS), 0, d->stream, w, in, out);
+    constexpr int R = is_quantized(F) ? 2 : 4;  // of the largest tiles; scales take registers, too
+    const int large = ceil_div(in.n, stage<F, R, 4>::COLUMNS) * ceil_div(w.rows, stage<F, R, 4>::TILES * TILE);
+    if (are_few(d, in.n, w.rows)) {
+        launch_few<F>(d, w, in, out);
         return;
     }
-    const dim3 grid((unsigned)((in.n + columns - 1) / columns), (unsigned)n_tiles), threads(32, n_slices < 4 ? 4 : (unsigned)n_slices);
-    const size_t shared = (size_t)n_slices * (size_t)columns * (TILE + 1) * sizeof(float);
-    if (columns == 8) LAUNCH((product_split<F, 1>), grid, threads, shared, d->stream, w, in, out);
-    else LAUNCH((product_split<F, 4>), grid, threads, shared, d->stream, w, in, out);
+    if constexpr (F != F32) {  // whose sums take four times the registers
+        if (in.n > 32 && 2 * large >= d->n_processors) {
+            launch_tiles<F, R, 4>(d, w, in, out);
+            return;
+        }
+    }
+    if (in.n > 32) launch_tiles<F, 2, 2>(d, w, in, out);
+    else launch_tiles<F, 2, 1>(d, w, in, out);
 }
 
 static void product(struct device *d, const weights &w, const input &in, const output &out) {
@@ -1020,51 +1712,50 @@ static const int *positions_of(const struct device *d) { return d->batch + d->sh
 static const span *spans_of(const struct device *d) { return (const span *)(d->batch + 2 * (size_t)d->shape.max_tokens); }
 static const int *rows_of(const struct device *d) { return d->batch + 5 * (size_t)d->shape.max_tokens; }
 
-static void launch_scan(struct device *d, const scan &s, int n_spans) {
-    const dim3 grid((unsigned)(s.n * scan_lanes(s.d_state) + 127) / 128, (unsigned)n_spans);
-    if (s.d_state <= 16) LAUNCH((scan_tokens<4, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else if (s.d_state <= 64) LAUNCH((scan_tokens<16, 4>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
-    else LAUNCH((scan_tokens<16, 16>), grid, dim3(128), 0, d->stream, s, d->dt, spans_of(d));
+static void launch_scan(struct device *d, const scan &s, const conv &c, int n_spans) {
+    const dim3 grid((unsigned)ceil_div(s.n, SCAN_CHANNELS), (unsigned)n_spans);
+    const dim3 threads(SCAN_THREADS);
+    if (s.d_state <= 16) LAUNCH(scan_tokens<1>, grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else if (s.d_state <= 64) LAUNCH(scan_tokens<4>, grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d));
+    else LAUNCH(scan_tokens<16>, grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
 }
 
-// x += out_proj(scan(conv(in_proj(norm(x))))); decoding: every sequence has one token
-static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool decoding) {
+// x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token, and they are few
+static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool one_each) {
     const struct config *c = &d->m->c;
     const device_layer *l = &d->layers[(size_t)i];
     const size_t layer = (size_t)i;
     const conv cv = {l->conv_w, l->conv_b, d->conv + layer * (size_t)(c->d_conv - 1) * (size_t)d->ld_state, d->slot_conv, c->d_conv, c->d_inner,
                      d->ld_state};
-    const scan sc = {l->a2, l->d, l->dt_b, d->ssm + layer * (size_t)d->ld_state * (size_t)c->d_state, d->u, d->z, d->bc, d->y, d->slot_ssm,
-                     c->d_state, c->d_inner, d->ld_inner, d->ld_inner, d->ld_bc};
+    const scan sc = {l->a2, l->d, l->dt_b, d->ssm + layer * (size_t)d->ld_state * (size_t)c->d_state, d->u, d->gate, d->bc, d->y, d->slot_ssm,
+                     c->d_state, c->d_inner, d->ld_inner};
     const input x = {d->x, NULL, l->norm, n_tokens, d->ld_model, c->d_model, c->norm_eps};
     const input u = {d->u, NULL, NULL, n_tokens, d->ld_inner, 0, 0}, dt_low = {d->dt_low, NULL, NULL, n_tokens, d->ld_dt, 0, 0};
     const input y = {d->y, NULL, NULL, n_tokens, d->ld_inner, 0, 0};
-    const dim3 channels((unsigned)(c->d_inner + 127) / 128, (unsigned)n_tokens), of_spans(channels.x, (unsigned)n_spans);
-    product(d, l->in, x, output{decoding ? CONV : STORE, decoding ? d->u : d->u_in, d->z, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
-    if (!decoding) {
-        LAUNCH(conv_tokens, channels, dim3(128), 0, d->stream, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
-        LAUNCH(conv_state, of_spans, dim3(128), 0, d->stream, cv, d->u_in, spans_of(d), d->ld_inner);
-    }
-    product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, d->ld_bc, NULL, cv, sc});
+    const dim3 channels((unsigned)ceil_div(c->d_inner, 4 * 128), (unsigned)n_tokens);
+    float *in_to = one_each ? d->u : d->u_in;
+    product(d, l->in, x, output{one_each ? CONV : GATE, in_to, d->gate, c->d_inner, d->ld_inner, d->ld_inner, slots_of(d), cv, sc});
+    if (!one_each) LAUNCH(conv_tokens, channels, dim3(128), 0, d, cv, d->u_in, slots_of(d), positions_of(d), d->u, d->ld_inner);
+    product(d, l->x, u, output{STORE, d->dt_low, d->bc, c->dt_rank, d->ld_dt, 2 * c->d_state, NULL, cv, sc});
     if (c->dt_b_c_rms)
-        LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d->stream, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, d->ld_bc,
-               c->dt_b_c_eps);
-    product(d, l->dt, dt_low, output{decoding ? SCAN : STORE, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
-    if (!decoding) launch_scan(d, sc, n_spans);
+        LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, c->dt_b_c_eps);
+    product(d, l->dt, dt_low, output{one_each && n_tokens == 1 ? SCAN : STEP, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
+    if (!one_each) launch_scan(d, sc, cv, n_spans);
+    else if (n_tokens > 1)
+        LAUNCH(scan_steps, dim3((unsigned)ceil_div(c->d_inner, 16), (unsigned)n_tokens), dim3(16 * SCAN_LANES), 0, d, sc, d->dt, slots_of(d));
     product(d, l->out, y, output{ADD, d->x, NULL, c->d_model, d->ld_model, 0, NULL, cv, sc});
 }
 
+// Logits of the rows that the batch names, of the normed residual stream.
 static void run_head(struct device *d, int n_rows) {
-    const int n_vocab = d->m->c.n_vocab;
-    const input in = {d->normed, rows_of(d), NULL, n_rows, d->ld_model, 0, 0};
-    product(d, d->head, in, output{STORE, d->logits, NULL, n_vocab, n_vocab, 0, NULL, {}, {}});
+    const struct config *c = &d->m->c;
+    const input in = {d->x, rows_of(d), d->norm, n_rows, d->ld_model, c->d_model, c->norm_eps};
+    product(d, d->head, in, output{STORE, d->logits, NULL, c->n_vocab, c->n_vocab, 0, NULL, {}, {}});
 }
 
-static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows, bool decoding) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, decoding);
-    if (n_layers < d->m->c.n_layer) return;
-    LAUNCH(norm_tokens, dim3((unsigned)n_tokens), dim3(32), 0, d->stream, d->x, d->norm, d->normed, d->m->c.d_model, d->ld_model, d->m->c.norm_eps);
-    if (n_rows) run_head(d, n_rows);
+static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && are_few(d, n_tokens, 2 * d->m->c.d_inner));
+    if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
 // A decoding step is one graph, made when a batch of its size first comes.
@@ -1074,7 +1765,7 @@ static bool run_graph(struct device *d, int n_tokens, int n_rows, struct error *
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
     if (!ok(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "making a graph", e)) return false;
-    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows, true);
+    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
     bool made = ok(cudaStreamEndCapture(d->stream, &graph), "making a graph", e) && ok(cudaGraphInstantiate(&exec, graph, 0), "making a graph", e);
     if (graph) cudaGraphDestroy(graph);
     if (exec) d->graphs.push_back({n_tokens, n_rows, exec});
@@ -1086,7 +1777,8 @@ static bool fetch_logits(struct device *d, int n_rows, float *logits, int ld_log
     if (n_rows && !ok(cudaMemcpyAsync(d->host_logits, d->logits, (size_t)n_rows * n_vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream),
                       "copying logits", e))
         return false;
-    if (!ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;
+    if (!ok(cudaGetLastError(), "starting a kernel", e)) return false;
+    if (n_rows && !ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;
     for (int r = 0; r < n_rows; r++) memcpy(logits + (size_t)r * ld_logits, d->host_logits + (size_t)r * n_vocab, n_vocab * sizeof(float));
     return true;
 }
@@ -1144,6 +1836,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
     int major = 0, clock = 0, width = 0;
     cudaDeviceProp properties;
+    cudaFuncAttributes kernels;  // of what they were compiled for: only code for Hopper and later waits in inputs_ready()
     if (shape.max_tokens > 65535) {  // the y of a grid
         set_error(e, "the GPU takes up to 65535 tokens a pass; use a smaller -ub or -np");
         return NULL;
@@ -1157,14 +1850,17 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     d->ld_inner = whole_chunks(c->d_inner);
     d->ld_dt = whole_chunks(c->dt_rank);
     d->ld_state = (c->d_inner + 15) / 16 * 16;
-    d->ld_bc = 2 * c->d_state;
     d->slot_conv = c->conv_floats;
     d->slot_ssm = c->ssm_floats;
     for (int i = 0; i < shape.max_sequences; i++) d->free_slots.push_back(i);  // taken from the end: what is read behind a state is seen
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
+        ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
+        ok(cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "being asked for its size", e) &&
+        ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
+        d->early_start = kernels.ptxVersion >= 90;
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);
@@ -1183,6 +1879,7 @@ struct device_facts device_facts(const struct device *d) { return d->facts; }
 bool device_forward(struct device *d, const struct segment *segments, int n_segments, int n_layers, const float *x, int ld_x, float *logits,
                     int ld_logits, struct error *e) {
     const int max_tokens = d->shape.max_tokens;
+    if (!ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;  // the last forward may still read its batch
     int n_tokens = 0, n_rows = 0, *slots = d->host_batch, *positions = slots + max_tokens, *rows = slots + 5 * (size_t)max_tokens;
     span *spans = (span *)(slots + 2 * (size_t)max_tokens);
     for (int i = 0; i < n_segments; i++) {
@@ -1199,22 +1896,22 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
         memset(row + d->m->c.d_model, 0, (size_t)(d->ld_model - d->m->c.d_model) * sizeof(float));
     }
     d->n_tokens = n_tokens;
-    const bool decoding = n_tokens == n_segments;
     if (!ok(cudaMemcpyAsync(d->batch, d->host_batch, (5 * (size_t)max_tokens + (size_t)d->shape.max_rows) * sizeof(int), cudaMemcpyHostToDevice,
                             d->stream), "copying a batch", e) ||
         !ok(cudaMemcpyAsync(d->x, d->host_rows, (size_t)n_tokens * d->ld_model * sizeof(float), cudaMemcpyHostToDevice, d->stream),
             "copying a batch", e))
         return false;
-    if (decoding && d->use_graphs && n_layers == d->m->c.n_layer) {
+    if (n_tokens == n_segments && d->use_graphs && n_layers == d->m->c.n_layer) {
         if (!run_graph(d, n_tokens, n_rows, e)) return false;
     } else {
-        run_layers(d, n_tokens, n_segments, n_layers, n_rows, decoding);
+        run_layers(d, n_tokens, n_segments, n_layers, n_rows);
     }
     return fetch_logits(d, logits ? n_rows : 0, logits, ld_logits, e);
 }
 
 bool device_choose(struct device *d, int n_rows, struct device_choice *choices, struct error *e) {
-    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(256), 8 * 4 * sizeof(float), d->stream, d->logits, d->banned, d->choices, d->m->c.n_vocab);
+    LAUNCH(choose_rows, dim3((unsigned)n_rows), dim3(CHOOSE_THREADS), CHOOSE_WARPS * 4 * sizeof(float), d, d->logits, d->banned, d->choices,
+           d->m->c.n_vocab);
     const size_t bytes = (size_t)n_rows * sizeof *choices;
     if (!ok(cudaMemcpyAsync(d->host_choices, d->choices, bytes, cudaMemcpyDeviceToHost, d->stream), "copying tokens", e) ||
         !ok(cudaGetLastError(), "starting a kernel", e) || !ok(cudaStreamSynchronize(d->stream), "choosing tokens", e))
@@ -1240,8 +1937,12 @@ bool device_logits(struct device *d, const int *tokens, int n, float *logits, in
 }
 
 bool device_hidden(struct device *d, bool normed, float *rows, int ld, struct error *e) {
+    const struct config *c = &d->m->c;
     const size_t n = (size_t)d->n_tokens * (size_t)d->ld_model;
-    if (!ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
+    if (normed)
+        LAUNCH(norm_tokens, dim3((unsigned)d->n_tokens), dim3(32), 0, d, d->x, d->norm, d->normed, c->d_model, d->ld_model, c->norm_eps);
+    if (!ok(cudaGetLastError(), "starting a kernel", e) ||
+        !ok(cudaMemcpyAsync(d->host_rows, normed ? d->normed : d->x, n * sizeof(float), cudaMemcpyDeviceToHost, d->stream), "copying rows", e) ||
         !ok(cudaStreamSynchronize(d->stream), "copying rows", e))
         return false;
     for (int t = 0; t < d->n_tokens; t++)

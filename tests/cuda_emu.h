@@ -133,14 +133,22 @@ inline char *aligned_memory(size_t n) {
     return (char *)p;
 }
 
+inline size_t shared_limit = 48 << 10;    // of a launch; ALLOW_SHARED raises it
+
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
-enum { MAX_WORDS = 12, MAX_THREADS = 1024 };  // words that a lane gives to its warp
+enum { MAX_WORDS = 12, MAX_THREADS = 1024, MAX_COPIES = 256 };  // words that a lane gives to its warp; copies of a thread under way
 #if defined(__SANITIZE_ADDRESS__)
 enum { GUARD = 0 };         // AddressSanitizer has its own
 #else
 enum { GUARD = 64 };        // bytes behind each memory that nobody may write to
 #endif
 EMU_ASAN(const) size_t stack_bytes = 256 << 10;
+
+struct Copy {
+    void *to;
+    const void *from;
+    int n;                  // bytes
+};
 
 struct Fiber {
     void *sp;               // where it was left
@@ -150,6 +158,8 @@ struct Fiber {
     unsigned index, mask;   // in the block; of lanes that it waits for
     int line;               // where it waits
     uint32_t words[MAX_WORDS];  // that it gives
+    Copy copies[MAX_COPIES];    // that it has not waited for
+    unsigned n_copies, group_ends[MAX_COPIES], n_groups;  // of them
     EMU_TSAN(void *shadow;)
     EMU_ASAN(void *fake_stack;)
 };
@@ -232,6 +242,7 @@ EMU_UNSEEN inline void fiber_start(Fiber *f, unsigned index) {
     f->index = index;
     f->state = READY;
     f->line = 0;
+    f->n_copies = f->n_groups = 0;
     f->thread = dim3(index % block.block.x, index / block.block.x % block.block.y, index / (block.block.x * block.block.y));
     if (!f->stack) {
         f->stack = (char *)aligned_alloc(4096, stack_bytes);
@@ -369,7 +380,7 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
     block.block = threads;
     block.n = threads.x * threads.y * threads.z;
     EMU_TSAN(main_shadow = __tsan_get_current_fiber();)
-    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535 || shared_bytes > 48 << 10) fault("a launch that CUDA refuses");
+    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535 || shared_bytes > shared_limit) fault("a launch that CUDA refuses");
     order_of(&s, blocks.data(), n_blocks);
     std::vector<char *> memories;  // kept to the end: to free one would order its block before the next, for ThreadSanitizer
     for (unsigned b : blocks) {
@@ -398,6 +409,49 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
 #define __syncwarp() ((void)emu::meet(0xffffffffu, nullptr, 0, __LINE__))
 #define __shfl_sync(mask, value, from) emu::shuffle(mask, value, (unsigned)(from), __LINE__)
 #define __shfl_xor_sync(mask, value, x) emu::shuffle(mask, value, (emu::current->index % 32) ^ (unsigned)(x), __LINE__)
+
+// ---- Copies past the registers ----
+// Each is made when its thread waits for it, not before: a wait left out is seen as missing bytes.
+
+namespace emu {
+
+EMU_UNSEEN inline void add_copy(void *to, const void *from, int n) {
+    if ((uintptr_t)to % (unsigned)n || (uintptr_t)from % (unsigned)n) fault("a copy that is not aligned");
+    if (current->n_copies == MAX_COPIES) fault("too many copies under way");
+    current->copies[current->n_copies++] = {to, from, n};
+}
+
+EMU_UNSEEN inline void end_copies() {
+    if (current->n_groups == MAX_COPIES) fault("too many groups of copies");
+    current->group_ends[current->n_groups++] = current->n_copies;
+}
+
+EMU_UNSEEN inline void wait_for_copies(unsigned n_open) {
+    Fiber *f = current;
+    const unsigned n_groups = f->n_groups > n_open ? f->n_groups - n_open : 0, n = n_groups ? f->group_ends[n_groups - 1] : 0;
+    for (unsigned i = 0; i < f->n_copies; i++) {
+        if (i < n) memcpy(f->copies[i].to, f->copies[i].from, (size_t)f->copies[i].n);
+        else f->copies[i - n] = f->copies[i];
+    }
+    for (unsigned i = n_groups; i < f->n_groups; i++) f->group_ends[i - n_groups] = f->group_ends[i] - n;
+    f->n_copies -= n;
+    f->n_groups -= n_groups;
+}
+
+}  // namespace emu
+
+template <int BYTES> inline void copy_async(void *to, const void *from) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "a copy that CUDA does not have");
+    emu::add_copy(to, from, BYTES);
+}
+inline void copies_end() { emu::end_copies(); }
+template <int N> inline void copies_wait() { emu::wait_for_copies(N); }
+
+// Kernels run one after the other here.
+inline void inputs_ready() {}
+inline void next_may_start() {}
+inline void prefetch(const void *) {}
+inline float exp2_flushed(float x) { return exp2f(x); }
 
 // ---- Tensor cores ----
 // Fragments as the PTX manual draws them: lane = 4 g + q. A: rows g and g + 8; B: column g; D: rows g, g + 8, columns 2q, 2q + 1.
@@ -430,6 +484,7 @@ EMU_UNSEEN inline void emu_mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b
             d[i] = __dp4a((int)w->words[4 * g + from][i / 2], (int)w->words[4 * (2 * q + i % 2) + from][2], d[i]);
 }
 #define mma_s8(d, a0, a1, b) emu_mma_s8(d, a0, a1, b, __LINE__)
+#define mma_s8_block(d, a, b) (mma_s8(d, a[0], a[1], b[0]), mma_s8(d, a[2], a[3], b[1]))
 
 // ---- The runtime ----
 
@@ -439,10 +494,12 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
-    cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth
+    cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth,
+    cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp { char name[256]; };
+struct cudaFuncAttributes { int ptxVersion; };
 typedef struct emu_stream *cudaStream_t;
 typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
 
@@ -487,8 +544,9 @@ template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t
 
 }  // namespace emu
 
-#define LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-    ((void)(stream), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+#define ALLOW_SHARED(kernel, bytes) (emu::shared_limit = (size_t)(bytes))
+#define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
+    ((void)(device), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 
 inline const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaErrorNoDevice ? "no CUDA-capable device is detected" : e == cudaErrorMemoryAllocation ? "out of memory"
@@ -518,8 +576,13 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     const char *arch = getenv("CUDA_EMU_ARCH");
     const int capability = arch ? atoi(arch) : 80;
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
-         : a == cudaDevAttrMemoryClockRate ? 1000000 : 256;
+         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4
+         : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (capability < 80 ? 64 << 10 : 99 << 10) : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
+}
+template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
+    a->ptxVersion = 80;
+    return emu::call("cudaFuncGetAttributes", cudaErrorUnknown);
 }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = emu::memory_limit();

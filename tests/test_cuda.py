@@ -170,7 +170,7 @@ def test_too_little_memory(cuda):
 
 
 @pytest.mark.parametrize("fault", ["cudaMalloc:3", "cudaMallocHost", "cudaMemcpyAsync:2", "cudaStreamCreate", "cudaSetDevice", "cudaMemGetInfo",
-                                   "cudaMemsetAsync", "cudaGetDeviceProperties", "cudaDeviceGetAttribute"])
+                                   "cudaMemsetAsync", "cudaGetDeviceProperties", "cudaDeviceGetAttribute", "cudaFuncGetAttributes"])
 def test_a_failing_start(cuda, fault):
     emulated_only(cuda)
     done = cuda("score", path_of("mamba_tied.f32"), "--ids", "1 2 3", "--device", "cuda", check=False, CUDA_EMU_FAULT=fault)

@@ -955,8 +955,8 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
 #pragma unroll
         for (int i = 0; i < UNITS; i++) v[i] = load_normed(in, column, (unit0 + i) * unit_columns(F) + 4 * q, &square);
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
-            if (i < n) *(float4 *)&operands[i * unit_operands(F)] = v[i];
+        for (int unit = 0; unit < UNITS; unit++)
+            if (unit < n) *(float4 *)&operands[unit * unit_operands(F)] = v[unit];
     } else {
         // Words of a lane's block, units of four blocks, 16-byte words of a lane's unit.
         constexpr int WORDS = is_quantized(F) ? 2 : 8, N = 4 / unit_blocks(F), FOURS = unit_blocks(F) * WORDS / 4;
@@ -1834,7 +1834,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     const struct config *c = &m->c;
     const auto whole_chunks = [](int n) { return (n + CHUNK - 1) / CHUNK * CHUNK; };
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
-    int major = 0, clock = 0, width = 0;
+    int driver = 0, major = 0, clock = 0, width = 0;
     cudaDeviceProp properties;
     cudaFuncAttributes kernels;  // of what they were compiled for: only code for Hopper and later waits in inputs_ready()
     if (shape.max_tokens > 65535) {  // the y of a grid
@@ -1860,7 +1860,8 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
         ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
         ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
         d->no_bf16 = major < 8;
-        d->early_start = kernels.ptxVersion >= 90;
+        cudaDriverGetVersion(&driver);
+        d->early_start = kernels.ptxVersion >= 90 && driver >= 12030;  // graphs of older drivers do not know it
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);

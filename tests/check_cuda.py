@@ -128,10 +128,10 @@ def test_infinities_are_seen(cuda, tmp_path):
 def small_runs(folder):
     """Short runs that together reach all kernels and their branches: (arguments, standard input)."""
     f16 = write_shape(folder / "f16.gguf", 40, 33, 5, 3, 3, n_layer=1, kind="F16")
-    slices = write_shape(folder / "slices.gguf", 300, 20, 20, 4, 2, n_layer=1, kind="F32")
+    slices = write_shape(folder / "slices.gguf", 520, 20, 20, 4, 260, n_layer=1, kind="F32")  # of dt_proj fewer than of in_proj
     lanes = write_shape(folder / "lanes.gguf", 8, 9, 65, 4, 2, n_layer=1, kind="BF16")
     q8_0 = write_shape(folder / "q8_0.gguf", 64, 32, 4, 4, 32, n_layer=1, kind="Q8_0")
-    wide = write_shape(folder / "wide.gguf", 8, 8, 3, 4, 2, n_vocab=300, n_layer=1)  # more tokens than threads that choose one
+    wide = write_shape(folder / "wide.gguf", 8, 8, 3, 4, 2, n_vocab=300, n_layer=1, kind="F16")  # more tokens than threads that choose one
     five = write_shape(folder / "five.gguf", 1088, 8, 4, 4, 2, n_layer=1)  # slices
     ties = write_shape(folder / "ties.gguf", 8, 16, 3, 4, 2, n_vocab=300, n_layer=1, ties=True)
     batch = b'{"ids": [1, 2, 3, 4, 5], "max_tokens": 2, "seed": 1}\n{"ids": [4], "max_tokens": 3, "seed": 2}\n{"ids": [7, 7], "max_tokens": 2, "seed": 3}\n'
@@ -141,6 +141,7 @@ def small_runs(folder):
     runs += [(["generate", path, "--jsonl", "--print-ids", "-q"], greedy) for path in (f16, q8_0, wide)]
     runs += [(["score", path, "--per-token", "-ub", "65", "--ids", text(np.arange(70) % 37)], None) for path in (f16, slices, lanes, q8_0)]
     runs += [(["generate", ties, "--greedy", "--print-ids", "-n", "2", "--ids", "5", "-q"], None), (["score", five, "--per-token", "--ids", text(range(36))], None)]
+    runs += [(["score", wide, "--per-token", "--ids", text(range(30))], None)]  # half of the warps of a tile have columns
     runs += [(["score", FIXTURES / "mamba_falcon.f32.bin", "--per-token", "--ids", text(range(n))], None) for n in (1, 5)]
     k = test_formats.write_model(folder / "k.gguf", "Q2_K")
     return [*runs, (["score", k, "--per-token", "--ids", text(range(3))], None), (["score", k, "--per-token", "--ids", text(range(65))], None)]
@@ -207,6 +208,10 @@ SAME = {
     "j < SCAN_GROUP) s.y": "another lane has the same sum; a token more is not a span's, or is written by its own",
     "a2[i] = n < s.d_state": "B and C of a state more are zero; so in the next",
     "h[i] = n < s.d_state": "",
+    "unit < UNITS": "a unit more fails unit < n",
+    "q == 0 && half * N + b": "factors of a unit more are padding",
+    "i < high; i++) words": "a word more lands where the scales come next",
+    "t0 < sp.n": "a tile more has no tokens",
 }
 
 

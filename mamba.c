@@ -1557,16 +1557,18 @@ struct kernels {
 #define scan_channels ISA_NAME(scan_channels)
 
 // In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers. MAMBA_ROLLED leaves
-// them rolled, in builds that look for errors: with sanitizers' code in every copy of their bodies clang takes twenty minutes.
-#if defined(MAMBA_ROLLED)
-#define UNROLL_FULLY
-#define NO_UNROLL
-#elif defined(__clang__)
+// them rolled, and formats share their code, in builds that look for errors: with sanitizers' code in every copy clang takes
+// twenty minutes.
+#ifdef __clang__
 #define UNROLL_FULLY _Pragma("clang loop unroll(full)")
 #define NO_UNROLL _Pragma("clang loop unroll(disable)")
 #else
 #define UNROLL_FULLY _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
+#endif
+#ifdef MAMBA_ROLLED
+#undef UNROLL_FULLY
+#define UNROLL_FULLY NO_UNROLL
 #endif
 #define LANE static inline __attribute__((always_inline, unused))
 
@@ -2829,7 +2831,7 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
             const float *scale = x->scale + at / 32;
             const int32_t *sum = x->sum + at / 16;
             for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
-#if defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)  // code of its own for each format
+#if (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)) && !defined(MAMBA_ROLLED)  // code of its own for each format
             switch (m->format) {
             case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
             case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;

@@ -1487,6 +1487,8 @@ struct kernels {
 #define v_max_lane ISA_NAME(v_max_lane)
 #define v_put ISA_NAME(v_put)
 #define sum_16 ISA_NAME(sum_16)
+#define sum_8 ISA_NAME(sum_8)
+#define max_8 ISA_NAME(max_8)
 #define sum_8_rows ISA_NAME(sum_8_rows)
 #define t_load_weights ISA_NAME(t_load_weights)
 #define vi ISA_NAME(vi)
@@ -1576,6 +1578,31 @@ struct kernels {
 #endif  // not MAMBA_ISA_PASS
 #ifdef MAMBA_ISA_PASS  // ---------------------------------------------------------------------- ISA PASS: begin --------
 
+// What both x86 vocabularies end in: the trees over lanes, of 8 that are left.
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+LANE float sum_8(__m256 a) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+LANE float max_8(__m256 a) {
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+// The sums of 8 vectors of 16 lanes, side by side.
+LANE __m256 sum_8_rows(float (*v)[16]) {
+    __m256 half[8], quarter[4], pair[2];
+    UNROLL_FULLY for (int i = 0; i < 8; i++) half[i] = _mm256_add_ps(_mm256_loadu_ps(v[i]), _mm256_loadu_ps(v[i] + 8));
+    UNROLL_FULLY for (int i = 0; i < 4; i++)  // in half j: row i + 4 j
+        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[i], half[i + 4], 0x20), _mm256_permute2f128_ps(half[i], half[i + 4], 0x31));
+    UNROLL_FULLY for (int i = 0; i < 2; i++)
+        pair[i] = _mm256_add_ps(_mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
+                                _mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
+    return _mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88), _mm256_shuffle_ps(pair[0], pair[1], 0xdd));
+}
+#endif
+
 #if defined(ISA_AVX512)
 
 typedef __m512 vf;
@@ -1602,31 +1629,9 @@ LANE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 LANE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 LANE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 LANE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-LANE float v_sum(vf v) {
-    __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-LANE vf v_sums(float (*v)[16]) {
-    __m512 half[8], quarter[4], pair[2];
-    UNROLL for (int i = 0; i < 8; i++) {
-        const __m512 a = v_load(v[i % 4 + i / 4 * 8]), b = v_load(v[i % 4 + i / 4 * 8 + 4]);
-        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    UNROLL for (int i = 0; i < 4; i++)  // in quarter j: row i + 4 j
-        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[i], half[i + 4], 0x88), _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd));
-    UNROLL for (int i = 0; i < 2; i++)
-        pair[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
-                                _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
-}
-LANE float v_max_lane(vf v) {
-    __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
-}
+LANE float v_sum(vf v) { return sum_8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
+LANE vf v_sums(float (*v)[16]) { return _mm512_insertf32x8(_mm512_castps256_ps512(sum_8_rows(v)), sum_8_rows(v + 8), 1); }
+LANE float v_max_lane(vf v) { return max_8(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
 LANE vf v_add_exponent(vf p, vf n) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
@@ -1712,29 +1717,9 @@ LANE vf v_fma(vf a, vf b, vf c) {
 }
 LANE vf v_min(vf a, vf b) { return (vf){_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 LANE vf v_max(vf a, vf b) { return (vf){_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
-LANE float v_sum(vf v) {
-    __m256 a = _mm256_add_ps(v.lo, v.hi);
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-LANE __m256 sum_8_rows(float (*v)[16]) {
-    __m256 half[8], quarter[4], pair[2];
-    UNROLL for (int i = 0; i < 8; i++) half[i] = _mm256_add_ps(_mm256_loadu_ps(v[i]), _mm256_loadu_ps(v[i] + 8));
-    UNROLL for (int i = 0; i < 4; i++)  // in half j: row i + 4 j
-        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[i], half[i + 4], 0x20), _mm256_permute2f128_ps(half[i], half[i + 4], 0x31));
-    UNROLL for (int i = 0; i < 2; i++)
-        pair[i] = _mm256_add_ps(_mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
-                                _mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
-    return _mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88), _mm256_shuffle_ps(pair[0], pair[1], 0xdd));
-}
+LANE float v_sum(vf v) { return sum_8(_mm256_add_ps(v.lo, v.hi)); }
 LANE vf v_sums(float (*v)[16]) { return (vf){sum_8_rows(v), sum_8_rows(v + 8)}; }
-LANE float v_max_lane(vf v) {
-    __m256 a = _mm256_max_ps(v.lo, v.hi);
-    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
-}
+LANE float v_max_lane(vf v) { return max_8(_mm256_max_ps(v.lo, v.hi)); }
 LANE vf v_add_exponent(vf p, vf n) {
     __m256i lo = _mm256_slli_epi32(_mm256_castps_si256(n.lo), 23), hi = _mm256_slli_epi32(_mm256_castps_si256(n.hi), 23);
     return (vf){_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.lo), lo)),
@@ -2272,9 +2257,11 @@ LANE void matmul_float(enum format format, const struct matrix *m, int row0, int
         const int rows = min_int(ROW_GROUP, n_rows - r);
         for (int k = 0, n; k < m->cols; k += n) {
             const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes + (size_t)k * bytes;
-            struct operands o = {w, m->row_bytes, x + k, ldx, n = min_int(few ? m->cols : COLUMN_BLOCK, m->cols - k), k == 0, sums};
-            if (n >= 16 && (few || format == F32)) {
-                o.n = n = n / 16 * 16;
+            n = few ? m->cols - k : min_int(COLUMN_BLOCK, m->cols - k);
+            const bool in_place = n >= 16 && (few || format == F32);
+            if (in_place) n = n / 16 * 16;
+            struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums};
+            if (in_place) {
                 if (few) row_by_row(format, rows, tokens, o, 0);
                 else tiles(rows, tokens, o);
                 continue;
@@ -2282,7 +2269,6 @@ LANE void matmul_float(enum format format, const struct matrix *m, int row0, int
             for (int i = 0; i < rows; i++) floats_of(format, w + (size_t)i * m->row_bytes, n, floats[i]);
             o.w = (const uint8_t *)floats;
             o.row_bytes = sizeof floats[0];
-            o.n = round_up(n, 16);
             tiles(rows, tokens, o);
         }
         for (int t = 0; t < tokens; t++) {
@@ -2700,8 +2686,10 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_min), sum) : sum;
 }
 
-LANE void prefetch(const uint8_t *p, int bytes) {
-    UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+// Fetches the i-th 32 columns' share of what 16 rows hold, in file order.
+LANE void prefetch(enum format format, const uint8_t *rows, int i) {
+    const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
+    UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows + i * bytes + at);
 }
 
 // Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16
@@ -2714,8 +2702,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
     vf s = v_load(sums);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
-        const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
-        prefetch(ahead + i * bytes, bytes);
+        prefetch(format, ahead, i);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
         if (formats[format].group == 32) {
             int x_sum = sum[2 * i] + sum[2 * i + 1];
@@ -2734,9 +2721,8 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call. ahead: as in rows_dot().
 LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, struct panel *p) {
-    const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
     for (int i = 0; i < c->n / 32; i++) {
-        prefetch(ahead + i * bytes, bytes);
+        prefetch(format, ahead, i);
         NO_UNROLL for (int r = 0; r < 16; r += 8) {
             vb row[8];
             UNROLL for (int j = 0; j < 8; j++) {
@@ -3592,7 +3578,7 @@ static bool is_quantized(const struct matrix *m) { return formats[m->format].blo
 
 // Floats from row to row: an odd multiple of 32, or one column of many rows, as a block of channels goes through it, would fall on
 // a few sets of the caches: widths are multiples of large powers of two.
-static int leading_dimension(int n_cols) { return (n_cols + 31) / 32 * 32 | 32; }
+static int leading_dimension(int n_cols) { return round_up(n_cols, 32) | 32; }
 
 static struct act act_new(int n_rows, int n_cols, bool quantized) {
     struct act a = {.ld = leading_dimension(n_cols)};

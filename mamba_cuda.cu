@@ -109,9 +109,11 @@ struct weights {            // a matrix on the device
     enum format format;
 };
 
+static __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 // Slices of a row: at most MAX_SLICES, of so many chunks each. They depend on nothing but the row's length.
-static __host__ __device__ inline int slice_chunks(int n_chunks) { return (n_chunks + MAX_SLICES - 1) / MAX_SLICES; }
-static __host__ __device__ inline int slice_count(int n_chunks) { return (n_chunks + slice_chunks(n_chunks) - 1) / slice_chunks(n_chunks); }
+static __host__ __device__ inline int slice_chunks(int n_chunks) { return ceil_div(n_chunks, MAX_SLICES); }
+static __host__ __device__ inline int slice_count(int n_chunks) { return ceil_div(n_chunks, slice_chunks(n_chunks)); }
 
 // ---- Filling it, on the host ----
 
@@ -898,7 +900,7 @@ template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) 
         sums<F> s = {};
         float own[4];
         if constexpr (F == F32) slice_of_floats<COLUMNS>(w, in, tile, first, end, &s, squares);
-        else slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, (end + BLOCK - 1) / BLOCK, &s, squares);
+        else slice_of_blocks<F, COLUMNS>(w, in, tile, first / BLOCK, ceil_div(end, BLOCK), &s, squares);
         own_sums<F>(s, own);
 #pragma unroll
         for (int i = 0; i < 4; i++) parts[(warp * FEW_COLUMNS + 2 * q + i % 2) * TILE + g + i / 2 * 8] = own[i];
@@ -1030,7 +1032,7 @@ template <enum format F, int R, int C> struct source {
     unsigned ld;
 
     __device__ __forceinline__ source(const weights &w, const prepared &x, int tile0, int group0) : n_units(x.n_units), ld((unsigned)x.ld) {
-        const int last = (w.rows + TILE - 1) / TILE - 1, thread = (int)(threadIdx.y * 32 + threadIdx.x), lane = threadIdx.x;
+        const int last = ceil_div(w.rows, TILE) - 1, thread = (int)(threadIdx.y * 32 + threadIdx.x), lane = threadIdx.x;
         const size_t first = (size_t)min(tile0 + (int)threadIdx.y, last) * w.n_chunks;  // behind the last tile: computed, not stored
         tile = w.data + first * chunk_words(F);
         scales = (const uint4 *)(w.scales + first * scale_words(F) * TILE) + lane % 4;
@@ -1161,7 +1163,7 @@ __global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(con
     const int tile0 = (int)blockIdx.y * S::TILES, group0 = (int)blockIdx.x * S::GROUPS, end = min(slice1 * per, x.n_units);
     const int g = threadIdx.x / 4, q = threadIdx.x % 4, row0 = (tile0 + (int)threadIdx.y % 2 * R) * TILE + g;
     const int column0 = (group0 + (int)threadIdx.y / 2 * C) * 8 + 2 * q;
-    const size_t ld_parts = (size_t)((w.rows + TILE - 1) / TILE * TILE);
+    const size_t ld_parts = (size_t)(ceil_div(w.rows, TILE) * TILE);
     const source<F, R, C> from(w, x, tile0, group0);
     sums<F> part[R][C] = {};
     float total[R][C][4] = {};
@@ -1227,7 +1229,7 @@ __global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(con
 __global__ void __launch_bounds__(128) add_slices(const float *parts, const float *squares, int ld_squares, const input in, const output out,
                                                   int rows, int n_slices, int n_chunks) {
     const int row = (int)(blockIdx.x * 128 + threadIdx.x), column = (int)blockIdx.y;
-    const size_t ld_parts = (size_t)((rows + TILE - 1) / TILE * TILE);
+    const size_t ld_parts = (size_t)(ceil_div(rows, TILE) * TILE);
     float v = 0;
     next_may_start();
     inputs_ready();
@@ -1323,7 +1325,7 @@ template <int STATES> DEVICE void copy_scan_tile(scan_tile<STATES> *to, const sc
 }
 
 // The sums of a channel's lanes for SCAN_GROUP tokens: lane j gets that of token j % SCAN_GROUP. Lanes exchange halves of what they
-// still have; each sum is made in the order of scan_step_sum.
+// still have; each sum is made in the order of scan_step().
 DEVICE float scan_sums(const float part[SCAN_GROUP], int j) {
     float four[4], two[2];
 #pragma unroll
@@ -1542,7 +1544,7 @@ static bool upload_floats(struct device *d, float **p, const float *from, size_t
 // Tiles go through a buffer of about 16 MB, filled by all threads.
 static bool upload_matrix(struct device *d, weights *w, const struct matrix *m, unpack_row *unpack, struct error *e) {
     const enum format f = m->format == BF16 && d->no_bf16 ? F32 : m->format;
-    const int n_tiles = (m->rows + TILE - 1) / TILE, n_chunks = (m->cols + CHUNK - 1) / CHUNK;
+    const int n_tiles = ceil_div(m->rows, TILE), n_chunks = ceil_div(m->cols, CHUNK);
     const size_t data = (size_t)n_chunks * chunk_words(f) * 16, scales = (size_t)n_chunks * scale_words(f) * TILE;  // bytes, words of a tile
     uint4 *to;
     unsigned *to_scales;
@@ -1632,8 +1634,6 @@ static bool take_memory(struct device *d, unpack_row *unpack, struct error *e) {
 }
 
 // ---- Launching ----
-
-static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Whether product_few takes n columns: up to 64, where its blocks of 8 columns, each of which reads the weights again, are not many
 // for the GPU. Measured on an H200: at 768 channels it is faster up to 64 columns, at 2560 up to 16.
@@ -1832,7 +1832,7 @@ void device_close(struct device *d) {
 
 struct device *device_open(const struct model *m, struct device_shape shape, unpack_row *unpack, struct error *e) {
     const struct config *c = &m->c;
-    const auto whole_chunks = [](int n) { return (n + CHUNK - 1) / CHUNK * CHUNK; };
+    const auto whole_chunks = [](int n) { return ceil_div(n, CHUNK) * CHUNK; };
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
     int driver = 0, major = 0, clock = 0, width = 0;
     cudaDeviceProp properties;

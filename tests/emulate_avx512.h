@@ -70,20 +70,6 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
     for (int i = 0; i < 16; i++) v.i[i] >>= n;
     return v.si;
 }
-static inline simde__m512 emulated_shuffle_f32x4(simde__m512 a, simde__m512 b, int which) {
-    emulated x = {.ps = a}, y = {.ps = b}, v;
-    for (int i = 0; i < 16; i++) v.f[i] = (i < 8 ? x : y).f[4 * (which >> i / 4 * 2 & 3) + i % 4];
-    return v.ps;
-}
-static inline simde__m512 emulated_shuffle_ps(simde__m512 a, simde__m512 b, int which) {
-    emulated x = {.ps = a}, y = {.ps = b}, v;
-    for (int i = 0; i < 16; i++) v.f[i] = (i % 4 < 2 ? x : y).f[i / 4 * 4 + (which >> i % 4 * 2 & 3)];
-    return v.ps;
-}
-#undef _mm512_shuffle_f32x4
-#undef _mm512_shuffle_ps
-#define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
-#define _mm512_shuffle_ps emulated_shuffle_ps
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps

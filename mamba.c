@@ -159,7 +159,7 @@ struct config {
     bool layer_norm;           // norms are LayerNorm; RMSNorm otherwise
     bool zoh;                  // B is discretised by zero-order hold (equation 4); as dt * B otherwise, like Mamba's code
     int n_vocab;               // rows of the embedding; a tokenizer may use fewer
-    int context_length;        // of the training; 0 when unknown. Nothing limits how long a text may be
+    int context_length;        // tokens that a text of the training had; 0 when unknown. Nothing limits how long a text may be
     float norm_eps;
     int n_labels;              // of the classifier; 0: there is none
     int sample_rate;           // of an audio model, whose tokens are mu-law codes; 0: not one
@@ -1062,7 +1062,8 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     int64_t v = 0;
     c->dt_b_c_rms = gguf_int(g, "mamba.ssm.dt_b_c_rms", &v) && v != 0;
     v = 0;
-    c->context_length = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < INT_MAX ? (int)v : 0;
+    const bool known = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < 1 << 20;  // 2^20: what converters write that do not know it
+    c->context_length = known ? (int)v : 0;
     c->n_blocks = c->n_layer;
     c->level[0] = (struct level_size){c->d_model, c->d_inner, c->dt_rank, 1};
     return !unet || unet_config_read(g, c, e);
@@ -1398,6 +1399,7 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 
 enum {
     ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats are multiplied straight from the file
+    Q_ROW_TOKENS = 2,       // and up to so many quantised weights
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
@@ -1645,7 +1647,6 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef __m512i vi;
 #define Q_TOKENS 12
 #define Q_PANELS 2
-#define Q_ROW_TOKENS 2
 #define MATH LANE
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
@@ -1738,7 +1739,6 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
-#define Q_ROW_TOKENS 4
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
@@ -1876,7 +1876,6 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
-#define Q_ROW_TOKENS 4
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
@@ -2016,7 +2015,6 @@ typedef struct {
 } vi;
 #define Q_TOKENS 1
 #define Q_PANELS 1
-#define Q_ROW_TOKENS 4
 #define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
@@ -2194,7 +2192,11 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                 UNROLL for (int i = 0; i < registers; i++)
                     sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
         NO_UNROLL for (int k = lane; k < o.n; k += 16) {
+            // Weights come from memory for the first tokens: of a single row what lies ahead is fetched, else the next tile's rows.
             if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD);
+            else if (token == 0)
+                UNROLL for (int r = 0; r < rows; r++)
+                    __builtin_prefetch(w + (size_t)(rows + r) * o.row_bytes + (size_t)(k * formats[format].bytes));
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int i = 0; i < registers; i++)
                     wv[r][i] = t_load_weights(format, w + (size_t)r * o.row_bytes +
@@ -2241,6 +2243,7 @@ LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
     for (int k = 0; k < n; k += 16) {
         uint8_t last[64] = {0};
         const uint8_t *from = row + (size_t)k * bytes;
+        __builtin_prefetch(from + FETCH_AHEAD);
         if (n - k < 16) from = memcpy(last, from, (size_t)(n - k) * bytes);
         for (int i = 0; i < 16; i += TILE_LANES) t_store(to + k + i, t_load_weights(format, from + (size_t)i * bytes));
     }
@@ -3142,7 +3145,6 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef COLUMN_BLOCK
 #undef Q_TOKENS
 #undef Q_PANELS
-#undef Q_ROW_TOKENS
 #undef MATH
 #undef SIGNED_PANELS
 #undef FLIPPED
@@ -6347,8 +6349,7 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     return ok;
 }
 
-// Appends the tokens of one input of the command line.
-// scale: of a clip, where the input is one.
+// Appends the tokens of one input of the command line. scale: of a clip, where the input is one.
 static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct clip_scale *scale,
                        struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
@@ -6805,6 +6806,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     bool reader_gone;       // the output's reader closed it
     bool has_header;        // the table's or array's is written
     bool no_more;           // all requests have come
+    bool is_long, said_long;  // a text went past the length of those that the model was trained on; a line said so
     int next_input;         // of the command line
     struct line_reader lines;  // of --jsonl, --bed, --vcf
     struct fasta fasta;     // of --fasta
@@ -7752,6 +7754,18 @@ static bool all_greedy(const struct engine *en, int n) {
     return n_rows > 0;
 }
 
+// No text is too long, but past the length of those that a model was trained on it may know less. Said once, and not inside a text
+// that is being written.
+static void say_long(struct engine *en, bool is_end) {
+    const struct session *s = en->s;
+    const bool streams = s->o->command == GENERATE && !s->o->jsonl;
+    if (!en->is_long || en->said_long || s->o->quiet || (streams && !is_end)) return;
+    progress_clear(&en->progress);
+    fprintf(stderr, "mamba: %s was trained on texts of %d tokens, and a longer one came: it may be worse past that%s\n", s->o->model,
+            s->model.c.context_length, s->o->fasta && !s->o->window && !streams ? "; --window cuts records" : "");
+    en->said_long = true;
+}
+
 // One forward, and what its results mean to each request.
 static void engine_step(struct engine *en) {
     const enum command command = en->s->o->command;
@@ -7759,6 +7773,8 @@ static void engine_step(struct engine *en) {
     int n = engine_batch(en), n_rows = 0;
     en->ctx->only_choices = en->ctx->device && all_greedy(en, n);
     forward(en->ctx, en->segments, n, en->n_layers);
+    for (int i = 0; i < n && en->s->model.c.context_length; i++) en->is_long |= en->segments[i].seq->n_past > en->s->model.c.context_length;
+    say_long(en, false);
     for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
         if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = n_tokens_of(en->batch[i])};
     engine_take_rows(en, n_rows);
@@ -8183,7 +8199,7 @@ static void open_fasta(struct engine *en) {
     if (!o->vcf) en->window.bases = xmalloc((size_t)o->window);
 }
 
-// An engine for the command's requests, which stand behind its base. default_slots: sequences at once where -np is not given.
+// An engine for the command's requests, which stand behind its base.
 static struct engine *open_engine(struct session *s, FILE *output) {
     enum { DEFAULT_SLOTS = 16 };
     const struct options *o = s->o;
@@ -8207,6 +8223,7 @@ static int close_engine(struct engine *en) {
         fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed; prompts %" PRId64 " tokens, generated %" PRId64
                 "; %.1f requests/s, %.1f tokens/s\n", interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, en->n_fed,
                 en->n_sampled, (double)en->n_requests / seconds, (double)(en->n_fed + en->n_sampled) / seconds);
+    say_long(en, true);
     int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
     base_free(en->s->base);  // its state may be on the engine's device
     en->s->base = NULL;

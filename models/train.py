@@ -1442,7 +1442,8 @@ def evaluate(run, out):
             run.best = scores[kind][run.task.chooses]
             write_atomically(out / "best.pt", {
                 "task": run.task.name, "model": run.model.state_dict(), "step": run.step, "kind": kind,
-                "config": dataclasses.asdict(run.model.config), "labels": run.task.labels, "valid": scores[kind]})
+                "config": dataclasses.asdict(run.model.config), "labels": run.task.labels, "valid": scores[kind],
+                "length": max(run.o.length) if isinstance(run.o.length, list) else run.o.length})
     run.swap_average()
     return scores
 
@@ -1481,9 +1482,10 @@ def short(scores):
 
 # ---- 10. Export -------------------------------------------------------------------------------------------------------
 
-def export_hugging_face(model, folder, tokenizer=None, labels=None):
+def export_hugging_face(model, folder, length, tokenizer=None, labels=None):
     """The folder that transformers' MambaForCausalLM.from_pretrained and convert_weights.py read. (For nucleotides there is
-    no tokenizer: convert_weights.py --vocab dna. transformers has no Mamba classifier; the names are those it would have.)"""
+    no tokenizer: convert_weights.py --vocab dna. transformers has no Mamba classifier; the names are those it would have.)
+    length: of the longest windows it was trained on, in tokens; the program says when a text is longer."""
     from safetensors.torch import save_file
     c = model.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -1497,7 +1499,7 @@ def export_hugging_face(model, folder, tokenizer=None, labels=None):
         "num_hidden_layers": c.n_layer, "state_size": c.d_state, "expand": c.expand, "intermediate_size": c.d_inner,
         "conv_kernel": c.d_conv, "time_step_rank": c.dt_rank, "layer_norm_epsilon": c.eps, "hidden_act": "silu",
         "use_bias": False, "use_conv_bias": True, "residual_in_fp32": True, "tie_word_embeddings": True,
-        **ends, **classes, "torch_dtype": "float32"}
+        "max_position_embeddings": length, **ends, **classes, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -1535,7 +1537,7 @@ def export_best(out, ops):
     if best["task"] == "audio":
         export_unet(model, out / "hf")
     else:
-        export_hugging_face(model, out / "hf", tokenizer, best.get("labels"))
+        export_hugging_face(model, out / "hf", best["length"], tokenizer, best.get("labels"))
     report = {"step": best["step"], "kind": best["kind"], "valid": best["valid"]}
     print(f"step {report['step']} ({report['kind']}): valid {short(report['valid'])}", flush=True)
     return model, report

@@ -260,3 +260,18 @@ def test_interrupt_keeps_the_text_and_saves_the_state(mamba, tmp_path):
     more = mamba(MODEL, "--load-state", state, "--print-ids", "-n", 5, "-s", 1).stdout.decode().split()
     whole = mamba(MODEL, "--ids", "5 6", "--print-ids", "-n", len(ids) + 5, "-s", 1).stdout.decode().split()
     assert ids + more == whole
+
+
+def test_longer_than_the_training(mamba):
+    """Said once, behind a text that is being written and at once elsewhere; nowhere with -q, and not of a text that is just as long."""
+    model, trained = ROOT / "models" / "tales.bin", 512
+    ids = lambda n: " ".join(["7"] * n)
+    said = lambda *arguments, **options: mamba(*arguments, **options).stderr.decode().count("was trained on texts of 512 tokens")
+    assert said("score", model, "--ids", ids(trained)) == 0
+    assert said("score", model, "--ids", ids(trained + 1)) == 1
+    assert said("score", model, "--ids", ids(trained + 1), "-q") == 0
+    lines = "".join(f'{{"ids": [{", ".join(ids(n).split())}], "max_tokens": 1}}\n' for n in (600, 9, 700))
+    assert said(model, "--jsonl", input=lines.encode()) == 1
+    grown = mamba(model, "--ids", ids(trained - 2), "-n", "4", "--ignore-eos")
+    assert grown.stderr.decode().splitlines()[-1].startswith(f"mamba: {model} was trained on")
+    assert said(model, "--ids", ids(trained - 2), "-n", "3", "--ignore-eos") == 0

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 BENCH = ROOT / "tests" / "bench"
+pytestmark = pytest.mark.xdist_group("llama.cpp")  # which is built once
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,6 +1,6 @@
 """The source as compilers, analysers and run-time checkers see it. Part of `make check`.
 
-A tool that is missing is reported as skipped; .ci/run installs all of them."""
+A tool that is missing is reported as skipped; .ci/run installs all of them. Groups are what one worker does (conftest.py)."""
 import concurrent.futures
 import os
 import pathlib
@@ -33,6 +33,7 @@ def run(*command, **options):
     return done.stdout
 
 
+@pytest.mark.xdist_group("warnings")
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("openmp", [True, False])
 def test_no_warnings(compiler, openmp, tmp_path):
@@ -42,18 +43,21 @@ def test_no_warnings(compiler, openmp, tmp_path):
     run(program, "--version")
 
 
+@pytest.mark.xdist_group("analysers")
 def test_clang_tidy():
     found = [line for line in run("clang-tidy", "--quiet", f"--checks={TIDY}", "mamba.c", "--", *DIALECT).splitlines()
              if re.search(r": (warning|error): ", line)]
     assert found == []
 
 
+@pytest.mark.xdist_group("analysers")
 def test_cppcheck():
     """invalidPointerCast: rows of a model file and of a state file are bytes that are read as floats."""
     run("cppcheck", "--quiet", "--enable=warning,performance,portability", "--inline-suppr", "--suppress=invalidPointerCast",
         "--max-configs=64", "--error-exitcode=1", "mamba.c")
 
 
+@pytest.mark.xdist_group("avx512")
 def test_avx512_emulated(tmp_path):
     """The unit tests with AVX-512 computed by AVX2: the kernels are tested on machines that cannot run them."""
     if platform.machine() != "x86_64" or "avx2" not in pathlib.Path("/proc/cpuinfo").read_text():
@@ -76,12 +80,14 @@ def emulated(tmp_path_factory):
     return folder, ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
 
 
+@pytest.mark.xdist_group("arm")
 def test_neon_kernels(emulated):
     """Bit by bit against plain C, compiled for the same machine."""
     folder, command = emulated
     assert re.search(r"^neon: \d+ passed, 0 failed\n$", run(*command, folder / "unit", "tests/fixtures", "kernels"), re.MULTILINE)
 
 
+@pytest.mark.xdist_group("arm")
 @pytest.mark.parametrize("arguments", [
     *(["score", f"tests/fixtures/{name}.bin", "--ids", "3 1 4 15 9 26 5 35 8 97 9 32 3 84 6"] for name in
       ("mamba_tied.f32", "mamba_tied.f16", "mamba_tied.bf16", "mamba_awkward.f32", "mamba_awkward.q8_0", "mamba_falcon.f32")),
@@ -121,6 +127,7 @@ def test_commands_sanitized(sanitized, tests):
         env={**os.environ, "MAMBA": str(sanitized[0])})
 
 
+@pytest.mark.xdist_group("arm")
 @pytest.mark.parametrize("arguments", [
     ["models/tales.bin", "-p", "Once upon a time", "-n", "8", "-s", "7", "-t", "1"],
     ["score", "models/tales.bin", "-p", "Once upon a time", "-t", "2"],

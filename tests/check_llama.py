@@ -12,6 +12,7 @@ import build_llama
 import reference
 from conftest import ROOT, run_mamba
 
+pytestmark = pytest.mark.xdist_group("llama.cpp")  # which is built once
 FIXTURES = ROOT / "tests" / "fixtures"
 SHIPPED = ROOT / "models" / "tales.bin"
 WIDE = dict(hidden_size=64, num_hidden_layers=3, vocab_size=50280, state_size=16, conv_kernel=4, time_step_rank=4,

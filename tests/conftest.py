@@ -37,6 +37,13 @@ def mamba():
     return run_mamba
 
 
+def pytest_collection_modifyitems(items):
+    """Several workers share the tests (pytest-xdist): one takes a whole file, whose tests use what is built once, unless it says otherwise."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 # ---- the GPU backend: test_cuda.py, check_cuda.py ----
 
 PLACES = ["emulated"] + (["gpu"] if os.environ.get("MAMBA_TEST_GPU") else [])

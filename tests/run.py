@@ -34,13 +34,13 @@ def run_unit_tests():
     return passed, failed, 0
 
 
-def run_pytest(files):
-    """One pytest process over all files; its counts are read from the report, not from what it prints."""
+def run_pytest(files, n_workers):
+    """One pytest over all files; its counts are read from the report, not from what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         # -p no:cacheprovider: the tests leave nothing in the source tree
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=10", "-p", "no:cacheprovider",
-                               "--timeout=1200", f"--junitxml={report}", *map(str, files)], cwd=TESTS)
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfEs", "--durations=25", "-p", "no:cacheprovider",
+                               "-n", str(n_workers), "--dist=loadgroup", "--timeout=2400", f"--junitxml={report}", *map(str, files)], cwd=TESTS)
         if not report.exists():
             print(f"pytest ended with status {done.returncode} and no report")
             return 0, 1, 0
@@ -60,13 +60,14 @@ def main():
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would the tests
     start = time.monotonic()
+    n_workers = min(4, len(os.sched_getaffinity(0)))  # many tests use all cores themselves
     if sys.argv[1] == "quick":
-        counts = [run_unit_tests(), run_pytest(sorted(TESTS.glob("test_*.py")))]
+        counts = [run_unit_tests(), run_pytest(sorted(TESTS.glob("test_*.py")), n_workers)]
     elif sys.argv[1] == "cuda":
         os.environ["MAMBA_TEST_GPU"] = "1"
-        counts = [run_pytest([TESTS / "test_cuda.py", TESTS / "check_cuda.py"])]
+        counts = [run_pytest([TESTS / "test_cuda.py", TESTS / "check_cuda.py"], 0)]
     else:
-        counts = [run_pytest(sorted(TESTS.glob("check_*.py")))]
+        counts = [run_pytest(sorted(TESTS.glob("check_*.py")), n_workers)]
     passed, failed, skipped = (sum(column) for column in zip(*counts))
     print(f"{time.monotonic() - start:.0f} seconds")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)

@@ -1062,7 +1062,8 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     int64_t v = 0;
     c->dt_b_c_rms = gguf_int(g, "mamba.ssm.dt_b_c_rms", &v) && v != 0;
     v = 0;
-    const bool known = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < 1 << 20;  // 2^20: what converters write that do not know it
+    // Converters that do not know it write 2^20.
+    const bool known = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < 1 << 20;
     c->context_length = known ? (int)v : 0;
     c->n_blocks = c->n_layer;
     c->level[0] = (struct level_size){c->d_model, c->d_inner, c->dt_rank, 1};
@@ -1398,12 +1399,12 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // ====================================================================================================================
 
 enum {
-    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats are multiplied straight from the file
+    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats multiplied as they are read
     Q_ROW_TOKENS = 2,       // and up to so many quantised weights
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
-    ROW_BLOCK = 96,         // so many rows are one item of work, when there are many tokens; or a third of it, for the threads' sake
+    ROW_BLOCK = 96,         // so many rows are one item of work, when tokens are many; or a third of it, for the threads' sake
 };
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
@@ -1597,7 +1598,8 @@ LANE __m256 sum_8_rows(float (*v)[16]) {
     __m256 half[8], quarter[4], pair[2];
     UNROLL_FULLY for (int i = 0; i < 8; i++) half[i] = _mm256_add_ps(_mm256_loadu_ps(v[i]), _mm256_loadu_ps(v[i] + 8));
     UNROLL_FULLY for (int i = 0; i < 4; i++)  // in half j: row i + 4 j
-        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[i], half[i + 4], 0x20), _mm256_permute2f128_ps(half[i], half[i + 4], 0x31));
+        quarter[i] = _mm256_add_ps(_mm256_permute2f128_ps(half[i], half[i + 4], 0x20),
+                                   _mm256_permute2f128_ps(half[i], half[i + 4], 0x31));
     UNROLL_FULLY for (int i = 0; i < 2; i++)
         pair[i] = _mm256_add_ps(_mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
                                 _mm256_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
@@ -2286,8 +2288,8 @@ LANE void matmul_float(enum format format, const struct matrix *m, int row0, int
 // ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
 //
 // unpack() and chunk_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
-// rows_dot() for each of up to Q_ROW_TOKENS tokens, straight from the blocks; for more tokens panel_fill() once, which interleaves the
-// rows, and panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
+// rows_dot() for each of up to Q_ROW_TOKENS tokens, straight from the blocks; for more tokens panel_fill() once, which interleaves
+// the rows, and panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
 
 // Vectors of 32 bytes.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
@@ -2701,20 +2703,17 @@ LANE void prefetch(enum format format, const uint8_t *rows, int i) {
 LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const int8_t *q, const float *scale,
                    const int32_t *sum, const struct panel *p, float *sums) {
     const bool has_min = formats[format].has_min;
-    const int zero = formats[format].zero;
+    const int zero = formats[format].zero, group = formats[format].group;
     vf s = v_load(sums);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         prefetch(format, ahead, i);
         dot_16_rows(format, c, i, q + 32 * i, &first, &second);
-        if (formats[format].group == 32) {
-            int x_sum = sum[2 * i] + sum[2 * i + 1];
-            s = add_group(p, has_min, i, v_add_int(v_add_int(first, second), v_set_int(-zero * x_sum)), scale[i], scale[i] * (float)x_sum, s);
-        } else {
-            UNROLL for (int h = 0; h < 2; h++) {
-                const int x_sum = sum[2 * i + h];
-                s = add_group(p, has_min, 2 * i + h, v_add_int(h ? second : first, v_set_int(-zero * x_sum)), scale[i], scale[i] * (float)x_sum, s);
-            }
+        UNROLL for (int h = 0; h < 32 / group; h++) {
+            const vi dot = group == 32 ? v_add_int(first, second) : h ? second : first;
+            const int x_sum = group == 32 ? sum[2 * i] + sum[2 * i + 1] : sum[2 * i + h];
+            s = add_group(p, has_min, 32 / group * i + h, v_add_int(dot, v_set_int(-zero * x_sum)), scale[i],
+                          scale[i] * (float)x_sum, s);
         }
     }
     v_store(sums, s);
@@ -2722,7 +2721,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
-// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call. ahead: as in rows_dot().
+// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call. ahead: see rows_dot().
 LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, struct panel *p) {
     for (int i = 0; i < c->n / 32; i++) {
         prefetch(format, ahead, i);
@@ -2737,8 +2736,8 @@ LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *a
     }
 }
 
-// Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at every
-// call. q, scale and sum: activations of the first token at the panels' first column; ld as in struct act.
+// Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at
+// every call. q, scale and sum: activations of the first token at the panels' first column; ld as in struct act.
 LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, const int8_t *q, const float *scale,
                     const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16]) {
     const int group = formats[format].group, zero = FLIPPED(format) ? 128 : formats[format].zero;
@@ -2762,13 +2761,15 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
                 UNROLL for (int j = k; j < k + together; j++)
                     UNROLL for (int t = t0; t < t0 + abreast; t++)
                         UNROLL for (int i = 0; i < Q_PANELS; i++)
-                            dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0], q + (size_t)t * ld + g * group + 4 * j, is_signed);
+                            dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0],
+                                                q + (size_t)t * ld + g * group + 4 * j, is_signed);
                 UNROLL for (int t = t0; t < t0 + abreast; t++)
                     UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_dots_end(dot[t][i], dots[t][i]);
             }
         UNROLL for (int t = 0; t < tokens; t++)
             UNROLL for (int i = 0; i < Q_PANELS; i++)
-                v_store(sums[t][i], add_group(p + i, formats[format].has_min, g, dot[t][i], x_scale[t], x_min[t], v_load(sums[t][i])));
+                v_store(sums[t][i], add_group(p + i, formats[format].has_min, g, dot[t][i], x_scale[t], x_min[t],
+                                              v_load(sums[t][i])));
     }
 }
 
@@ -2840,7 +2841,8 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
         }
         for (int t = 0; t < n_tokens; t++)
             for (int i = 0; i < n_panels && r + 16 * i < n_rows; i++)
-                v_put(y + (size_t)t * (size_t)ldy + r + 16 * i, v_load(sums[t * n_panels + i]), min_int(16, n_rows - r - 16 * i), add);
+                v_put(y + (size_t)t * (size_t)ldy + r + 16 * i, v_load(sums[t * n_panels + i]), min_int(16, n_rows - r - 16 * i),
+                      add);
     }
 }
 
@@ -3373,7 +3375,8 @@ static void norm_phase(struct team *t, struct level *v, const float *weight, con
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
     const int d_inner = v->size.d_inner;
-    int block = v->n_tokens > ROW_TOKENS ? (d_inner >= 256 * ctx->n_threads ? 64 : 32) : round_up(decode_block(ctx, d_inner, v->n_tokens), 32);
+    const int of_many = d_inner >= 256 * ctx->n_threads ? 64 : 32;
+    const int block = v->n_tokens > ROW_TOKENS ? of_many : round_up(decode_block(ctx, d_inner, v->n_tokens), 32);
     *n_blocks = (d_inner + block - 1) / block;
     return block;
 }
@@ -7761,8 +7764,8 @@ static void say_long(struct engine *en, bool is_end) {
     const bool streams = s->o->command == GENERATE && !s->o->jsonl;
     if (!en->is_long || en->said_long || s->o->quiet || (streams && !is_end)) return;
     progress_clear(&en->progress);
-    fprintf(stderr, "mamba: %s was trained on texts of %d tokens, and a longer one came: it may be worse past that%s\n", s->o->model,
-            s->model.c.context_length, s->o->fasta && !s->o->window && !streams ? "; --window cuts records" : "");
+    fprintf(stderr, "mamba: %s was trained on texts of %d tokens, and a longer one came: it may be worse past that%s\n",
+            s->o->model, s->model.c.context_length, s->o->fasta && !s->o->window && !streams ? "; --window cuts records" : "");
     en->said_long = true;
 }
 
@@ -7773,7 +7776,8 @@ static void engine_step(struct engine *en) {
     int n = engine_batch(en), n_rows = 0;
     en->ctx->only_choices = en->ctx->device && all_greedy(en, n);
     forward(en->ctx, en->segments, n, en->n_layers);
-    for (int i = 0; i < n && en->s->model.c.context_length; i++) en->is_long |= en->segments[i].seq->n_past > en->s->model.c.context_length;
+    const int trained = en->s->model.c.context_length;
+    for (int i = 0; i < n && trained; i++) en->is_long |= en->segments[i].seq->n_past > trained;
     say_long(en, false);
     for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
         if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = n_tokens_of(en->batch[i])};

@@ -4488,6 +4488,7 @@ struct tokenizer {          // owner of everything but the file it was read from
     int32_t *added;         // [n_added] control and user-defined tokens, the longest first
     int n_added;
     bool added_first[256];  // some added token begins with this byte
+    bool added_spaces;      // some added token has white space behind other characters
     int32_t bos, eos, unknown;  // -1 when there is none
     bool add_bos, nfc, falcon, characters;
     bool nucleotides, keep_case;  // texts are DNA; lower case is no upper case (--case-sensitive)
@@ -4624,6 +4625,26 @@ static int longest_first(const void *a, const void *b) {
     return x != y ? (x < y ? 1 : -1) : *(const int32_t *)a - *(const int32_t *)b;
 }
 
+// Is there a place before byte i where white space follows on something else?
+static bool space_begins(const char *s, size_t i) {
+    size_t from = i;
+    uint32_t cp;
+    if (i == 0 || (uint8_t)s[i] >= 0x80 || !(unicode_class((uint8_t)s[i]) & UC_SPACE)) return false;
+    do from--;
+    while (from && i - from < 4 && (s[from] & 0xc0) == 0x80);  // the character before it
+    utf8_decode(s + from, i - from, &cp);
+    return !(unicode_class(cp) & UC_SPACE);
+}
+
+// The last place before byte n, from `from` on, where a text can be cut: the ids of both parts are those of the whole, because words
+// end where white space begins, and nothing composes with it. 0: there is none.
+static size_t last_cut(const struct tokenizer *t, const char *s, size_t from, size_t n) {
+    if (t->added_spaces) return 0;
+    while (n-- > from)
+        if (space_begins(s, n)) return n;
+    return 0;
+}
+
 static void collect_added(struct tokenizer *t) {
     for (int32_t i = 0; i < t->n_tokens; i++) {
         bool added = (t->type[i] == TOKEN_CONTROL || t->type[i] == TOKEN_USER_DEFINED) && t->token[i].n > 0;
@@ -4631,6 +4652,7 @@ static void collect_added(struct tokenizer *t) {
         if (t->n_added % 64 == 0) t->added = xrealloc(t->added, ((size_t)t->n_added + 64) * sizeof *t->added);
         t->added[t->n_added++] = i;
         t->added_first[(uint8_t)t->token[i].p[0]] = true;
+        for (size_t k = 1; k < t->token[i].n; k++) t->added_spaces |= space_begins(t->token[i].p, k);
     }
     sorting = t;
     if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, longest_first);
@@ -5052,7 +5074,7 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
 }
 
 // A text in one of the vocabularies that `tokenizers` holds, which the first byte chooses: its ids are in the vocabulary,
-// and give the text back as it was after normalisation.
+// give the text back as it was after normalisation, and are those of its two parts where it can be cut.
 static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers, const uint8_t *data, size_t n) {
     if (n == 0) return;
     const struct tokenizer *t = &tokenizers[data[0] % n_tokenizers];
@@ -5061,6 +5083,12 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
     struct buffer expected = {0}, found = {0};
     const char *text = (const char *)data + 1;
     tokenize(t, text, n - 1, parse_special, &ids);
+    struct ids parts = {0};
+    const size_t cut = n > 1 ? last_cut(t, text, 1, n - 1) : 0;
+    if (cut) tokenize(t, text, cut, parse_special, &parts);
+    if (cut) tokenize(t, text + cut, n - 1 - cut, parse_special, &parts);
+    if (cut && (parts.n != ids.n || memcmp(parts.p, ids.p, ids.n * sizeof *ids.p) != 0)) abort();
+    free(parts.p);
     for (size_t i = 0; i < ids.n; i++) {
         if (ids.p[i] < 0 || ids.p[i] >= t->n_tokens) abort();
         buffer_add(&found, t->token[ids.p[i]].p, t->token[ids.p[i]].n);
@@ -6352,18 +6380,70 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     return ok;
 }
 
+struct text_file {          // a file whose text becomes tokens a piece at a time; owner of f and b
+    FILE *f;                // NULL: it has ended, or none was opened
+    const char *path;       // for errors
+    struct buffer b;        // read, and not tokens yet
+    int64_t n_read, size;   // bytes; size 0: unknown
+    bool continues;         // no token goes in front
+    bool chomps;            // a line end at its end does not count
+};
+
+enum { TEXT_PIECE = 1 << 16 };  // bytes
+
+static void text_close(struct text_file *t) {
+    if (t->f && t->f != stdin) fclose(t->f);
+    free(t->b.p);
+    *t = (struct text_file){0};
+}
+
+// "-" is standard input.
+static bool text_open(struct text_file *t, const char *path, bool continues, bool chomps, struct error *e) {
+    const bool is_stdin = strcmp(path, "-") == 0;
+    struct stat st;
+    *t = (struct text_file){.f = is_stdin ? stdin : fopen(path, "rb"), .path = is_stdin ? "standard input" : path,
+                            .continues = continues, .chomps = chomps};
+    if (!t->f) return fail(e, "%s: %s", path, strerror(errno));
+    if (fstat(fileno(t->f), &st) == 0 && S_ISREG(st.st_mode)) t->size = st.st_size;
+    return true;
+}
+
+// Appends the tokens of the text up to a place where it can be cut, which are those that it has as a whole. Closes the file
+// behind the last ones, or with an error. So a text takes the same memory whatever its length, if it has white space.
+static bool read_piece(const struct session *s, struct text_file *t, struct ids *out, struct error *e) {
+    size_t cut = 0;
+    bool more = true;
+    while (more && !cut) {
+        char piece[TEXT_PIECE];
+        const size_t n = fread(piece, 1, sizeof piece, t->f), n_before = t->b.n;
+        buffer_add(&t->b, piece, n);
+        t->n_read += (int64_t)n;
+        more = n == sizeof piece;
+        if (more) cut = last_cut(&s->tokenizer, t->b.p, n_before, t->b.n);
+    }
+    bool ok = !ferror(t->f) || fail(e, "%s: %s", t->path, strerror(errno));
+    if (!more && t->chomps && t->b.n && t->b.p[t->b.n - 1] == '\n') t->b.n--;
+    ok = ok && read_text(s, (struct str){t->b.p, more ? cut : t->b.n}, t->continues, out, e);
+    t->continues = true;
+    if (cut) memmove(t->b.p, t->b.p + cut, t->b.n -= cut);
+    if (!more || !ok) text_close(t);
+    return ok;
+}
+
+// A file of a text, or standard input. `echo prompt |` ends in a line end that nobody means to be continued from.
+static bool open_input(const struct session *s, const struct input *in, bool continues, struct text_file *t, struct error *e) {
+    return need_tokenizer(s, e) && text_open(t, in->value, continues, s->o->command == GENERATE, e);
+}
+
 // Appends the tokens of one input of the command line. scale: of a clip, where the input is one.
 static bool read_input(const struct session *s, const struct input *in, bool continues, struct ids *out, struct clip_scale *scale,
                        struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
     if (in->source == FROM_WAV) return read_clip(s, in->value, continues, out, scale, e);
     if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
-    struct buffer b = {0};
-    bool ok = need_tokenizer(s, e) && read_all(in->value, &b, e);
-    // `echo prompt |` ends in a line end that nobody means to be continued from.
-    if (s->o->command == GENERATE && b.n && b.p[b.n - 1] == '\n') b.n--;
-    ok = ok && read_text(s, (struct str){b.p, b.n}, continues, out, e);
-    free(b.p);
+    struct text_file file;
+    bool ok = open_input(s, in, continues, &file, e);
+    while (ok && file.f) ok = read_piece(s, &file, out, e);
     return ok;
 }
 
@@ -6449,6 +6529,7 @@ struct request {            // one text; owner of all it points to but seq, base
     size_t n_dropped;       // tokens before tokens.p[0] that were forgotten: those of a long record
     size_t n_feed, n_fed;   // tokens that are to be fed, and are; after them comes resume->pending, drawn from the logits
     bool streams;           // more tokens are to be read: the last one known is not fed before the next is
+    struct text_file file;  // from which they come, where it is one of text
     bool reversed;          // --rc-average: the other strand is being read
     bool all_rows;          // log-probabilities of the prompt's own tokens are wanted
     struct sequence *seq;   // lent while it runs
@@ -6492,6 +6573,7 @@ static struct request *request_new(const struct session *s, struct base *base) {
 // Everything but what is still to be written: many requests may have ended before the oldest one does.
 static void request_strip(struct request *r) {
     variant_free(r->variant);
+    text_close(&r->file);
     void *owned[] = {r->id, r->record, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
                      r->logprobs.p, r->tops.p, r->sum, r->pooled, r->strand, r->body.p, r->answer.p};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
@@ -6508,6 +6590,23 @@ static void request_free(struct request *r) {
 static size_t n_tokens_of(const struct request *r) { return r->n_dropped + r->tokens.n; }
 
 static int32_t token_at(const struct request *r, size_t at) { return r->tokens.p[at - r->n_dropped]; }
+
+// Those that were fed make room for others.
+static void forget_fed(struct request *r) {
+    const size_t n = r->n_fed - r->n_dropped;
+    if (n) memmove(r->tokens.p, r->tokens.p + n, (r->tokens.n -= n) * sizeof *r->tokens.p);
+    r->n_dropped += n;
+}
+
+// How many of the known tokens are fed: not the last one while more may come, or when somebody else goes on with it: the alleles
+// behind a prefix, or the run that loads the state of one that generates nothing.
+static void plan_feed(struct request *r) {
+    const bool is_prefix = r->allele == PREFIX && r->tokens.n, only_reads = r->resume && r->settings.n_predict == 0;
+    r->n_feed = n_tokens_of(r) - (r->streams || is_prefix || only_reads);
+    if (!only_reads || r->streams) return;
+    r->resume->pending[0] = r->tokens.p[r->tokens.n - 1];
+    r->resume->n_pending = 1;
+}
 
 enum request_kind { R_INTEGER, R_NUMBER, R_BOOL, R_SEED, R_STOP, R_ID, R_PROMPT, R_IDS, R_IGNORED };
 
@@ -6811,6 +6910,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     bool no_more;           // all requests have come
     bool is_long, said_long;  // a text went past the length of those that the model was trained on; a line said so
     int next_input;         // of the command line
+    bool any_input;         // its first request has come
     struct line_reader lines;  // of --jsonl, --bed, --vcf
     struct fasta fasta;     // of --fasta
     bool vcf_declared;      // the last line of the VCF's header, #CHROM, has come
@@ -6997,7 +7097,6 @@ static bool generate_begin(struct engine *en, struct request *r) {
         ids_add(&r->tokens, first);
         if (s->model.c.sample_rate) r->n_carried = 1;
     }
-    r->n_feed = r->tokens.n;
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
     if (s->sound) {
         const int64_t echoed = r->settings.echo ? (int64_t)(r->tokens.n - r->n_carried) : 0;
@@ -7012,10 +7111,6 @@ static bool generate_begin(struct engine *en, struct request *r) {
         free(echo.held.p);
     }
     buffer_add(&r->text.held, r->resume->bytes, (size_t)r->resume->n_bytes);
-    if (r->settings.n_predict == 0) {  // nothing is drawn: the last token waits for a run that goes on
-        r->resume->pending[0] = r->tokens.p[--r->n_feed];
-        r->resume->n_pending = 1;
-    }
     return true;
 }
 
@@ -7215,9 +7310,9 @@ static bool request_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     const enum command command = s->o->command;
     const size_t d = (size_t)s->model.c.d_model, n_own = r->tokens.n - r->n_carried;
-    r->n_feed = r->tokens.n - (r->streams || (r->allele == PREFIX && r->tokens.n));
     if (s->base) r->n_before = s->base->seq->n_past;
     if (command == GENERATE && !generate_begin(en, r)) return false;
+    plan_feed(r);
     bool rows = command == SCORE || (command == GENERATE && r->settings.echo);
     if (rows && !r->n_carried && r->tokens.n) keep_logprob(r, (struct token_logprob){r->tokens.p[0], (double)NAN}, NULL);
     if (s->o->track && s->o->rc_average) {
@@ -7353,13 +7448,34 @@ static void request_end(struct engine *en, struct request *r) {
 
 // ---- Requests come, run and go ----
 
+// Reads on in what a request of the command line is made of, of which generate takes all texts: a piece of a file, or the next one.
+static void read_more_input(struct engine *en, struct request *r) {
+    const struct session *s = en->s;
+    const struct options *o = s->o;
+    const bool together = o->command == GENERATE;
+    forget_fed(r);
+    const size_t n_before = r->tokens.n;
+    if (!r->file.f && en->next_input < o->n_inputs) {
+        const struct input *in = &o->inputs[en->next_input];
+        const bool continues = s->base || (together && en->next_input > 0);
+        if (in->source == FROM_FILE) open_input(s, in, continues, &r->file, &r->error);
+        else read_input(s, in, continues, &r->tokens, &r->scale, &r->error);
+        if (in->source == FROM_WAV && !continues && r->tokens.n) r->n_carried = 1;  // what begins a clip is no sample of it
+        en->next_input++;
+    }
+    if (r->file.f) read_piece(s, &r->file, &r->tokens, &r->error);
+    r->streams = !r->error.text[0] && (r->file.f || (together && en->next_input < o->n_inputs));
+    for (size_t i = n_before; r->resume && i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
+}
+
 // A text of the command line; generate takes all of them together as one prompt.
 static struct request *next_input_request(struct engine *en) {
     const struct session *s = en->s;
     const struct options *o = s->o;
     const bool together = o->command == GENERATE;
-    en->no_more = en->next_input > 0 && (together || en->next_input == o->n_inputs);
+    en->no_more = en->any_input && (together || en->next_input == o->n_inputs);
     if (en->no_more) return NULL;
+    en->any_input = true;
     struct request *r = request_new(s, s->base);
     struct buffer id = {0};
     const enum source source = together ? FROM_TEXT : o->inputs[en->next_input].source;
@@ -7367,13 +7483,9 @@ static struct request *next_input_request(struct engine *en) {
     if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
     else buffer_printf(&id, "%d", en->next_input + 1);
     r->id = id.p;
-    do {
-        const struct input *in = en->next_input < o->n_inputs ? &o->inputs[en->next_input] : NULL;
-        const bool continues = s->base || (together && en->next_input > 0);
-        if (in) read_input(s, in, continues, &r->tokens, &r->scale, &r->error);
-        if (in && in->source == FROM_WAV && !continues && r->tokens.n) r->n_carried = 1;  // what begins a clip is no sample of it
-        en->next_input++;
-    } while (together && en->next_input < o->n_inputs);
+    const bool whole = r->settings.echo || o->logits || (o->command == EMBED && strcmp(o->pool, "none") == 0);
+    do read_more_input(en, r);
+    while (r->streams && (whole || r->tokens.n < 2));
     return r;
 }
 
@@ -7390,17 +7502,14 @@ static struct request *new_record_request(struct engine *en, char *id) {
 // it is continued.
 static void read_bases(struct engine *en, struct request *r) {
     uint8_t piece[1 << 14];
-    const size_t n_fed = r->n_fed - r->n_dropped;
     const bool whole = en->s->o->rc_average || en->s->o->command == GENERATE;
     size_t got = sizeof piece;
-    if (n_fed) memmove(r->tokens.p, r->tokens.p + n_fed, (r->tokens.n -= n_fed) * sizeof *r->tokens.p);
-    r->n_dropped += n_fed;
+    forget_fed(r);
     for (bool more = true; more; more = whole && got == sizeof piece) {
         got = fasta_read(&en->fasta, piece, sizeof piece, &r->error);
         add_bases(en->s, r, piece, got);
     }
     r->streams = got == sizeof piece && !r->error.text[0];
-    r->n_feed = n_tokens_of(r) - r->streams;
     const bool is_long = r->tokens.n > sizeof piece;  // kept whole: one at a time
     en->long_record = r->streams || is_long ? r : NULL;
 }
@@ -7653,15 +7762,22 @@ static void engine_admit(struct engine *en) {
 // The next tokens of the running requests: first one of each that draws tokens; prompts share the rest. Returns their number.
 static int engine_batch(struct engine *en) {
     int n = 0, left = en->ctx->max_tokens;
-    struct request *record = en->long_record;
-    if (record && record->streams && record->n_feed - record->n_fed < (size_t)left) read_bases(en, record);
+    for (int i = 0; i < en->n_running; i++) {
+        struct request *r = en->running[i];
+        while (r->streams && r->n_feed - r->n_fed < (size_t)left) {
+            if (en->s->o->fasta) read_bases(en, r);
+            else read_more_input(en, r);
+            plan_feed(r);
+        }
+    }
     for (int prompts = 0; prompts < 2; prompts++)
         for (int i = 0; i < en->n_running && left; i++) {
             struct request *r = en->running[i];
             const size_t n_left = r->n_feed - r->n_fed;
-            if ((n_left > 0) != prompts) continue;
+            bool draws = en->s->o->command == GENERATE && r->settings.n_predict != 0;
+            if ((n_left > 0) != prompts || (!n_left && !draws)) continue;
             int now = n_left == 0 ? 1 : n_left < (size_t)left ? (int)n_left : left;
-            bool draws = en->s->o->command == GENERATE && r->settings.n_predict != 0 && (size_t)now >= n_left;
+            draws &= (size_t)now >= n_left && !r->streams;
             const int32_t *tokens = n_left ? r->tokens.p + (r->n_fed - r->n_dropped) : r->resume->pending;
             en->segments[n] = (struct segment){r->seq, tokens, now, draws && !(r->all_rows && n_left)};
             en->batch[n++] = r;
@@ -7854,7 +7970,9 @@ static double engine_fraction(const struct engine *en) {
     if (!r || !r->tokens.n) return -1;
     if (en->s->sound && en->n_sampled)
         return r->settings.n_predict > 0 ? (double)r->n_generated / (double)r->settings.n_predict : -1;
-    return ((double)en->n_requests + (double)r->n_fed / (double)r->tokens.n) / (o->command == GENERATE ? 1 : o->n_inputs);
+    double done = (double)r->n_fed / (double)n_tokens_of(r);
+    if (r->file.f) done = r->file.size ? (double)(r->file.n_read - (int64_t)r->file.b.n) / (double)r->file.size : -1;
+    return done < 0 ? -1 : ((double)en->n_requests + done) / (o->command == GENERATE ? 1 : o->n_inputs);
 }
 
 static void engine_progress(struct engine *en) {
@@ -8119,7 +8237,7 @@ static void read_base(struct session *s, struct context *ctx) {
     const struct options *o = s->o;
     struct error e = {""};
     struct ids tokens = {0};
-    struct buffer file = {0};
+    struct text_file file = {0};
     struct progress progress = progress_new("prefix", o->quiet);
     if (!o->load_state && !o->prefix) return;
     struct sequence *base = context_sequence(ctx);
@@ -8131,20 +8249,25 @@ static void read_base(struct session *s, struct context *ctx) {
         sequence_return(base);
     }
     for (int i = 0; i < r->n_pending; i++) ids_add(&tokens, r->pending[i]);
-    size_t n_pending = tokens.n;
-    if (o->prefix) {
-        bool is_file = access(o->prefix, F_OK) == 0;
-        if (is_file && !read_all(o->prefix, &file, &e)) die("%s", e.text);
-        struct str text = is_file ? (struct str){file.p, file.n} : (struct str){o->prefix, strlen(o->prefix)};
-        if (!read_text(s, text, o->load_state != NULL, &tokens, &e)) die("%s", e.text);
-        if (!tokens.n) die("--prefix: the text is empty");
+    const bool continues = o->load_state != NULL;
+    const struct str text = {o->prefix, o->prefix ? strlen(o->prefix) : 0};
+    if (o->prefix && access(o->prefix, F_OK) == 0 && !text_open(&file, o->prefix, continues, false, &e)) die("%s", e.text);
+    bool more = o->prefix != NULL;
+    while (more && !interrupted) {
+        const size_t n_before = tokens.n;
+        if (!(file.f ? read_piece(s, &file, &tokens, &e) : read_text(s, text, continues, &tokens, &e))) die("%s", e.text);
+        for (size_t i = n_before; i < tokens.n; i++) remember(r, tokens.p[i]);
+        more = file.f != NULL;
+        if (!tokens.n) continue;
+        feed(ctx, base, tokens.p, tokens.n - 1, &progress);
+        tokens.p[0] = tokens.p[tokens.n - 1];
+        tokens.n = 1;
     }
-    for (size_t i = n_pending; i < tokens.n; i++) remember(r, tokens.p[i]);
-    if (tokens.n) feed(ctx, base, tokens.p, tokens.n - 1, &progress);
+    if (o->prefix && !tokens.n && !interrupted) die("--prefix: the text is empty");
     s->base = xcalloc(1, sizeof *s->base);
     *s->base = (struct base){.seq = base, .last = tokens.n ? tokens.p[tokens.n - 1] : -1, .resume = r};
     free(tokens.p);
-    free(file.p);
+    text_close(&file);
     stop_if_interrupted();
 }
 
@@ -8293,7 +8416,7 @@ static int command_generate(const struct options *o) {
     struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
-    bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed;
+    bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed && !r->streams;
     if (cut) {
         request_end(en, r);
         en->n_running = 0;  // it was the only one

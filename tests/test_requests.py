@@ -324,6 +324,76 @@ def test_short_requests_do_not_wait_for_a_long_one(mamba):
     assert [a["id"] for a in answers(mamba, "generate", TALES, requests, "-np", 2, "--ignore-eos")] == ["long"] + list(range(50))
 
 
+# ---- long texts ----
+
+BYTES = [FIXTURES / "mamba_awkward.f32.bin", "--tokenizer", FIXTURES / "vocab_bytes.gguf"]  # a token a byte
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A text of two pieces (65,536 bytes), with a line end at its end."""
+    chance = random.Random(4)
+    words = b" ".join(bytes(chance.choices(b"abcdefghij", k=chance.randint(1, 9))) for _ in range(16_000))
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_bytes(words[:70_000] + b"\n")
+    return path
+
+
+def test_a_long_file_is_scored_as_one_text(mamba, book):
+    ids = [{"id": 1, "ids": list(book.read_bytes())}]
+    (expected,) = answers(mamba, "score", BYTES[0], ids)
+    row = mamba("score", *BYTES, "-f", book).stdout.decode().splitlines()[1].split("\t")
+    assert row[1:] == [str(expected["tokens"]), f"{expected['nll']:.6f}", f"{expected['bits_per_token']:.6f}", f"{expected['perplexity']:.6f}"]
+    per_token = mamba("score", *BYTES, "-f", book, "--per-token", "-ub", 1000).stdout.splitlines()[1:]
+    assert [int(line.split(b"\t")[2]) for line in per_token] == ids[0]["ids"][1:]
+    assert [int(line.split(b"\t")[1]) for line in per_token] == list(range(1, len(per_token) + 1))
+    (expected,) = answers(mamba, "embed", BYTES[0], ids, "--pool", "mean")
+    found = np.load(io.BytesIO(mamba("embed", *BYTES, "-f", book, "--pool", "mean").stdout))
+    assert np.array_equal(found[0], np.float32(expected["embedding"]))
+    several = mamba("score", *BYTES, "-f", book, "-p", "x yz", "-f", book).stdout.decode().splitlines()
+    assert several[1].split("\t")[1:] == row[1:] == several[3].split("\t")[1:]
+
+
+def test_a_long_prompt_is_continued_as_one_text(mamba, book, tmp_path):
+    """From a file, in any company, by a pipe, behind a prefix, and over a state; the line end at the end does not count."""
+    text, greedy = book.read_bytes(), ["--greedy", "--print-ids", "-n", 12, "-q"]
+
+    def expected(data):
+        request = {"ids": list(data), "max_tokens": 12, "temperature": 0}
+        return " ".join(map(str, answers(mamba, "generate", BYTES[0], [request], *BYTES[1:], "--print-ids")[0]["ids"])).encode() + b"\n"
+
+    assert mamba(*BYTES, "-f", book, *greedy).stdout == expected(text[:-1])
+    assert mamba(*BYTES, *greedy, input=text).stdout == expected(text[:-1])
+    assert mamba(*BYTES, "-p", "so: ", "-f", book, "-p", " and", "-f", book, *greedy).stdout == expected(b"so: " + text[:-1] + b" and" + text[:-1])
+    assert mamba(*BYTES, "--prefix", book, "-p", "and", *greedy).stdout == expected(text + b"and")
+    assert mamba(*BYTES, "-f", book, "--echo", *greedy).stdout.startswith(" ".join(map(str, text[:-1])).encode())
+    state = tmp_path / "book.state"
+    assert mamba(*BYTES, "-f", book, "-n", 0, "-q", "--save-state", state).stdout == b""
+    assert mamba(*BYTES, "--load-state", state, *greedy).stdout == expected(text[:-1])
+    assert mamba(*BYTES, "--load-state", state, "-f", book, *greedy).stdout == expected(2 * text[:-1])
+    repeated = ["--repeat-penalty", 1.5, "--repeat-last-n", 4096]
+    assert mamba(*BYTES, "-f", book, *greedy, *repeated).stdout == mamba(*BYTES, "--load-state", state, *greedy, *repeated).stdout
+
+
+@pytest.mark.skipif("MAMBA" in os.environ, reason="a sanitizer keeps what was freed")
+@pytest.mark.parametrize("options", [["score", *BYTES, "-np", "1"], [*BYTES, "-n", "-1", "--ignore-eos"]], ids=["score", "generate"])
+def test_memory_does_not_grow_with_the_text(book, tmp_path, options):
+    def peak(n):
+        """Asked for when the first output has come: score then waits for another text, and generate goes on."""
+        path = tmp_path / "text"
+        path.write_bytes(book.read_bytes()[:-1] * n)
+        more = ["-f", "-"] if options[0] == "score" else []
+        run = subprocess.Popen([PROGRAM, *map(str, options), "-q", "-f", path, *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        run.stdout.read(60)  # longer than the table's header
+        peak = peak_rss(run.pid)
+        run.kill()
+        run.communicate()
+        return peak
+
+    few, many = peak(1), peak(5)
+    assert many < few + 512, (few, many)
+
+
 @pytest.mark.skipif("MAMBA" in os.environ, reason="a sanitizer keeps what was freed")
 def test_memory_does_not_grow_with_the_lines(mamba):
     def peak(n):

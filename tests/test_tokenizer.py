@@ -1,6 +1,8 @@
 """`mamba tokenize` against ids that Hugging Face tokenizers gave (fixtures/tokenizer_cases.json), and back to text."""
 import hashlib
 import json
+import os
+import random
 import resource
 import unicodedata
 
@@ -28,8 +30,6 @@ def tokenize(mamba, folder, file, texts, *options):
     lines = mamba("tokenize", FIXTURES / file, *arguments, *options).stdout.split(b"\n")
     assert len(lines) == len(texts) + 1 and lines[-1] == b""
     return [line.decode() for line in lines[:-1]]
-
-
 
 
 @pytest.mark.parametrize("parse_special", [False, True], ids=["plain", "special"])
@@ -133,6 +133,19 @@ def test_broken_vocabulary(mamba, tmp_path, name):
 
 
 # Looked up by name: pytest puts a test's parameters into the environment of what it starts.
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_is_read_in_pieces(mamba, tmp_path, file):
+    """Pieces of 65,536 bytes end where white space begins: the ids are those that the text has as a whole, as an argument."""
+    rng = random.Random(file)
+    parts = [data for data in map(data_of, CASES.values()) if len(data) < 200 and b"\0" not in data]
+    for options in ([], ["--parse-special"]) * 4:
+        text = b""
+        while len(text) < 66_000:
+            text += rng.choice(parts) + rng.choice([b"", b"", b" ", b"\n", b"  ", b"\t", "\u3000".encode(), "\u0301".encode()])
+        (line,) = tokenize(mamba, tmp_path, file, [text], *options)
+        assert line == mamba("tokenize", FIXTURES / file, "-p", os.fsdecode(text), *options).stdout.decode()[:-1]
+
+
 HOSTILE = {
     "one letter": b"a" * 250_000, "one word of many merges": b"the" * 80_000, "spaces": b" " * 250_000,
     "spaces and a word": b" " * 250_000 + b"x", "digits": b"1" * 250_000, "punctuation": b"." * 250_000,

@@ -7453,8 +7453,6 @@ static void read_more_input(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     const struct options *o = s->o;
     const bool together = o->command == GENERATE;
-    forget_fed(r);
-    const size_t n_before = r->tokens.n;
     if (!r->file.f && en->next_input < o->n_inputs) {
         const struct input *in = &o->inputs[en->next_input];
         const bool continues = s->base || (together && en->next_input > 0);
@@ -7465,7 +7463,6 @@ static void read_more_input(struct engine *en, struct request *r) {
     }
     if (r->file.f) read_piece(s, &r->file, &r->tokens, &r->error);
     r->streams = !r->error.text[0] && (r->file.f || (together && en->next_input < o->n_inputs));
-    for (size_t i = n_before; r->resume && i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
 }
 
 // A text of the command line; generate takes all of them together as one prompt.
@@ -7498,13 +7495,11 @@ static struct request *new_record_request(struct engine *en, char *id) {
     return r;
 }
 
-// Reads on in the record: the next piece, in place of the tokens that were fed; or all of it, where both strands are read or
-// it is continued.
+// Reads on in the record: the next piece; or all of it, where both strands are read or it is written, too.
 static void read_bases(struct engine *en, struct request *r) {
     uint8_t piece[1 << 14];
-    const bool whole = en->s->o->rc_average || en->s->o->command == GENERATE;
+    const bool whole = en->s->o->rc_average || r->settings.echo;
     size_t got = sizeof piece;
-    forget_fed(r);
     for (bool more = true; more; more = whole && got == sizeof piece) {
         got = fasta_read(&en->fasta, piece, sizeof piece, &r->error);
         add_bases(en->s, r, piece, got);
@@ -7759,16 +7754,22 @@ static void engine_admit(struct engine *en) {
     }
 }
 
+// The next tokens of a request that streams, in place of those that were fed.
+static void request_more(struct engine *en, struct request *r) {
+    forget_fed(r);
+    const size_t n_before = r->tokens.n;
+    if (en->s->o->fasta) read_bases(en, r);
+    else read_more_input(en, r);
+    for (size_t i = n_before; r->resume && i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
+    plan_feed(r);
+}
+
 // The next tokens of the running requests: first one of each that draws tokens; prompts share the rest. Returns their number.
 static int engine_batch(struct engine *en) {
     int n = 0, left = en->ctx->max_tokens;
     for (int i = 0; i < en->n_running; i++) {
         struct request *r = en->running[i];
-        while (r->streams && r->n_feed - r->n_fed < (size_t)left) {
-            if (en->s->o->fasta) read_bases(en, r);
-            else read_more_input(en, r);
-            plan_feed(r);
-        }
+        while (r->streams && r->n_feed - r->n_fed < (size_t)left) request_more(en, r);
     }
     for (int prompts = 0; prompts < 2; prompts++)
         for (int i = 0; i < en->n_running && left; i++) {

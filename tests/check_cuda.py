@@ -277,6 +277,7 @@ def kernel_name(mangled):
     return name[1], f"{name[1]}<{', '.join(values)}>" if values else name[1], values
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_registers(compiled):
     """Nothing is spilled on any architecture, and no kernel has more registers than its ceiling."""
     found = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -290,6 +291,7 @@ def test_registers(compiled):
         assert int(registers) <= CEILINGS[base], f"{name} has {registers} registers on sm_{arch}"
 
 
+@pytest.mark.xdist_group("nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_instructions(compiled, arch):
     """Weights are read 16 bytes a lane (or 8, the plane of single bits), nothing narrower than a word; tensor cores multiply; no local memory."""
@@ -316,6 +318,7 @@ def test_instructions(compiled, arch):
     assert products == PRODUCTS
 
 
+@pytest.mark.xdist_group("nvcc")
 def test_starts_without_a_gpu(compiled):
     """The program needs none of CUDA's libraries to start, and runs on the CPU where no GPU is."""
     program = compiled[0] / "mamba"

@@ -37,6 +37,7 @@ def mamba():
     return run_mamba
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """Several workers share the tests (pytest-xdist): one takes a whole file, whose tests use what is built once, unless it says otherwise."""
     for item in items:

@@ -356,21 +356,21 @@ def test_a_long_file_is_scored_as_one_text(mamba, book):
 
 def test_a_long_prompt_is_continued_as_one_text(mamba, book, tmp_path):
     """From a file, in any company, by a pipe, behind a prefix, and over a state; the line end at the end does not count."""
-    text, greedy = book.read_bytes(), ["--greedy", "--print-ids", "-n", 12, "-q"]
+    text, greedy = book.read_bytes()[:-1], ["--greedy", "--print-ids", "-n", 12, "-q"]
 
     def expected(data):
         request = {"ids": list(data), "max_tokens": 12, "temperature": 0}
         return " ".join(map(str, answers(mamba, "generate", BYTES[0], [request], *BYTES[1:], "--print-ids")[0]["ids"])).encode() + b"\n"
 
-    assert mamba(*BYTES, "-f", book, *greedy).stdout == expected(text[:-1])
-    assert mamba(*BYTES, *greedy, input=text).stdout == expected(text[:-1])
-    assert mamba(*BYTES, "-p", "so: ", "-f", book, "-p", " and", "-f", book, *greedy).stdout == expected(b"so: " + text[:-1] + b" and" + text[:-1])
-    assert mamba(*BYTES, "--prefix", book, "-p", "and", *greedy).stdout == expected(text + b"and")
-    assert mamba(*BYTES, "-f", book, "--echo", *greedy).stdout.startswith(" ".join(map(str, text[:-1])).encode())
+    alone = expected(text)
+    assert mamba(*BYTES, "-f", book, *greedy).stdout == alone
+    assert mamba(*BYTES, *greedy, input=text + b"\n").stdout == alone
+    assert mamba(*BYTES, "-f", book, "--echo", *greedy).stdout == " ".join(map(str, text)).encode() + b" " + alone
+    assert mamba(*BYTES, "-p", "so: ", "-f", book, "-p", " and", *greedy).stdout == expected(b"so: " + text + b" and")
+    assert mamba(*BYTES, "--prefix", book, "-p", "and", *greedy).stdout == expected(text + b"\nand")
     state = tmp_path / "book.state"
     assert mamba(*BYTES, "-f", book, "-n", 0, "-q", "--save-state", state).stdout == b""
-    assert mamba(*BYTES, "--load-state", state, *greedy).stdout == expected(text[:-1])
-    assert mamba(*BYTES, "--load-state", state, "-f", book, *greedy).stdout == expected(2 * text[:-1])
+    assert mamba(*BYTES, "--load-state", state, *greedy).stdout == alone
     repeated = ["--repeat-penalty", 1.5, "--repeat-last-n", 4096]
     assert mamba(*BYTES, "-f", book, *greedy, *repeated).stdout == mamba(*BYTES, "--load-state", state, *greedy, *repeated).stdout
 
@@ -390,8 +390,8 @@ def test_memory_does_not_grow_with_the_text(book, tmp_path, options):
         run.communicate()
         return peak
 
-    few, many = peak(1), peak(5)
-    assert many < few + 512, (few, many)
+    few, many = peak(2), peak(9)
+    assert many < few + 1024, (few, many)  # ids alone would take 1,900 KiB
 
 
 @pytest.mark.skipif("MAMBA" in os.environ, reason="a sanitizer keeps what was freed")

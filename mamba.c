@@ -547,6 +547,19 @@ static bool outfile_commit(struct outfile *o, struct error *e) {
     return true;
 }
 
+// Files that are read: "-" is standard input.
+static const char *input_name(const char *path) { return strcmp(path, "-") == 0 ? "standard input" : path; }
+
+static FILE *input_open(const char *path, struct error *e) {
+    FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!f) set_error(e, "%s: %s", path, strerror(errno));
+    return f;
+}
+
+static void input_close(FILE *f) {
+    if (f && f != stdin) fclose(f);
+}
+
 static double now_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -4625,7 +4638,7 @@ static int longest_first(const void *a, const void *b) {
     return x != y ? (x < y ? 1 : -1) : *(const int32_t *)a - *(const int32_t *)b;
 }
 
-// Is there a place before byte i where white space follows on something else?
+// Does white space begin with byte i, behind something else?
 static bool space_begins(const char *s, size_t i) {
     size_t from = i;
     uint32_t cp;
@@ -4636,8 +4649,8 @@ static bool space_begins(const char *s, size_t i) {
     return !(unicode_class(cp) & UC_SPACE);
 }
 
-// The last place before byte n, from `from` on, where a text can be cut: the ids of both parts are those of the whole, because words
-// end where white space begins, and nothing composes with it. 0: there is none.
+// The last place before byte n, from `from` on, where a text can be cut: the ids of both parts are those of the whole, because
+// words end where white space begins, and nothing composes with it. 0: there is none.
 static size_t last_cut(const struct tokenizer *t, const char *s, size_t from, size_t n) {
     if (t->added_spaces) return 0;
     while (n-- > from)
@@ -5469,10 +5482,8 @@ static int fasta_byte(struct fasta *fa) {
 }
 
 static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struct error *e) {
-    bool is_stdin = strcmp(path, "-") == 0;
-    *fa = (struct fasta){.path = is_stdin ? "standard input" : path, .keep_case = keep_case, .line_begins = true};
-    fa->f = is_stdin ? stdin : fopen(path, "rb");
-    if (!fa->f) return fail(e, "%s: %s", path, strerror(errno));
+    *fa = (struct fasta){.f = input_open(path, e), .path = input_name(path), .keep_case = keep_case, .line_begins = true};
+    if (!fa->f) return false;
     const off_t at = ftello(fa->f);  // of a pipe -1
     fa->n_read = at > 0 ? at : 0;
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
@@ -5481,7 +5492,7 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
 }
 
 static void fasta_close(struct fasta *fa) {
-    if (fa->f && fa->f != stdin) fclose(fa->f);
+    input_close(fa->f);
     free(fa->name);
     for (size_t i = 0; i < fa->n_indexed; i++) free(fa->records[i].name);
     free(fa->records);
@@ -6307,16 +6318,15 @@ static void progress_show(struct progress *p, double fraction, int64_t n_request
 // ---- Reading texts ----
 
 static bool read_all(const char *path, struct buffer *b, struct error *e) {
-    bool is_stdin = strcmp(path, "-") == 0;
-    FILE *f = is_stdin ? stdin : fopen(path, "rb");
-    if (!f) return fail(e, "%s: %s", path, strerror(errno));
+    FILE *f = input_open(path, e);
+    if (!f) return false;
     for (size_t n = 1; n;) {
         char chunk[65536];
         n = fread(chunk, 1, sizeof chunk, f);
         buffer_add(b, chunk, n);
     }
-    bool ok = ferror(f) ? fail(e, "%s: %s", is_stdin ? "standard input" : path, strerror(errno)) : true;
-    if (!is_stdin) fclose(f);
+    bool ok = !ferror(f) || fail(e, "%s: %s", input_name(path), strerror(errno));
+    input_close(f);
     return ok;
 }
 
@@ -6365,7 +6375,7 @@ static bool read_clip(const struct session *s, const char *path, bool continues,
     struct error inner = {""};
     struct wav w = {0};
     if (!c->sample_rate) return fail(e, "%s is no audio model: --wav does not apply", s->o->model);
-    const char *name = strcmp(path, "-") == 0 ? "standard input" : path;
+    const char *name = input_name(path);
     bool ok = read_all(path, &b, e);
     if (ok && !b.n && s->o->input_implied && s->o->command == GENERATE) return true;  // nobody meant standard input
     if (ok && !wav_parse(&w, (const uint8_t *)b.p, b.n, &inner)) ok = fail(e, "%s: %s", name, inner.text);
@@ -6392,18 +6402,15 @@ struct text_file {          // a file whose text becomes tokens a piece at a tim
 enum { TEXT_PIECE = 1 << 16 };  // bytes
 
 static void text_close(struct text_file *t) {
-    if (t->f && t->f != stdin) fclose(t->f);
+    input_close(t->f);
     free(t->b.p);
     *t = (struct text_file){0};
 }
 
-// "-" is standard input.
 static bool text_open(struct text_file *t, const char *path, bool continues, bool chomps, struct error *e) {
-    const bool is_stdin = strcmp(path, "-") == 0;
     struct stat st;
-    *t = (struct text_file){.f = is_stdin ? stdin : fopen(path, "rb"), .path = is_stdin ? "standard input" : path,
-                            .continues = continues, .chomps = chomps};
-    if (!t->f) return fail(e, "%s: %s", path, strerror(errno));
+    *t = (struct text_file){.f = input_open(path, e), .path = input_name(path), .continues = continues, .chomps = chomps};
+    if (!t->f) return false;
     if (fstat(fileno(t->f), &st) == 0 && S_ISREG(st.st_mode)) t->size = st.st_size;
     return true;
 }
@@ -6909,8 +6916,7 @@ struct engine {             // owner of all but s; requests leave it when they a
     bool has_header;        // the table's or array's is written
     bool no_more;           // all requests have come
     bool is_long, said_long;  // a text went past the length of those that the model was trained on; a line said so
-    int next_input;         // of the command line
-    bool any_input;         // its first request has come
+    int next_input;         // of the command line; above 0 once its first request has come
     struct line_reader lines;  // of --jsonl, --bed, --vcf
     struct fasta fasta;     // of --fasta
     bool vcf_declared;      // the last line of the VCF's header, #CHROM, has come
@@ -7453,12 +7459,12 @@ static void read_more_input(struct engine *en, struct request *r) {
     const struct session *s = en->s;
     const struct options *o = s->o;
     const bool together = o->command == GENERATE;
-    if (!r->file.f && en->next_input < o->n_inputs) {
-        const struct input *in = &o->inputs[en->next_input];
+    if (!r->file.f) {
+        const struct input *in = en->next_input < o->n_inputs ? &o->inputs[en->next_input] : NULL;  // NULL: a state alone
         const bool continues = s->base || (together && en->next_input > 0);
-        if (in->source == FROM_FILE) open_input(s, in, continues, &r->file, &r->error);
-        else read_input(s, in, continues, &r->tokens, &r->scale, &r->error);
-        if (in->source == FROM_WAV && !continues && r->tokens.n) r->n_carried = 1;  // what begins a clip is no sample of it
+        if (in && in->source == FROM_FILE) open_input(s, in, continues, &r->file, &r->error);
+        else if (in) read_input(s, in, continues, &r->tokens, &r->scale, &r->error);
+        if (in && in->source == FROM_WAV && !continues && r->tokens.n) r->n_carried = 1;  // what begins a clip is no sample of it
         en->next_input++;
     }
     if (r->file.f) read_piece(s, &r->file, &r->tokens, &r->error);
@@ -7470,9 +7476,8 @@ static struct request *next_input_request(struct engine *en) {
     const struct session *s = en->s;
     const struct options *o = s->o;
     const bool together = o->command == GENERATE;
-    en->no_more = en->any_input && (together || en->next_input == o->n_inputs);
+    en->no_more = en->next_input > 0 && (together || en->next_input == o->n_inputs);
     if (en->no_more) return NULL;
-    en->any_input = true;
     struct request *r = request_new(s, s->base);
     struct buffer id = {0};
     const enum source source = together ? FROM_TEXT : o->inputs[en->next_input].source;
@@ -8291,7 +8296,7 @@ static void open_lines(struct engine *en) {
     const struct options *o = en->s->o;
     const char *path = o->bed ? o->bed : o->vcf ? o->vcf : o->inputs[0].value;
     struct stat st;
-    en->lines.path = strcmp(path, "-") == 0 ? "standard input" : path;
+    en->lines.path = input_name(path);
     if (strcmp(path, "-") != 0) {
         en->lines.fd = open(path, O_RDONLY | O_CLOEXEC);
         if (en->lines.fd < 0) die("%s: %s", path, strerror(errno));

@@ -1537,7 +1537,7 @@ def export_best(out, ops):
     if best["task"] == "audio":
         export_unet(model, out / "hf")
     else:
-        export_hugging_face(model, out / "hf", best["length"], tokenizer, best.get("labels"))
+        export_hugging_face(model, out / "hf", best.get("length", 2**20), tokenizer, best.get("labels"))
     report = {"step": best["step"], "kind": best["kind"], "valid": best["valid"]}
     print(f"step {report['step']} ({report['kind']}): valid {short(report['valid'])}", flush=True)
     return model, report

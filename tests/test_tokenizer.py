@@ -132,7 +132,6 @@ def test_broken_vocabulary(mamba, tmp_path, name):
     assert word in error and "broken.gguf" in error
 
 
-# Looked up by name: pytest puts a test's parameters into the environment of what it starts.
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_is_read_in_pieces(mamba, tmp_path, file):
     """Pieces of 65,536 bytes end where white space begins: the ids are those that the text has as a whole, as an argument."""
@@ -146,6 +145,7 @@ def test_a_file_is_read_in_pieces(mamba, tmp_path, file):
         assert line == mamba("tokenize", FIXTURES / file, "-p", os.fsdecode(text), *options).stdout.decode()[:-1]
 
 
+# Looked up by name: pytest puts a test's parameters into the environment of what it starts.
 HOSTILE = {
     "one letter": b"a" * 250_000, "one word of many merges": b"the" * 80_000, "spaces": b" " * 250_000,
     "spaces and a word": b" " * 250_000 + b"x", "digits": b"1" * 250_000, "punctuation": b"." * 250_000,

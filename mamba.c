@@ -1188,6 +1188,9 @@ static void bind_a(struct binder *b, struct layer *l, const char *name, const st
             const size_t to = state_at(ch, n, n_state, parts);
             const float *from = a + (ch * n_state + n) * parts, im = l->is_complex ? from[1] : 0.0f;
             const double squared = (double)*from * (double)*from + (double)im * (double)im;
+            if (*from > 0.0f)
+                set_error(b->error, "tensor '%s' holds %g at [%zu, %zu], with which states would grow; expected -exp(A_log)", name,
+                          (double)*from, ch, n);
             a2[to] = *from * 0x1.715476p+0f;
             if (l->is_complex) a2[to + 16] = im;
             if (!inverse) continue;
@@ -1416,6 +1419,7 @@ enum {
     Q_ROW_TOKENS = 2,       // and up to so many quantised weights
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
+    SCAN_TOKENS = 16,       // so many at most go through a few states of 16 channels, then through the next
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
     ROW_BLOCK = 96,         // so many rows are one item of work, when tokens are many; or a third of it, for the threads' sake
 };
@@ -1439,6 +1443,13 @@ struct scan_args {          // one sequence, channels [0, n) likewise; n and all
     float *dt_y;            // [n_tokens][ld]: dt before its bias and softplus; replaced by the output
     int d_state, n_tokens, n, ld, ld_z, ld_bc;
     bool is_complex;
+};
+
+struct scan_block {         // 16 channels of some tokens between the parts of a scan
+    float dt[SCAN_TOKENS][16];     // after softplus
+    float least[SCAN_TOKENS][16];  // of a2, so that its product with dt is -125
+    float in[SCAN_TOKENS][16];     // dt * u, with zero-order hold u
+    float y[SCAN_TOKENS][16];
 };
 
 struct fixed_scan_args {    // S4: one sequence, channels [0, n) likewise
@@ -1565,14 +1576,16 @@ struct kernels {
 #define conv_any_taps ISA_NAME(conv_any_taps)
 #define v_exp2_minus_1 ISA_NAME(v_exp2_minus_1)
 #define v_exp2_parts ISA_NAME(v_exp2_parts)
+#define v_exp2_factors ISA_NAME(v_exp2_factors)
 #define v_sincos ISA_NAME(v_sincos)
-#define scan_step ISA_NAME(scan_step)
-#define scan_step_zoh ISA_NAME(scan_step_zoh)
-#define scan_step_complex ISA_NAME(scan_step_complex)
 #define fixed_step ISA_NAME(fixed_step)
 #define fixed_step_complex ISA_NAME(fixed_step_complex)
 #define fixed_channels ISA_NAME(fixed_channels)
-#define scan_channels ISA_NAME(scan_channels)
+#define scan_begin ISA_NAME(scan_begin)
+#define scan_end ISA_NAME(scan_end)
+#define scan_states ISA_NAME(scan_states)
+#define scan_zoh ISA_NAME(scan_zoh)
+#define scan_complex ISA_NAME(scan_complex)
 
 // In front of loops whose trip count is a constant after inlining: arrays of vectors then live in registers. MAMBA_ROLLED leaves
 // them rolled, and formats share their code, in builds that look for errors: with sanitizers' code in every copy clang takes
@@ -1589,6 +1602,7 @@ struct kernels {
 #define UNROLL_FULLY NO_UNROLL
 #endif
 #define LANE static inline __attribute__((always_inline, unused))
+#define ROUND 0x1.8p23f  // added to a float, leaves the nearest integer in its lowest bits
 
 #endif  // not MAMBA_HEADER_ONLY
 #endif  // not MAMBA_ISA_PASS
@@ -1662,6 +1676,7 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef __m512i vi;
 #define Q_TOKENS 12
 #define Q_PANELS 2
+#define SCAN_STATES 4
 #define MATH LANE
 #define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
@@ -1754,6 +1769,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
+#define SCAN_STATES 2
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
@@ -1891,6 +1907,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 4
 #define Q_PANELS 1
+#define SCAN_STATES 1
 #define MATH LANE
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
@@ -2030,6 +2047,7 @@ typedef struct {
 } vi;
 #define Q_TOKENS 1
 #define Q_PANELS 1
+#define SCAN_STATES 1
 #define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
 #define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
@@ -2101,19 +2119,24 @@ LANE void v_put(float *to, vf a, int n, bool add) {
     else v_store_n(to, add ? v_add(v_load_n(to, n), a) : a, n);
 }
 
-// t, clamped to [-126, 126], is n + f with n the nearest integer, and 2^f = 1 + f P(f): returns P(f), by a polynomial that
-// gives 2^f with relative error 2e-8 (tests/fit_polynomials.py). Adding 1.5 * 2^23 rounds to an integer and leaves it in the
-// lowest bits.
+// P(f) of k vectors, where 2^f = 1 + f P(f) for f from -1/2 to 1/2 with relative error 2e-8 (tests/fit_polynomials.py). Side by
+// side, because each is a chain of operations that wait for one another.
+LANE void v_exp2_factors(const vf *f, vf *p, const int k) {
+    static const float terms[] = {0x1.41fbbcp-13f, 0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e430p-1f};
+    UNROLL for (int i = 0; i < k; i++) p[i] = v_set(terms[0]);
+    UNROLL for (int term = 1; term < 6; term++)
+        UNROLL for (int i = 0; i < k; i++) p[i] = v_fma(p[i], f[i], v_set(terms[term]));
+}
+
+// t, clamped to [-126, 126], is n + f with n the nearest integer; returns P(f). Adding ROUND, 1.5 * 2^23, rounds to an integer
+// and leaves it in the lowest bits.
 LANE vf v_exp2_parts(vf t, vf *n, vf *f) {
+    vf round = v_set(ROUND), p;
     t = v_min(v_set(126.0f), v_max(v_set(-126.0f), t));
-    vf shift = v_set(0x1.8p23f), p = v_set(0x1.41fbbcp-13f);
-    *n = v_add(t, shift);
-    *f = v_sub(t, v_sub(*n, shift));
-    p = v_fma(p, *f, v_set(0x1.5f3e54p-10f));
-    p = v_fma(p, *f, v_set(0x1.3b2d4cp-7f));
-    p = v_fma(p, *f, v_set(0x1.c6aee8p-5f));
-    p = v_fma(p, *f, v_set(0x1.ebfbdcp-3f));
-    return v_fma(p, *f, v_set(0x1.62e430p-1f));
+    *n = v_add(t, round);
+    *f = v_sub(t, v_sub(*n, round));
+    v_exp2_factors(f, &p, 1);
+    return p;
 }
 
 // 2^t
@@ -2132,7 +2155,7 @@ MATH vf v_exp2_minus_1(vf t) {
 // of what is left, which is at most a quarter turn, are Taylor series to x^11 and x^12; then sin 2x = 2 sin x cos x, cos 2x - 1
 // = -2 sin^2 x.
 MATH void v_sincos(vf angle, vf *sine, vf *cosine_minus_1) {
-    vf shift = v_set(0x1.8p23f), turns = v_sub(v_fma(angle, v_set(0x1.45f306p-3f), shift), shift);
+    vf round = v_set(ROUND), turns = v_sub(v_fma(angle, v_set(0x1.45f306p-3f), round), round);
     vf left = v_fma(turns, v_set(0x1.777a5cp-23f), v_fma(turns, v_set(-0x1.921fb6p+2f), angle));
     vf x = v_mul(left, v_set(0.5f)), q = v_mul(x, x);
     vf s = v_set(-2.50521084e-8f), c = v_set(2.08767570e-9f);
@@ -2985,100 +3008,115 @@ static void ISA_NAME(conv_silu)(const struct conv_args *a) {
     else conv_any_taps(a);
 }
 
-// One state of 16 channels: h = exp(dt * A) * h + dt * B * u, and what it adds to the output, y += C * h.
-LANE vf scan_step(vf h, vf dt, vf dt_u, const float *a2, const float *b, const float *c, vf *y) {
-    h = v_fma(v_exp2(v_mul(dt, v_load(a2))), h, v_mul(dt_u, v_set(*b)));
-    *y = v_fma(h, v_set(*c), *y);
-    return h;
+// What the states of 16 channels need of the tokens t0 .. t0 + n, and y = D * u, to which they add.
+static void scan_begin(const struct scan_args *a, int c, int t0, int n, struct scan_block *b) {
+    const vf d = v_load(a->d + c), dt_b = v_load(a->dt_b + c);
+    for (int t = 0; t < n; t++) {
+        const float *dt_row = a->dt_y + (size_t)(t0 + t) * (size_t)a->ld + c, *u_row = a->u + (size_t)(t0 + t) * (size_t)a->ld + c;
+        fetch_token(dt_row, a->ld);
+        fetch_token(u_row, a->ld);
+        fetch_token(a->z + (size_t)(t0 + t) * (size_t)a->ld_z + c, a->ld_z);
+        vf dt = v_softplus(v_add(v_load(dt_row), dt_b)), u = v_load(u_row);
+        v_store(b->dt[t], dt);
+        v_store(b->least[t], v_div(v_set(-125.0f), dt));
+        v_store(b->in[t], a->a_inverse ? u : v_mul(dt, u));
+        v_store(b->y[t], v_mul(d, u));
+    }
+}
+
+// The gate.
+static void scan_end(const struct scan_args *a, int c, int t0, int n, const struct scan_block *b) {
+    for (int t = 0; t < n; t++)
+        v_store(a->dt_y + (size_t)(t0 + t) * (size_t)a->ld + c,
+                v_mul(v_load(b->y[t]), v_silu(v_load(a->z + (size_t)(t0 + t) * (size_t)a->ld_z + c))));
+}
+
+// k states of 16 channels: h = exp(dt * A) * h + dt * B * u, and what they add to the output, y += C * h. dt * A is not below
+// -125, where 2^x is as good as 0, because A is not below `least`; it is never above 0. So its exponential needs no clamp, and dt * A
+// no product of its own.
+LANE void scan_states(const struct scan_args *a, int n_tokens, struct scan_block *block, float *state, const float *a2,
+                      const float *bc, const int k) {
+    vf h[4], a2_n[4], round = v_set(ROUND);
+    UNROLL for (int i = 0; i < k; i++) h[i] = v_load(state + 16 * i), a2_n[i] = v_load(a2 + 16 * i);
+    for (int t = 0; t < n_tokens; t++) {
+        const float *b = bc + (size_t)t * (size_t)a->ld_bc, *c = b + a->d_state;
+        vf dt = v_load(block->dt[t]), least = v_load(block->least[t]), in = v_load(block->in[t]), y = v_load(block->y[t]);
+        vf a_t[4], n[4], f[4], p[4];
+        UNROLL for (int i = 0; i < k; i++) a_t[i] = v_max(least, a2_n[i]);
+        UNROLL for (int i = 0; i < k; i++) n[i] = v_fma(dt, a_t[i], round);
+        UNROLL for (int i = 0; i < k; i++) f[i] = v_fma(dt, a_t[i], v_sub(round, n[i]));
+        v_exp2_factors(f, p, k);
+        UNROLL for (int i = 0; i < k; i++) p[i] = v_fma(p[i], f[i], v_set(1.0f));
+        UNROLL for (int i = 0; i < k; i++) h[i] = v_fma(v_add_exponent(p[i], n[i]), h[i], v_mul(in, v_set(b[i])));
+        UNROLL for (int i = 0; i < k; i++) y = v_fma(h[i], v_set(c[i]), y);
+        v_store(block->y[t], y);
+    }
+    UNROLL for (int i = 0; i < k; i++) v_store(state + 16 * i, h[i]);
+}
+
+// A state with zero-order hold: h = exp(dt * A) * h + (exp(dt * A) - 1) / A * B * u.
+static void scan_zoh(const struct scan_args *a, int n_tokens, struct scan_block *block, float *state, const float *a2,
+                     const float *a_inverse, const float *bc) {
+    vf h = v_load(state);
+    for (int i = 0; i < n_tokens; i++) {
+        const float *b = bc + (size_t)i * (size_t)a->ld_bc, *c = b + a->d_state;
+        vf t = v_mul(v_load(block->dt[i]), v_load(a2)), factor = v_mul(v_exp2_minus_1(t), v_load(a_inverse));
+        h = v_fma(v_exp2(t), h, v_mul(v_mul(factor, v_load(block->in[i])), v_set(*b)));
+        v_store(block->y[i], v_fma(h, v_set(*c), v_load(block->y[i])));
+    }
+    v_store(state, h);
+}
+
+// A complex state, where y += 2 Re(C * h). a_inverse NULL: B is discretised as dt * B.
+static void scan_complex(const struct scan_args *a, int n_tokens, struct scan_block *block, float *state, const float *a2,
+                         const float *a_inverse, const float *bc) {
+    vf re = v_load(state), im = v_load(state + 16);
+    for (int i = 0; i < n_tokens; i++) {
+        const float *b = bc + (size_t)i * (size_t)a->ld_bc, *c = b + 2 * a->d_state;
+        vf dt = v_load(block->dt[i]), in = v_load(block->in[i]), t = v_mul(dt, v_load(a2)), size = v_exp2(t), sine, turned;
+        v_sincos(v_mul(dt, v_load(a2 + 16)), &sine, &turned);
+        vf a_re = v_fma(size, turned, size), a_im = v_mul(size, sine), b_re = v_set(b[0]), b_im = v_set(b[1]);
+        if (a_inverse) {  // (e^x cos y - 1) + i e^x sin y = (e^x (cos y - 1) + (e^x - 1)) + ..., over A; then times B
+            vf f_re = v_fma(size, turned, v_exp2_minus_1(t)), i_re = v_load(a_inverse), i_im = v_load(a_inverse + 16);
+            vf g_re = v_sub(v_mul(f_re, i_re), v_mul(a_im, i_im)), g_im = v_fma(f_re, i_im, v_mul(a_im, i_re));
+            vf product = v_sub(v_mul(g_re, b_re), v_mul(g_im, b_im));
+            b_im = v_fma(g_re, b_im, v_mul(g_im, b_re));
+            b_re = product;
+        }
+        vf minus_im = v_sub(v_set(0.0f), im), new_re = v_fma(a_re, re, v_fma(a_im, minus_im, v_mul(in, b_re)));
+        im = v_fma(a_re, im, v_fma(a_im, re, v_mul(in, b_im)));
+        re = new_re;
+        vf y = v_fma(im, v_set(-2.0f * c[1]), v_load(block->y[i]));
+        v_store(block->y[i], v_fma(re, v_set(2.0f * c[0]), y));
+    }
+    v_store(state, re);
+    v_store(state + 16, im);
 }
 
 // The selective scan with discretisation, skip and gate (equations 2 and 4; algorithm 2, line 6), 16 channels a vector:
 //   dt = softplus(dt + dt_b)    h[n] = exp(dt * A[n]) * h[n] + dt * B[n] * u    y = (sum of C[n] * h[n] + D * u) * silu(z)
-// Sixteen states, as in every published model, stay in registers; other counts go through memory.
-LANE void scan_channels(const struct scan_args *a, const int n_state, const bool in_registers) {
-    for (int c = 0; c < a->n; c += 16) {
-        const float *a2 = a->a2 + (size_t)c * (size_t)n_state;
-        float *state = a->state + (size_t)c * (size_t)n_state;
-        vf h[16] = {v_set(0.0f)}, d = v_load(a->d + c), dt_b = v_load(a->dt_b + c);
-        if (in_registers) UNROLL for (int n = 0; n < 16; n++) h[n] = v_load(state + 16 * n);
-        for (int t = 0; t < a->n_tokens; t++) {
-            float *dt_y = a->dt_y + (size_t)t * (size_t)a->ld + c;
-            const float *b_row = a->bc + (size_t)t * (size_t)a->ld_bc, *c_row = b_row + n_state;
-            const float *u_row = a->u + (size_t)t * (size_t)a->ld + c, *z_row = a->z + (size_t)t * (size_t)a->ld_z + c;
-            fetch_token(dt_y, a->ld);
-            fetch_token(u_row, a->ld);
-            fetch_token(z_row, a->ld_z);
-            vf dt = v_softplus(v_add(v_load(dt_y), dt_b)), u = v_load(u_row), dt_u = v_mul(dt, u), y = v_mul(d, u);
-            if (in_registers) {
-                UNROLL for (int n = 0; n < 16; n++) h[n] = scan_step(h[n], dt, dt_u, a2 + 16 * n, b_row + n, c_row + n, &y);
-            } else {
-                for (int n = 0; n < n_state; n++) {
-                    vf new = scan_step(v_load(state + 16 * n), dt, dt_u, a2 + 16 * n, b_row + n, c_row + n, &y);
-                    v_store(state + 16 * n, new);
-                }
-            }
-            v_store(dt_y, v_mul(y, v_silu(v_load(z_row))));
-        }
-        if (in_registers) UNROLL for (int n = 0; n < 16; n++) v_store(state + 16 * n, h[n]);
-    }
-}
-
-// The same with zero-order hold: h = exp(dt * A) * h + (exp(dt * A) - 1) / A * B * u.
-LANE vf scan_step_zoh(vf h, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c, vf *y) {
-    vf t = v_mul(dt, v_load(a2)), factor = v_mul(v_exp2_minus_1(t), v_load(a_inverse));
-    h = v_fma(v_exp2(t), h, v_mul(v_mul(factor, u), v_set(*b)));
-    *y = v_fma(h, v_set(*c), *y);
-    return h;
-}
-
-// And with complex numbers, where y = 2 Re(C * h). a_inverse NULL: B is discretised as dt * B.
-LANE void scan_step_complex(float *state, vf dt, vf u, const float *a2, const float *a_inverse, const float *b, const float *c,
-                            vf *y) {
-    vf t = v_mul(dt, v_load(a2)), size = v_exp2(t), sine, turned, re = v_load(state), im = v_load(state + 16);
-    v_sincos(v_mul(dt, v_load(a2 + 16)), &sine, &turned);
-    vf a_re = v_fma(size, turned, size), a_im = v_mul(size, sine), factor = dt, b_re = v_set(b[0]), b_im = v_set(b[1]);
-    if (a_inverse) {  // (e^x cos y - 1) + i e^x sin y = (e^x (cos y - 1) + (e^x - 1)) + ..., over A; then times B
-        vf f_re = v_fma(size, turned, v_exp2_minus_1(t)), i_re = v_load(a_inverse), i_im = v_load(a_inverse + 16);
-        vf g_re = v_sub(v_mul(f_re, i_re), v_mul(a_im, i_im)), g_im = v_fma(f_re, i_im, v_mul(a_im, i_re));
-        vf product = v_sub(v_mul(g_re, b_re), v_mul(g_im, b_im));
-        b_im = v_fma(g_re, b_im, v_mul(g_im, b_re));
-        b_re = product;
-        factor = v_set(1.0f);
-    }
-    vf input = v_mul(factor, u), minus_im = v_sub(v_set(0.0f), im);
-    vf new_re = v_fma(a_re, re, v_fma(a_im, minus_im, v_mul(input, b_re)));
-    vf new_im = v_fma(a_re, im, v_fma(a_im, re, v_mul(input, b_im)));
-    v_store(state, new_re);
-    v_store(state + 16, new_im);
-    *y = v_fma(new_re, v_set(2.0f * c[0]), v_fma(new_im, v_set(-2.0f * c[1]), *y));
-}
-
-// What published models do not have goes state by state through memory.
-static void ISA_NAME(scan_rare)(const struct scan_args *a) {
-    const int parts = 1 + a->is_complex, n_state = a->d_state;
-    for (int c = 0; c < a->n; c += 16)
-        for (int t = 0; t < a->n_tokens; t++) {
-            float *dt_y = a->dt_y + (size_t)t * (size_t)a->ld + c, *state = a->state + (size_t)c * (size_t)(n_state * parts);
-            const float *b = a->bc + (size_t)t * (size_t)a->ld_bc, *a2 = a->a2 + (size_t)c * (size_t)(n_state * parts);
-            const float *inverse = a->a_inverse ? a->a_inverse + (size_t)c * (size_t)(n_state * parts) : NULL;
-            vf dt = v_softplus(v_add(v_load(dt_y), v_load(a->dt_b + c))), u = v_load(a->u + (size_t)t * (size_t)a->ld + c);
-            vf y = v_mul(v_load(a->d + c), u);
-            for (int n = 0; n < n_state; n++) {
-                const float *c_n = b + (n_state + n) * parts;
-                if (a->is_complex)
-                    scan_step_complex(state + 32 * n, dt, u, a2 + 32 * n, inverse ? inverse + 32 * n : NULL, b + 2 * n, c_n, &y);
-                else
-                    v_store(state + 16 * n,
-                            scan_step_zoh(v_load(state + 16 * n), dt, u, a2 + 16 * n, inverse + 16 * n, b + n, c_n, &y));
-            }
-            v_store(dt_y, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
-        }
-}
-
+// A few states at once go through a few tokens, in registers.
 static void ISA_NAME(scan)(const struct scan_args *a) {
-    if (a->is_complex || a->a_inverse) ISA_NAME(scan_rare)(a);
-    else if (a->d_state == 16) scan_channels(a, 16, true);
-    else scan_channels(a, a->d_state, false);
+    const size_t parts = 1 + a->is_complex, n_state = (size_t)a->d_state;
+    struct scan_block block;
+    for (int c = 0; c < a->n; c += 16)
+        for (int t0 = 0; t0 < a->n_tokens; t0 += SCAN_TOKENS) {
+            const int n_tokens = a->n_tokens - t0 < SCAN_TOKENS ? a->n_tokens - t0 : SCAN_TOKENS;
+            const size_t at = (size_t)c * n_state * parts;
+            const float *bc = a->bc + (size_t)t0 * (size_t)a->ld_bc, *a2 = a->a2 + at;
+            float *state = a->state + at;
+            scan_begin(a, c, t0, n_tokens, &block);
+            for (size_t n = 0, k; n < n_state; n += k) {
+                const size_t to = 16 * parts * n;
+                const float *inverse = a->a_inverse ? a->a_inverse + at + to : NULL, *bc_n = bc + parts * n;
+                k = !a->is_complex && !inverse && n_state - n >= SCAN_STATES ? SCAN_STATES : 1;
+                if (a->is_complex) scan_complex(a, n_tokens, &block, state + to, a2 + to, inverse, bc_n);
+                else if (inverse) scan_zoh(a, n_tokens, &block, state + to, a2 + to, inverse, bc_n);
+                else if (k > 1) scan_states(a, n_tokens, &block, state + to, a2 + to, bc_n, SCAN_STATES);
+                else scan_states(a, n_tokens, &block, state + to, a2 + to, bc_n, 1);
+            }
+            scan_end(a, c, t0, n_tokens, &block);
+        }
 }
 
 // A state of 16 channels of a time-invariant SSM: h = decay * h + u, y += weight * h, of complex numbers their real part.
@@ -3160,6 +3198,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef COLUMN_BLOCK
 #undef Q_TOKENS
 #undef Q_PANELS
+#undef SCAN_STATES
 #undef MATH
 #undef SIGNED_PANELS
 #undef FLIPPED

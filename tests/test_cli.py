@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 
 import numpy as np
@@ -134,11 +135,14 @@ def test_wrong_shape(mamba, tmp_path):
     one_line(mamba("score", changed_model(tmp_path, shrink), *IDS, check=False), 1, "shape", "expected")
 
 
-@pytest.mark.parametrize("tensor, words", [(b"blk.0.ssm_d", ["blk.0.ssm_d", "finite"]), (b"blk.0.ssm_in.weight", ["not a finite number"])])
-def test_nan_in_weights(mamba, tmp_path, tensor, words):
+@pytest.mark.parametrize("tensor, value, words", [
+    ("blk.0.ssm_d", float("nan"), ["blk.0.ssm_d", "finite"]),
+    ("blk.0.ssm_in.weight", float("nan"), ["not a finite number"]),
+    ("blk.0.ssm_a", 0.5, ["blk.0.ssm_a", "holds 0.5 at [0, 0]", "-exp(A_log)"])])
+def test_wrong_number_in_weights(mamba, tmp_path, tensor, value, words):
     gguf = pytest.importorskip("gguf")
-    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor.decode())
-    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), b"\0\0\xc0\x7f"))
+    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor)
+    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", value)))
     one_line(mamba(path, *IDS, "--print-ids", check=False), 1, path, *words)
 
 

@@ -126,6 +126,30 @@ static void test_functions(const struct kernels *k) {
     }
     CHECK(worst_softplus < 1e-5, "%s: softplus is off by %g, relatively", k->name, worst_softplus);
 
+    // States that only decay, A = -1, -2, ... as exponents of 2, h = C = 1 before: y = sum of 2^(softplus(x) A) * silu(gate), however
+    // far below the least float it is.
+    static float h[6 * N_POINTS], a2[6 * N_POINTS];
+    for (int n_state = 1; n_state <= 6; n_state++) {
+        float nothing_in[12] = {0};
+        for (int n = 0; n < n_state; n++) nothing_in[n_state + n] = 1;
+        for (int i = 0; i < n_state * N_POINTS; i++) h[i] = 1, a2[i] = -1.0f - (float)(i / 16 % n_state);
+        memcpy(y, x, sizeof y);
+        k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = h, .u = zeros, .z = gate, .bc = nothing_in,
+                                    .dt_y = y, .d_state = n_state, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_z = N_POINTS,
+                                    .ld_bc = 2 * n_state});
+        double worst = 0;
+        for (int i = 0; i < N_POINTS; i++) {
+            double want = 0, dt = fmax((double)x[i], 0) + log1p(exp(-fabs((double)x[i])));
+            for (int n = 1; n <= n_state; n++) want += exp2(-n * dt);
+            worst = fmax(worst, fabs((double)y[i] / 30 - want) / want);
+        }
+        CHECK(worst < 1e-5, "%s: the decay of %d states is off by %g, relatively", k->name, n_state, worst);
+    }
+    x[0] = 1e30f;  // a step that nothing outlasts
+    k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = ones, .u = ones, .z = gate, .bc = b_and_c,
+                                .dt_y = x, .d_state = 1, .n_tokens = 1, .n = 16, .ld = 16, .ld_z = 16, .ld_bc = 2});
+    CHECK(fabsf(x[0] / 30 / 1e30f - 1) < 1e-5f, "%s: a long step gives %g", k->name, (double)x[0]);
+
     float with_nan[40];
     for (int i = 0; i < 40; i++) with_nan[i] = (float)i;
     CHECK(k->finite_max(with_nan, 40) == 39.0f && k->finite_max(with_nan, 7) == 6.0f, "%s: maximum", k->name);

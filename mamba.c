@@ -355,34 +355,37 @@ struct context {               // what a forward needs besides the model; owner 
 // fill a struct error, so that they can be tested with hostile input inside one process.
 // ====================================================================================================================
 
-// Control characters of names found in files must not reach the terminal.
+// Control characters of names found in files must not reach the terminal: below 32, 127, and U+0080 to U+009F, C2 80 to C2 9F in
+// UTF-8.
 static void print_line(FILE *f, const char *text) {
     fputs("mamba: ", f);
-    for (; *text; text++) fputc((unsigned char)*text < 32 || *text == 127 ? '?' : *text, f);
+    for (int c, before = 0; (c = (unsigned char)*text) != 0; text++, before = c)
+        fputc(c < 32 || c == 127 || (before == 0xc2 && c >= 0x80 && c < 0xa0) ? '?' : c, f);
     fputc('\n', f);
 }
 
-__attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *format, ...) {
+static char usage_hint[32] = "mamba --help";  // where a wrong command line sends; becomes that of the command
+
+// Says what went wrong and ends the program: with status 1, or with 2 and a hint where it is the command line.
+static _Noreturn void end_with(int status, const char *format, va_list args) {
     struct error e;
-    va_list args;
-    va_start(args, format);
     vsnprintf(e.text, sizeof e.text, format, args);
-    va_end(args);
     fflush(stdout);  // what was written so far is kept
     print_line(stderr, e.text);
-    exit(1);
+    if (status == 2) fprintf(stderr, "Try: %s\n", usage_hint);
+    exit(status);
 }
 
-// A wrong command line.
-__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
-    struct error e;
+__attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(e.text, sizeof e.text, format, args);
-    va_end(args);
-    print_line(stderr, e.text);
-    fputs("Try: mamba --help\n", stderr);
-    exit(2);
+    end_with(1, format, args);
+}
+
+__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_with(2, format, args);
 }
 
 // The first error of a parse stays.
@@ -460,11 +463,11 @@ __attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b
 }
 
 // An output file appears under its name only when it is whole: it is written beside its destination, synced and renamed.
-// A pipe or device (/dev/stdout, a FIFO) is written directly.
+// A symbolic link is followed. A pipe or device (/dev/stdout, a FIFO) is written directly.
 struct outfile {
     FILE *f;
     const char *path;          // the caller's
-    char *temporary;           // owned; NULL when written directly
+    char *target, *temporary;  // owned: where path leads, and what becomes it; NULL when written directly
     struct outfile *next;      // of those that are unfinished
 };
 
@@ -474,8 +477,9 @@ static void outfile_discard(struct outfile *o) {
     if (o->f && o->f != stdout) fclose(o->f);
     if (o->temporary) unlink(o->temporary);
     free(o->temporary);
+    free(o->target);
     o->f = NULL;
-    o->temporary = NULL;
+    o->target = o->temporary = NULL;
     for (struct outfile **at = &unfinished; *at; at = &(*at)->next)
         if (*at == o) {
             *at = o->next;
@@ -506,9 +510,11 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         o->f = fopen(path, "wb");
         return o->f ? true : fail(e, "%s: %s", path, strerror(errno));
     }
-    size_t n = strlen(path);
+    o->target = realpath(path, NULL);
+    if (!o->target) o->target = copy_text((struct str){path, strlen(path)});  // there is nothing yet
+    size_t n = strlen(o->target);
     o->temporary = xmalloc(n + 8);
-    memcpy(o->temporary, path, n);
+    memcpy(o->temporary, o->target, n);
     memcpy(o->temporary + n, ".XXXXXX", 8);
     int fd = mkstemp(o->temporary);
     mode_t mask = umask(0);
@@ -527,7 +533,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
 
 static bool outfile_commit(struct outfile *o, struct error *e) {
     bool ok = fflush(o->f) == 0 && !ferror(o->f);
-    if (o->temporary) ok = ok && fsync(fileno(o->f)) == 0 && rename(o->temporary, o->path) == 0;
+    if (o->temporary) ok = ok && fsync(fileno(o->f)) == 0 && rename(o->temporary, o->target) == 0;
     if (!ok) {
         set_error(e, "%s: %s", o->path, strerror(errno));
         outfile_discard(o);
@@ -589,6 +595,33 @@ static int read_numbers(const char *path, long long *a, long long *b) {
     return n > 0 ? n : 0;
 }
 
+// n, or the cores that a quota of so many microseconds a period is worth, if they are fewer.
+static int within_quota(int n, long long quota, long long period) {
+    return quota > 0 && period > 0 ? min_int(n, (int)((quota + period - 1) / period)) : n;
+}
+
+// n, or what this process's cgroup and those around it leave of it: cpu.max of version 2; of version 1 the outermost that a
+// container sees.
+static int within_cgroups(int n) {
+    char line[2048], path[2100];
+    long long quota, period;
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        if (strncmp(line, "0::", 3) != 0) continue;
+        line[strcspn(line, "\n")] = 0;
+        for (char *end = line + strlen(line); end; end = strrchr(line + 3, '/')) {
+            *end = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", line + 3);
+            if (read_numbers(path, &quota, &period) == 2) n = within_quota(n, quota, period);
+        }
+    }
+    if (f) fclose(f);
+    if (read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", &quota, &period) &&
+        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", &period, &period))
+        n = within_quota(n, quota, period);
+    return n;
+}
+
 // Physical cores that this process may use: affinity mask, one hardware thread a core, cgroup quota.
 static int default_threads(void) {
     int n = 1;
@@ -607,9 +640,7 @@ static int default_threads(void) {
             if (!counted) n++;
         }
     }
-    long long quota, period;
-    if (read_numbers("/sys/fs/cgroup/cpu.max", &quota, &period) == 2 && quota > 0 && period > 0)
-        n = min_int(n, (int)((quota + period - 1) / period));
+    n = within_cgroups(n);
 #else
     n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
@@ -887,6 +918,17 @@ static bool gguf_float(const struct gguf *g, const char *key, float *out) {
     return true;
 }
 
+// The same for a key that may be absent, which leaves *out as it is: an error only where it has another type.
+static bool gguf_int_if_any(const struct gguf *g, const char *key, int64_t *out, struct error *e) {
+    if (!gguf_find(g, key) || gguf_int(g, key, out)) return true;
+    return fail(e, "metadata '%s' has a wrong type; expected an integer or a bool", key);
+}
+
+static bool gguf_float_if_any(const struct gguf *g, const char *key, float *out, struct error *e) {
+    if (!gguf_find(g, key) || gguf_float(g, key, out)) return true;
+    return fail(e, "metadata '%s' has a wrong type; expected a float32", key);
+}
+
 // The string at *at of a walk over an array of strings; moves *at behind it.
 static struct str gguf_next_str(const uint8_t **at) {
     uint64_t n;
@@ -927,10 +969,11 @@ static bool gguf_parse(struct gguf *g, struct error *e) {
     if (e->text[0] || !gguf_sort(g, e)) return false;
 
     int64_t alignment = 32;
-    gguf_int(g, "general.alignment", &alignment);
+    if (!gguf_int_if_any(g, "general.alignment", &alignment, e)) return false;
     if (alignment < 8 || alignment > 1 << 20 || (alignment & (alignment - 1)))
         return fail(e, "general.alignment is %" PRId64 "; expected a power of two from 8 on", alignment);
     g->data_start = (c.pos + (size_t)alignment - 1) & ~((size_t)alignment - 1);
+    uint64_t left = g->data_start < g->size ? g->size - g->data_start : 0;
     for (uint64_t i = 0; i < g->n_tensors; i++) {
         struct tensor *t = &g->tensors[i];
         if (t->offset % (uint64_t)alignment)
@@ -940,6 +983,10 @@ static bool gguf_parse(struct gguf *g, struct error *e) {
             t->n_bytes > g->size - g->data_start - t->offset)
             return fail(e, "tensor '%.*s' needs bytes %" PRIu64 " to %" PRIu64 " of the file, which has %zu: is it cut off?",
                         str_show(t->name), t->name.p, g->data_start + t->offset, g->data_start + t->offset + t->n_bytes, g->size);
+        if (t->n_bytes > left)  // what a model takes in memory is bounded by its file
+            return fail(e, "tensor '%.*s' overlaps others: together they need more than the file holds", str_show(t->name),
+                        t->name.p);
+        left -= t->n_bytes;
         t->data = g->map + g->data_start + t->offset;
     }
     return true;
@@ -957,11 +1004,14 @@ static void gguf_close(struct gguf *g) {
 
 static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
     *g = (struct gguf){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // of a pipe that nobody writes to open() would wait
     struct stat st;
     if (fd < 0) return fail(e, "%s: %s", path, strerror(errno));
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+    const bool known = fstat(fd, &st) == 0;
+    if (!known || !S_ISREG(st.st_mode)) {
         close(fd);
+        if (known && S_ISDIR(st.st_mode))
+            return fail(e, "%s: a folder; expected a GGUF file, as convert_weights.py makes one of a checkpoint's folder", path);
         return fail(e, "%s: not a regular file: a model is mapped into memory, so it cannot come from a pipe", path);
     }
     if (st.st_size == 0) {
@@ -973,7 +1023,7 @@ static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
     if (map == MAP_FAILED) return fail(e, "%s: cannot map %lld bytes: %s", path, (long long)st.st_size, strerror(errno));
     g->map = map;
     g->size = (size_t)st.st_size;
-    g->path = strcpy(xmalloc(strlen(path) + 1), path);
+    g->path = copy_text((struct str){path, strlen(path)});
     struct error inner = {""};
     if (gguf_parse(g, &inner)) return true;
     gguf_close(g);
@@ -999,7 +1049,7 @@ static int gguf_word(const struct gguf *g, const char *key, const char *const *w
     return gguf_str(g, key, &s) ? word_among(s, words) : -1;
 }
 
-// What an audio U-Net has besides (section 4.4 of the paper, E.4): levels, each half as many times as wide as the one before it.
+// What an audio U-Net has besides (section 4.4 of the paper, E.4): levels, each twice as wide as the one before it.
 static bool unet_config_read(const struct gguf *g, struct config *c, struct error *e) {
     int32_t pool[MAX_POOLS], ranks[MAX_LEVELS];
     const int n_pools = gguf_ints(g, "mamba.unet.pool", pool, MAX_POOLS);
@@ -1049,6 +1099,10 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     const bool unet = str_is(arch, "mamba-unet");
     if (!unet && !str_is(arch, "mamba"))
         return fail(e, "general.architecture is \"%.*s\"; expected \"mamba\" or \"mamba-unet\"", str_show(arch), arch.p);
+    if (!g->n_tensors) return fail(e, "the file holds no weights; expected a model, and not a vocabulary alone");
+    int64_t shards = 1;
+    if (gguf_int(g, "split.count", &shards) && shards > 1)
+        return fail(e, "one of %" PRId64 " parts of a model; llama-gguf-split --merge makes one file of them", shards);
     const struct {
         const char *key;
         int *field;
@@ -1067,17 +1121,16 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     }
     c->norm_eps = 1e-5f;
     c->dt_b_c_eps = 1e-6f;  // transformers' mixer_rms_eps
-    gguf_float(g, "mamba.attention.layer_norm_rms_epsilon", &c->norm_eps);
-    gguf_float(g, "mamba.ssm.dt_b_c_rms_epsilon", &c->dt_b_c_eps);
+    int64_t dt_b_c_rms = 0, length = 0;
+    if (!gguf_float_if_any(g, "mamba.attention.layer_norm_rms_epsilon", &c->norm_eps, e) ||
+        !gguf_float_if_any(g, "mamba.ssm.dt_b_c_rms_epsilon", &c->dt_b_c_eps, e) ||
+        !gguf_int_if_any(g, "mamba.ssm.dt_b_c_rms", &dt_b_c_rms, e) || !gguf_int_if_any(g, "mamba.context_length", &length, e))
+        return false;
     if (!(c->norm_eps >= 0 && c->norm_eps < 1) || !(c->dt_b_c_eps >= 0 && c->dt_b_c_eps < 1))
         return fail(e, "a norm's epsilon is %g or %g; expected a small positive number", (double)c->norm_eps,
                     (double)c->dt_b_c_eps);
-    int64_t v = 0;
-    c->dt_b_c_rms = gguf_int(g, "mamba.ssm.dt_b_c_rms", &v) && v != 0;
-    v = 0;
-    // Converters that do not know it write 2^20.
-    const bool known = gguf_int(g, "mamba.context_length", &v) && v > 0 && v < 1 << 20;
-    c->context_length = known ? (int)v : 0;
+    c->dt_b_c_rms = dt_b_c_rms != 0;
+    c->context_length = length > 0 && length < 1 << 20 ? (int)length : 0;  // converters that do not know it write 2^20
     c->n_blocks = c->n_layer;
     c->level[0] = (struct level_size){c->d_model, c->d_inner, c->dt_rank, 1};
     return !unet || unet_config_read(g, c, e);
@@ -1100,7 +1153,7 @@ static const struct tensor *bind_tensor(struct binder *b, const char *name, int6
     }
     // A vector may be stored as [1][cols], and a convolution as [d_inner][1][d_conv]: same numbers, same order.
     int64_t found_rows = t->ne[1] * t->ne[2] * t->ne[3];
-    bool rows_fit = rows < 0 ? found_rows <= INT_MAX : found_rows == (rows ? rows : 1);
+    bool rows_fit = rows < 0 ? found_rows <= 1 << 28 : found_rows == (rows ? rows : 1);
     if (t->ne[0] != cols || !rows_fit) {
         char wanted[24] = "any, ";
         if (rows >= 0) snprintf(wanted, sizeof wanted, "%" PRId64 ", ", rows ? rows : 1);
@@ -1119,7 +1172,7 @@ static struct matrix bind_matrix(struct binder *b, const char *name, int rows, i
         .row_bytes = (size_t)cols / (size_t)formats[t->format].block * (size_t)formats[t->format].bytes};
 }
 
-// n floats of the arena, zeroed; a dummy while sizes are counted.
+// n floats of the arena, zeroed; NULL while sizes are counted.
 static float *arena_take(struct binder *b, size_t n) {
     float *p = b->next;
     n = (n + 15) & ~(size_t)15;
@@ -1128,7 +1181,8 @@ static float *arena_take(struct binder *b, size_t n) {
     return p;
 }
 
-// Copies an F32 tensor of shape [rows][cols] to `to`, element (r, c) to to[r * row_step + c * col_step], times scale.
+// Copies an F32 tensor of shape [rows][cols] to `to`, element (r, c) to to[r * row_step + c * col_step]. NULL, while sizes are
+// counted: its values are not looked at.
 static void copy_floats(struct binder *b, const char *name, int rows, int cols, float *to, size_t row_step,
                         size_t col_step) {
     const struct tensor *t = bind_tensor(b, name, rows, cols);
@@ -1137,6 +1191,7 @@ static void copy_floats(struct binder *b, const char *name, int rows, int cols, 
         set_error(b->error, "tensor '%s' has type %s; expected F32", name, formats[t->format].name);
         return;
     }
+    if (!to) return;
     for (int r = 0; r < (rows ? rows : 1); r++)
         for (int c = 0; c < cols; c++) {
             float v;
@@ -1145,7 +1200,7 @@ static void copy_floats(struct binder *b, const char *name, int rows, int cols, 
                 set_error(b->error, "tensor '%s' holds %g at [%d, %d]; expected a finite number", name, (double)v, r, c);
                 return;
             }
-            if (to) to[(size_t)r * row_step + (size_t)c * col_step] = v;
+            to[(size_t)r * row_step + (size_t)c * col_step] = v;
         }
 }
 
@@ -3031,9 +3086,9 @@ static void scan_end(const struct scan_args *a, int c, int t0, int n, const stru
                 v_mul(v_load(b->y[t]), v_silu(v_load(a->z + (size_t)(t0 + t) * (size_t)a->ld_z + c))));
 }
 
-// k states of 16 channels: h = exp(dt * A) * h + dt * B * u, and what they add to the output, y += C * h. dt * A is not below
-// -125, where 2^x is as good as 0, because A is not below `least`; it is never above 0. So its exponential needs no clamp, and dt * A
-// no product of its own.
+// k states of 16 channels: h = exp(dt * A) * h + dt * B * u, and what they add to the output, y += C * h. dt * A is never above
+// 0, and not below -125, where 2^x is as good as 0, because A is taken not below `least`. So its exponential needs no clamp, and
+// dt * A no product of its own.
 LANE void scan_states(const struct scan_args *a, int n_tokens, struct scan_block *block, float *state, const float *a2,
                       const float *bc, const int k) {
     vf h[4], a2_n[4], round = v_set(ROUND);
@@ -3320,7 +3375,7 @@ static void note_wait(struct context *ctx, double seconds) {
     while (now > longest && !atomic_compare_exchange_weak(&ctx->longest_wait, &longest, now)) continue;
 }
 
-// Waits until a phase's items are done: spins for a few microseconds, and then offers its core to whoever wants it, since
+// Waits until a phase's items are done: spins for some dozens of microseconds, and then offers its core to whoever wants it, since
 // the thread that is waited for may be the one that does not run.
 static void await_phase(struct context *ctx, struct phase *p, int n_items) {
     double start = 0;
@@ -4184,7 +4239,7 @@ static void fuzz_state(const uint8_t *data, size_t n) {
 // ====================================================================================================================
 // 8. Unicode and tokenizer.
 // Text to token ids and back, as Hugging Face tokenizers do it: added tokens, NFC, pre-tokenisation, byte-level BPE with
-// merges by rank. Calls sections 1 and 2; called by the commands.
+// merges by rank. Calls sections 1 and 2; called by sections 11 and 13 to 15.
 // ====================================================================================================================
 
 // ---- Unicode: UTF-8, the classes that pre-tokenisation asks for, and NFC ----
@@ -4534,6 +4589,7 @@ struct tokenizer {          // owner of everything but the file it was read from
     char *bytes;            // what token[] points to
     int32_t *by_bytes;      // [n_slots] hash table over the bytes of normal tokens: id, or -1
     uint32_t n_slots;       // a power of two
+    uint64_t hash_seed;     // another one in each process, so that no file can hold tokens that all meet in one slot
     struct merge *merges;   // [n_merge_slots] hash table over pairs
     uint32_t n_merge_slots;
     int32_t byte_token[256];  // token of each single byte, or -1
@@ -4582,7 +4638,7 @@ static bool bytes_of_alphabet(struct str text, char *to, size_t *n) {
 }
 
 static int32_t *token_slot(const struct tokenizer *t, struct str s) {
-    uint32_t i = (uint32_t)(hash_bytes(s.n, s.p, s.n) >> 32) & (t->n_slots - 1);
+    uint32_t i = (uint32_t)(hash_bytes(t->hash_seed, s.p, s.n) >> 32) & (t->n_slots - 1);
     // NOLINTNEXTLINE(clang-analyzer-core.NullDereference): load_tokens() has made the table
     while (t->by_bytes[i] >= 0 && str_compare(t->token[t->by_bytes[i]], s) != 0) i = (i + 1) & (t->n_slots - 1);
     return &t->by_bytes[i];
@@ -4737,7 +4793,9 @@ static bool gguf_has_tokenizer(const struct gguf *g) { return gguf_find(g, "toke
 // Reads the vocabulary out of g, which must outlive the call only.
 static bool tokenizer_load(struct tokenizer *t, const struct gguf *g, struct error *e) {
     unicode_init();
-    *t = (struct tokenizer){.bos = -1, .eos = -1, .unknown = -1};
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    *t = (struct tokenizer){.bos = -1, .eos = -1, .unknown = -1, .hash_seed = hash_bytes((uintptr_t)t, &now, sizeof now)};
     struct str model = {"", 0}, pre = {"gpt-2", 5}, normalizer = {"none", 4};
     gguf_str(g, "tokenizer.ggml.model", &model);
     if (!str_is(model, "gpt2"))
@@ -5346,6 +5404,9 @@ static bool json_fail(struct json *j, const char *expected) {
     return fail(j->error, "column %td: expected %s", j->p - j->start + 1, expected);
 }
 
+// Takes c, or fails: `what` says what was expected.
+static bool json_expect(struct json *j, char c, const char *what) { return json_take(j, c) || json_fail(j, what); }
+
 static bool json_word(struct json *j, const char *word) {
     size_t n = strlen(word);
     if (json_peek(j) < 0 || (size_t)(j->end - j->p) < n || memcmp(j->p, word, n) != 0) return false;
@@ -5387,7 +5448,7 @@ static bool json_escape(struct json *j, char **to) {
 }
 
 static bool json_string(struct json *j, struct str *out) {
-    if (!json_take(j, '"')) return json_fail(j, "a string");
+    if (!json_expect(j, '"', "a string")) return false;
     char *to = j->p;
     *out = (struct str){to, 0};
     while (j->p < j->end && *j->p != '"') {
@@ -5399,7 +5460,7 @@ static bool json_string(struct json *j, struct str *out) {
         }
     }
     out->n = (size_t)(to - out->p);
-    return json_take(j, '"') ? true : json_fail(j, "the quote that ends a string");
+    return json_expect(j, '"', "the quote that ends a string");
 }
 
 // The digits of a number, as they stand.
@@ -5440,10 +5501,10 @@ static bool json_skip(struct json *j, int depth) {
         j->p++;
         if (json_take(j, close)) return true;
         do {
-            if (c == '{' && (!json_string(j, &ignored) || !(json_take(j, ':') || json_fail(j, "a colon")))) return false;
+            if (c == '{' && (!json_string(j, &ignored) || !json_expect(j, ':', "a colon"))) return false;
             if (!json_skip(j, depth + 1)) return false;
         } while (json_take(j, ','));
-        return json_take(j, close) ? true : json_fail(j, "a comma or the end of the list");
+        return json_expect(j, close, "a comma or the end of the list");
     }
     if (json_word(j, "true") || json_word(j, "false") || json_word(j, "null")) return true;
     return json_number(j, &ignored);
@@ -5475,7 +5536,7 @@ static void add_json_number(struct buffer *b, int decimals, double v) {
 // 11. Genomes: FASTA, BED, VCF.
 // Reads records of nucleotides from a file or a pipe of any size, a piece at a time: many lines or one, line ends of any
 // kind, white space inside. From a file whose lines are equally long, regions too. Lines of BED and VCF name such regions.
-// Calls sections 1 and 8; called by sections 13 and 14.
+// Calls sections 1 and 8; called by sections 13 to 15.
 // ====================================================================================================================
 
 struct fasta_record {       // where a record lies in its file; owner of name
@@ -5483,6 +5544,7 @@ struct fasta_record {       // where a record lies in its file; owner of name
     int64_t n_bases, offset;  // of its first base, in bytes
     int64_t line_bases, line_bytes;  // of each line but the last, without and with its end
     bool irregular;         // its lines differ: a base's place cannot be computed
+    bool twice;             // another one has its name
 };
 
 struct fasta {              // a file being read; owner of f, name and records
@@ -5662,8 +5724,7 @@ static bool fasta_index(struct fasta *fa, struct error *e) {
     if (ferror(fa->f)) set_error(e, "%s: %s", fa->path, strerror(errno));
     if (fa->n_indexed) qsort(fa->records, fa->n_indexed, sizeof *fa->records, by_record_name);
     for (size_t i = 1; i < fa->n_indexed; i++)
-        if (by_record_name(&fa->records[i - 1], &fa->records[i]) == 0)
-            return fail(e, "%s: two records have the name %s; a region would be of either", fa->path, fa->records[i].name);
+        if (by_record_name(&fa->records[i - 1], &fa->records[i]) == 0) fa->records[i - 1].twice = fa->records[i].twice = true;
     return !e->text[0];
 }
 
@@ -5674,6 +5735,7 @@ static const struct fasta_record *fasta_find(const struct fasta *fa, struct str 
         fa->n_indexed ? bsearch(&key, fa->records, fa->n_indexed, sizeof key, by_record_name) : NULL;
     free(key.name);
     if (!r) set_error(e, "%s has no record %.*s", fa->path, str_show(name), name.p);
+    else if (r->twice) set_error(e, "%s: two records have the name %s; a region would be of either", fa->path, r->name);
     else if (r->irregular)
         set_error(e, "%s: record %s: its lines differ in length, regions need lines of one length (seqkit seq -w 60)", fa->path,
                   r->name);
@@ -6242,6 +6304,8 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool paper, bench_scan;
 };
 
+static bool wants_cuda(const struct options *o) { return o->device && strcmp(o->device, "cuda") == 0; }
+
 struct base {               // what requests continue: a text that was read once; owner of both
     struct sequence *seq;
     int32_t last;           // of its tokens: left to be fed by each of them, so that they know what is expected next; -1: none
@@ -6292,10 +6356,13 @@ static void on_signal(int signal) {
 }
 
 // end_at_once() until something runs that is to end in good order, then on_signal(). A read or write that waits is cut short.
+// What whoever started the program had it ignore (nohup, a shell's background) stays ignored.
 static void catch_signals(void (*handler)(int signal)) {
-    struct sigaction action = {.sa_handler = handler};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    static const int signals[] = {SIGHUP, SIGINT, SIGTERM};
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        struct sigaction action = {.sa_handler = handler}, before;
+        if (sigaction(signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
+    }
 }
 
 static void stop_if_interrupted(void) {
@@ -6508,12 +6575,12 @@ enum line { LINE, LINE_TOO_LONG, NO_LINE_YET, NO_MORE_LINES };
 // More bytes; false when there are none now (wait: ... and never will be, or a signal came).
 static bool read_more(struct line_reader *l, bool wait) {
     struct pollfd ready = {.fd = l->fd, .events = POLLIN};
-    if (l->ended || (!wait && poll(&ready, 1, 0) <= 0)) return false;
+    if (l->ended || poll(&ready, 1, wait ? -1 : 0) <= 0) return false;
     if (l->start) memmove(l->b.p, l->b.p + l->start, l->b.n -= l->start);
     l->start = 0;
     char chunk[65536];
     ssize_t n = read(l->fd, chunk, sizeof chunk);
-    if (n < 0 && errno == EINTR) return false;
+    if (n < 0 && (errno == EINTR || errno == EAGAIN)) return false;
     if (n < 0) die("%s: %s", l->path, strerror(errno));
     l->ended = n == 0;
     l->n_bytes += n;
@@ -6711,15 +6778,17 @@ static bool request_ids(struct request_parse *q) {
     const struct request_field token = {"ids", R_INTEGER, 0, 0, q->n_vocab - 1};
     q->r->tokens.n = q->r->n_carried;
     q->has_ids = true;
-    if (!json_take(&q->j, '[')) return json_fail(&q->j, "an array of token ids");
+    if (!json_expect(&q->j, '[', "an array of token ids")) return false;
     if (json_take(&q->j, ']')) return true;
     do {
         double v;
         if (!request_number(q, &token, &v)) return false;
         ids_add(&q->r->tokens, (int32_t)v);
     } while (json_take(&q->j, ','));
-    return json_take(&q->j, ']') ? true : json_fail(&q->j, "a comma or the end of the array");
+    return json_expect(&q->j, ']', "a comma or the end of the array");
 }
+
+enum { MAX_STOPS = 16, MAX_STOP_BYTES = 1024 };
 
 static bool request_stops(struct request_parse *q) {
     struct settings *s = &q->r->settings;
@@ -6730,10 +6799,12 @@ static bool request_stops(struct request_parse *q) {
         struct str stop;
         if (!json_string(&q->j, &stop)) return false;
         if (!stop.n) set_error(q->j.error, "stop: the text is empty");
+        if (stop.n > MAX_STOP_BYTES || s->n_stops == MAX_STOPS)  // each is looked for at every token, while others wait
+            return fail(q->j.error, "stop: expected at most %d texts of at most %d bytes", MAX_STOPS, MAX_STOP_BYTES);
         s->stops = xrealloc(s->stops, ((size_t)s->n_stops + 1) * sizeof *s->stops);
         s->stops[s->n_stops++] = stop;
     } while (several && json_take(&q->j, ','));
-    return !several || json_take(&q->j, ']') ? true : json_fail(&q->j, "a comma or the end of the array");
+    return !several || json_expect(&q->j, ']', "a comma or the end of the array");
 }
 
 static bool request_id(struct request_parse *q) {
@@ -6785,18 +6856,18 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
     if (line.n) memcpy(r->line, line.p, line.n);
     struct request_parse q = {.j = {r->line, r->line, r->line + line.n, &r->error}, .r = r, .n_vocab = n_vocab};
     struct json *j = &q.j;
-    bool ok = json_take(j, '{') || json_fail(j, "an object, {\"prompt\": ...}");
+    bool ok = json_expect(j, '{', "an object, {\"prompt\": ...}");
     if (ok && !json_take(j, '}')) {
         do {
             struct str name;
             const struct request_field *f = NULL;
-            ok = json_string(j, &name) && (json_take(j, ':') || json_fail(j, "a colon"));
+            ok = json_string(j, &name) && json_expect(j, ':', "a colon");
             for (size_t i = 0; ok && i < sizeof request_fields / sizeof *request_fields; i++)
                 if (str_is(name, request_fields[i].name)) f = &request_fields[i];
             if (ok && !f) set_error(&r->error, "unknown field \"%.*s\"", str_show(name), name.p);
             ok = ok && (f ? request_value(&q, f) : json_skip(j, 0));
         } while (ok && json_take(j, ','));
-        ok = ok && (json_take(j, '}') || json_fail(j, "a comma or the end of the object"));
+        ok = ok && json_expect(j, '}', "a comma or the end of the object");
     }
     if (ok && json_peek(j) >= 0) json_fail(j, "nothing behind the object");
     if (q.has_prompt == q.has_ids) set_error(&r->error, q.has_ids ? "both prompt and ids" : "neither prompt nor ids");
@@ -6920,7 +6991,7 @@ enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more
 
 struct row {                // of logits
     struct request *r;
-    size_t at;              // it stands behind token `at` of the request; of tokens.n and more, one is drawn
+    size_t at;              // it stands behind token `at` of the request; behind the last of n_tokens_of(r), one is drawn
     float max;              // of the logits
     struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
     struct choice top[MAX_TOP];  // the likeliest in its place, as many as are asked for; p is the log-probability
@@ -6973,7 +7044,7 @@ struct engine {             // owner of all but s; requests leave it when they a
 // Forwards run on the GPU where there is one, or as --device says.
 static void context_use_device(struct context *ctx, const struct options *o, int n_sequences) {
     struct error e = {""};
-    const bool wanted = o->device && strcmp(o->device, "cuda") == 0;
+    const bool wanted = wants_cuda(o);
     const struct device_shape shape = {ctx->max_tokens, ctx->max_rows, n_sequences};
     if ((o->device && !wanted) || (o->sandbox && !wanted)) return;  // the driver opens files and devices of its own
     if (!device_usable(&e) || !device_runs(ctx->m, &e)) {
@@ -7109,16 +7180,22 @@ static void write_sound(struct engine *en, struct request *r, bool all) {
     r->body.n = 0;
 }
 
-// A token on its way out: as text, as a sample, as an id, or kept for the answer.
+// A token on its way out: as text, as a sample, as an id, or kept for the answer. Beside ids, text is made where stop texts are to
+// be found in it.
 static void generate_write(struct engine *en, struct request *r, struct emitter *text, int32_t token) {
     const struct session *s = en->s;
+    const bool ids = s->o->print_ids, known = s->has_tokenizer && token < s->tokenizer.n_tokens;
+    const bool control = known && s->tokenizer.type[token] == TOKEN_CONTROL;
     const char code = (char)token;
     if (s->sound) {
         buffer_add(&r->body, &code, 1);
         write_sound(en, r, false);
-    } else if (s->o->print_ids && s->o->jsonl) ids_add(&r->generated, token);
-    else if (s->o->print_ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
-    else if (token >= s->tokenizer.n_tokens || s->tokenizer.type[token] != TOKEN_CONTROL) emit(text, token_text(s, token));
+        return;
+    }
+    if (ids && s->o->jsonl) ids_add(&r->generated, token);
+    else if (ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
+    if ((!ids || text->n_stops) && !control) emit(text, token_text(s, token));
+    if (ids) r->body.n = 0;
 }
 
 // generate: whether a request's letters become a record.
@@ -7126,10 +7203,11 @@ static bool writes_fasta(const struct options *o) { return o->fasta_out || (o->c
 
 static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
-    struct buffer *to = s->o->jsonl || writes_fasta(s->o) ? &r->body : &r->out;
+    struct buffer *to = s->o->jsonl || s->o->print_ids || writes_fasta(s->o) ? &r->body : &r->out;
     int32_t first = s->has_tokenizer ? (s->tokenizer.bos >= 0 ? s->tokenizer.bos : s->tokenizer.eos) : -1;
     if (s->model.c.sample_rate) first = s->model.c.start_token;
-    if (!s->o->print_ids && !s->sound && !need_tokenizer(s, &r->error)) return false;
+    const bool needs_text = !s->o->print_ids || r->settings.n_stops;
+    if (needs_text && !s->sound && !need_tokenizer(s, &r->error)) return false;
     r->resume = xcalloc(1, sizeof *r->resume);
     if (s->base) *r->resume = *s->base->resume;
     r->resume->scale = r->scale;
@@ -7329,6 +7407,13 @@ static void classify_end(const struct session *s, const struct kernels *k, struc
     free(p);
 }
 
+static const char *table_header(const struct options *o) {
+    if (o->tsv) return "chrom\tpos\tid\tref\talt\tllr\terror\n";
+    if (o->command == CLASSIFY) return "id\tlabel\tprobability\n";
+    if (o->command != SCORE || o->vcf) return "";
+    return o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n" : "id\ttokens\tnll\tbits_per_token\tperplexity\n";
+}
+
 // What stands before the first result in a table or array.
 static void add_header(struct engine *en, struct request *r) {
     const struct options *o = en->s->o;
@@ -7336,11 +7421,7 @@ static void add_header(struct engine *en, struct request *r) {
     en->has_header = true;
     if (o->track)
         fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
-    if (o->command == SCORE && !o->vcf)
-        buffer_printf(&r->out, o->per_token ? "id\tpos\ttoken_id\ttoken\tlogprob\n"
-                                            : "id\ttokens\tnll\tbits_per_token\tperplexity\n");
-    if (o->tsv) buffer_printf(&r->out, "chrom\tpos\tid\tref\talt\tllr\terror\n");
-    if (o->command == CLASSIFY) buffer_printf(&r->out, "id\tlabel\tprobability\n");
+    buffer_printf(&r->out, "%s", table_header(o));
     if (o->command == EMBED && !o->fasta)
         add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
     if (!o->logits) return;
@@ -7473,7 +7554,7 @@ static void request_end(struct engine *en, struct request *r) {
     if (r->whole && !(r = part_end(en, r))) return;
     const bool failed = r->error.text[0] != 0;
     if (!r->finish_reason) r->finish_reason = "length";
-    if (failed && s->o->command == EMBED && !s->o->jsonl) die("%s", r->error.text);  // its array would lack a row
+    if (failed && s->o->command == EMBED && !s->o->jsonl && !interrupted) die("%s", r->error.text);  // its array would lack a row
     if (failed && !s->o->jsonl && !interrupted) print_line(stderr, r->error.text);
     if (en->long_record == r) en->long_record = NULL;
     if (!failed && s->o->command == GENERATE) generate_end(en, r);
@@ -7681,9 +7762,7 @@ static bool variant_window(struct engine *en, struct variant *v, struct error *e
     if (!is_sequence(v->alleles[0])) return *problem = "BAD_REF", fail(e, "REF is no sequence of A, C, G and T");
     if (n_ref > window) return *problem = "TOO_LONG", fail(e, "REF has %" PRId64 " bases, --window %" PRId64, n_ref, window);
     int64_t begin = v->position + n_ref / 2 - window / 2, end = begin + window;
-    if (begin > v->position) begin = v->position;
     if (begin < 0) begin = 0;
-    if (end < v->position + n_ref) end = v->position + n_ref;
     if (end > record->n_bases) end = record->n_bases;
     v->bases = xmalloc((size_t)(end - begin));
     v->ref = (size_t)(v->position - begin);
@@ -8148,7 +8227,7 @@ static void on_bus_error(int signal, siginfo_t *info, void *context) {
 #ifdef __linux__
 enum {                      // numbers of the kernel's interface, which are the same on every machine
     LANDLOCK_CREATE_RULESET = 444, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF, IO_URING_SETUP = 425,
-    FILES_WRITE = 1 << 1, FILES_READ = 1 << 2, FILES_READ_DIR = 1 << 3, FILES_REMOVE = 1 << 5, FILES_MAKE = 1 << 8,
+    FILES_READ = 1 << 2, FILES_READ_DIR = 1 << 3, FILES_REMOVE = 1 << 5, FILES_MAKE = 1 << 8,
 };
 
 // Lets the process still do `access` to a file, or to what lies in a folder. One that does not exist needs no rule.
@@ -8294,9 +8373,9 @@ static void read_base(struct session *s, struct context *ctx) {
         sequence_return(base);
     }
     for (int i = 0; i < r->n_pending; i++) ids_add(&tokens, r->pending[i]);
-    const bool continues = o->load_state != NULL;
+    const bool continues = o->load_state != NULL, is_file = o->prefix && access(o->prefix, F_OK) == 0;
     const struct str text = {o->prefix, o->prefix ? strlen(o->prefix) : 0};
-    if (o->prefix && access(o->prefix, F_OK) == 0 && !text_open(&file, o->prefix, continues, false, &e)) die("%s", e.text);
+    if (is_file && !text_open(&file, o->prefix, continues, false, &e)) die("%s", e.text);
     bool more = o->prefix != NULL;
     while (more && !interrupted) {
         const size_t n_before = tokens.n;
@@ -8309,6 +8388,8 @@ static void read_base(struct session *s, struct context *ctx) {
         tokens.n = 1;
     }
     if (o->prefix && !tokens.n && !interrupted) die("--prefix: the text is empty");
+    if (o->prefix && !is_file && !o->quiet && !o->prefix[strcspn(o->prefix, " \t\n")])  // a word may be a misspelt name
+        fprintf(stderr, "mamba: --prefix: there is no file %s, so this is the text\n", o->prefix);
     s->base = xcalloc(1, sizeof *s->base);
     *s->base = (struct base){.seq = base, .last = tokens.n ? tokens.p[tokens.n - 1] : -1, .resume = r};
     free(tokens.p);
@@ -8436,12 +8517,14 @@ static void say_generated(const struct engine *en) {
     const struct options *o = en->s->o;
     const double speed = en->n_sampled > 1 ? (double)(en->n_sampled - 1) / en->sample_seconds : 0.0;
     const int rate = en->s->model.c.sample_rate;
+    const bool from_ids = o->n_inputs && o->inputs[0].source == FROM_IDS;
+    const bool first_added = rate && en->n_fed && !o->load_state && !o->prefix && !from_ids;  // the token before a clip
     if (o->quiet || o->jsonl || en->n_failed) return;
     if (rate)
         fprintf(stderr,
                 "mamba: prompt %" PRId64 " samples, generated %" PRId64
                 ", %.2f s of sound; %.0f samples/s, %.2f times real time; seed %" PRIu64 "\n",
-                en->n_fed - (o->load_state || o->prefix ? 0 : 1), en->n_sampled, (double)en->n_sampled / rate, speed,
+                en->n_fed - first_added, en->n_sampled, (double)en->n_sampled / rate, speed,
                 speed / rate, o->settings.sampling.seed);
     else
         fprintf(stderr,
@@ -8473,7 +8556,8 @@ static int command_generate(const struct options *o) {
     if (s.sound && !en->n_failed && !en->reader_gone) finish_sound(&s, en->n_samples);
     if (!en->reader_gone) check_stdout();
     say_generated(en);
-    if (to_file && (en->n_failed || (interrupted && !cut))) say_unwritten(en);
+    const bool unfinished_text = interrupted && !cut && (en->first || !en->no_more);
+    if (to_file && (en->n_failed || unfinished_text)) say_unwritten(en);
     else if (to_file && !en->reader_gone && !outfile_commit(&s.out, &e)) die("%s", e.text);
     if (en->kept) {         // last: a state is never ahead of what was written
         sequence_fetch(en->kept, &s.model.c);
@@ -8505,6 +8589,7 @@ static int run_requests(struct session *s, FILE *output) {
     engine_run(en);
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
+    if (whole && !en->s->o->jsonl && !en->has_header) fputs(table_header(en->s->o), stdout);  // of a table without rows
     if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
     const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;  // by the reader of something else
     if (s->out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
@@ -8515,15 +8600,12 @@ static int run_requests(struct session *s, FILE *output) {
 
 static int command_score(const struct options *o) {
     struct session s;
-    if (o->logits && (o->n_inputs != 1 || o->fasta)) die("--logits writes the rows of one text, and there are %d", o->n_inputs);
     open_session(&s, o, o->logits ? o->logits : o->track);
     return run_requests(&s, stdout);
 }
 
 static int command_embed(const struct options *o) {
     struct session s;
-    if (!o->jsonl && !o->fasta && strcmp(o->pool, "none") == 0 && o->n_inputs != 1)
-        die("--pool none writes the rows of one text, and there are %d", o->n_inputs);
     open_session(&s, o, o->output);
     if (o->layer > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
     if (!o->jsonl && s.out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");
@@ -8551,12 +8633,21 @@ static void print_decoded(const struct tokenizer *t, const struct ids *ids) {
 }
 
 // The ids of an input of --decode: its text holds numbers.
-static bool read_ids(const struct session *s, const struct input *in, struct ids *ids, struct error *e) {
+// A line of ids is a text, as it was when they were written.
+static bool decode_lines(const struct session *s, const struct input *in, struct error *e) {
     struct buffer b = {0};
-    if (in->source != FROM_FILE) return parse_ids(in->value, s->tokenizer.n_tokens, ids, e);
-    bool ok = read_all(in->value, &b, e);
-    buffer_add(&b, "", 1);
-    ok = ok && parse_ids(b.p, s->tokenizer.n_tokens, ids, e);
+    bool ok = true;
+    if (in->source == FROM_FILE) ok = read_all(in->value, &b, e);
+    else buffer_add(&b, in->value, strlen(in->value));
+    buffer_add(&b, "\n", 2);
+    for (char *line = b.p, *end; ok && (end = strchr(line, '\n')); line = end + 1) {
+        struct ids ids = {0};
+        if (line != b.p && line == b.p + b.n - 2) break;  // behind the last line's end
+        *end = 0;
+        ok = parse_ids(line, s->tokenizer.n_tokens, &ids, e);
+        if (ok) print_decoded(&s->tokenizer, &ids);
+        free(ids.p);
+    }
     free(b.p);
     return ok;
 }
@@ -8581,12 +8672,9 @@ static int command_tokenize(const struct options *o) {
     for (int i = 0; i < o->n_inputs; i++) {
         struct ids ids = {0};
         const struct input *in = &o->inputs[i];
-        if (!(o->decode ? read_ids(&s, in, &ids, &e) : read_input(&s, in, false, &ids, NULL, &e))) die("%s", e.text);
-        if (o->decode) print_decoded(&s.tokenizer, &ids);
-        else {
-            for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
-            putchar('\n');
-        }
+        if (!(o->decode ? decode_lines(&s, in, &e) : read_input(&s, in, false, &ids, NULL, &e))) die("%s", e.text);
+        for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
+        if (!o->decode) putchar('\n');
         free(ids.p);
         check_stdout();
     }
@@ -9008,7 +9096,7 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
 // All combinations: prompts and generation apart, or (--paper) one after the other in one test.
 static int bench_tests(const struct options *o, struct bench_test **tests) {
     char default_list[16];
-    const bool cuda = o->device && strcmp(o->device, "cuda") == 0;
+    const bool cuda = wants_cuda(o);
     snprintf(default_list, sizeof default_list, "%d", default_threads());
 #define GIVEN(list, otherwise) (o->list ? o->list : (otherwise))
     struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
@@ -9101,14 +9189,15 @@ static int command_bench(const struct options *o) {
     for (int i = 0; i < 4; i++) format_known |= strcmp(o->bench_format, known[i]) == 0;
     if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
     int n_tests = bench_tests(o, &tests);
-    for (int i = 0; i < n_tests; i++) {
+    if (!n_tests) usage_error("nothing to measure: the lists of -p and -n hold only 0");
+    if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
+    else bench_open(&b);
+    for (int i = 0; i < n_tests && !wants_cuda(o); i++) {
         int j = 0;
         while (tests[j].n_threads != tests[i].n_threads) j++;
         tests[i].read_gb_per_s = j < i ? tests[j].read_gb_per_s : read_bandwidth_apart(tests[i].n_threads) / 1e9;
     }
     read_cpu_name(b.cpu, sizeof b.cpu);
-    if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
-    else bench_open(&b);
     catch_signals(on_signal);
     for (int i = 0; i < n_tests; i++) {
         struct bench_result *r = xcalloc(1, sizeof *r);
@@ -9165,15 +9254,15 @@ static const struct option {
 } option_table[] = {
 #define FIELD(name) offsetof(struct options, name)
     {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
-    {"-p", "--prompt", "TEXT", "the text; may be repeated", INPUT_TEXT, ON_INPUT, 0, 0, 0},
+    {"-p", "--prompt", "TEXT", "the text; may be repeated (generate puts them together)", INPUT_TEXT, ON_INPUT, 0, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
     {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input", INPUT_WAV,
      ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
     {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
-    {"-n", "--n-predict", "N", "tokens (128) or samples (5 s of them) to generate; -1: to the end of the text", INTEGER,
+    {"-n", "--n-predict", "N", "tokens (128) or samples (5 s) to generate; -1: to the end of the text", INTEGER,
      ON(GENERATE), FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
-    {"-o", "--output", "FILE", "where to (standard output); sound needs one, and - is a pipe", TEXT, ON(GENERATE),
+    {"-o", "--output", "FILE", "write here, not to standard output; sound needs it (- is standard output)", TEXT, ON(GENERATE),
      FIELD(output), 0, 0},
     {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
      ON(GENERATE), FIELD(sound_format), 0, 0},
@@ -9231,7 +9320,7 @@ static const struct option {
      FIELD(pool), 0, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
-    {"-o", "--output", "FILE", "where to (standard output)", TEXT, ON(EMBED), FIELD(output), 0, 0},
+    {"-o", "--output", "FILE", "write here, not to standard output", TEXT, ON(EMBED), FIELD(output), 0, 0},
     {NULL, "--decode", NULL, "turn ids into text", FLAG, ON(TOKENIZE), FIELD(decode), 0, 0},
     {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT,
      FIELD(parse_special), 0, 0},
@@ -9239,7 +9328,8 @@ static const struct option {
     {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
     {"-p", "--n-prompt", "N,...", "lengths of prompts to read (512); 0: none", TEXT, ON(BENCH), FIELD(bench_prompts), 0, 0},
     {"-n", "--n-gen", "N,...", "numbers of tokens to generate (128); 0: none", TEXT, ON(BENCH), FIELD(bench_gens), 0, 0},
-    {"-np", "--parallel", "N,...", "sequences at once (1)", TEXT, ON(BENCH), FIELD(bench_parallels), 0, 0},
+    {"-np", "--parallel", "N,...", "sequences at once (1; with --device cuda and --paper 1, 2, 4 ... 128)", TEXT, ON(BENCH),
+     FIELD(bench_parallels), 0, 0},
     {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH),
      FIELD(bench_threads), 0, 0},
     {"-r", "--repetitions", "N", "runs of each test (3)", INTEGER, ON(BENCH), FIELD(repeats), 1, MAX_REPEATS},
@@ -9253,7 +9343,7 @@ static const struct option {
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
-    {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ON_MODEL | ON(BENCH), FIELD(quiet), 0, 0},
+    {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ~0u, FIELD(quiet), 0, 0},
     {"-h", "--help", NULL, "this help", HELP, ~0u, 0, 0, 0},
     {NULL, "--version", NULL, "print the version", VERSION, ~0u, 0, 0, 0},
 #undef FIELD
@@ -9295,8 +9385,8 @@ static double parse_number(const struct option *o, const char *value) {
     double v = strtod(value, &end);
     bool whole = o->kind != INTEGER || v == floor(v);
     if (end == value || *end || errno || !(v >= o->min && v <= o->max) || !whole)
-        usage_error("%s %s: expected %s from %g to %g", o->name, value, o->kind == INTEGER ? "an integer" : "a number", o->min,
-                    o->max);
+        usage_error("%s %s: expected %s from %.10g to %.10g", o->name, value, o->kind == INTEGER ? "an integer" : "a number",
+                    o->min, o->max);
     return v;
 }
 
@@ -9352,6 +9442,32 @@ static const struct option *find_option(const char *arg, enum command command, c
     return other;
 }
 
+// An option that begins as an unknown one does, for the error message; NULL when none resembles it.
+static const char *similar_option(const char *arg, enum command command) {
+    const char *best = NULL;
+    size_t most = strlen("--ab");
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const char *name = option_table[i].name;
+        size_t n = 0;
+        while (name[n] && name[n] == arg[n]) n++;
+        if (n > most && (option_table[i].on & ON(command))) best = name, most = n;
+    }
+    return best;
+}
+
+static _Noreturn void unknown_option(const char *arg, enum command command) {
+    const char *similar = similar_option(arg, command);
+    if (similar) usage_error("unknown option %s; is it %s?", arg, similar);
+    usage_error("unknown option %s", arg);
+}
+
+// An argument that is neither command nor model nor an option's value.
+static _Noreturn void surplus_argument(const char *first, const char *arg) {
+    if (find_command(first) >= 0) usage_error("%s: a command comes before all options", first);
+    if (find_command(arg) < 0 && access(first, F_OK) != 0) usage_error("%s: no such command, and no such file", first);
+    usage_error("%s: one argument too many; a prompt is given with -p", arg);
+}
+
 // A text that came by none of -p, -f, --ids, --wav is on standard input, unless that is a terminal. A run that continues a state
 // does not look there: inside `while read` it would eat the lines of the loop.
 static void default_input(struct options *o) {
@@ -9360,17 +9476,17 @@ static void default_input(struct options *o) {
     o->input_implied = !o->jsonl && !isatty(STDIN_FILENO);
     if (o->input_implied || o->jsonl) add_input(o, FROM_FILE, "-");
     else if (o->command != GENERATE)
-        usage_error("%s: no input; use -p TEXT, -f FILE, --wav FILE or a pipe", command_names[o->command]);
+        usage_error("%s: no input; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
 static void check_options(struct options *o) {
     if (!o->model && !o->bench_scan) usage_error("no model file; the first argument names it");
     if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
         usage_error("--pool %s: expected last, mean or none", o->pool);
-    const bool cuda = o->device && strcmp(o->device, "cuda") == 0;
+    const bool cuda = wants_cuda(o);
     if (o->device && !cuda && strcmp(o->device, "cpu") != 0) usage_error("--device %s: expected cpu or cuda", o->device);
     if (cuda && o->sandbox) usage_error("--sandbox does not apply with --device cuda: its driver opens other files");
-    if (cuda && o->bench_scan) usage_error("--op scan does not apply with --device cuda");
+    if (o->bench_scan && (cuda || o->paper)) usage_error("--op scan does not apply with %s", cuda ? "--device cuda" : "--paper");
     int from_stdin = 0, clips = 0;
     for (int i = 0; i < o->n_inputs; i++) {
         const enum source source = o->inputs[i].source;
@@ -9411,7 +9527,10 @@ static void check_options(struct options *o) {
     if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0)
         usage_error("--output and --save-state name the same file");
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
-    bool each_token = o->per_token || o->logits || strcmp(o->pool, "none") == 0;
+    if (o->logits && o->fasta) usage_error("--logits does not apply with --fasta");
+    const bool no_pool = strcmp(o->pool, "none") == 0, each_token = o->per_token || o->logits || no_pool;
+    if (!o->jsonl && !o->fasta && (o->logits || no_pool) && o->n_inputs != 1)
+        usage_error("%s writes the rows of one text, and there are %d", o->logits ? "--logits" : "--pool none", o->n_inputs);
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
     if (!o->jsonl && o->unordered) usage_error("--unordered needs --jsonl");
     if (!o->jsonl && o->settings.logprobs >= 0) usage_error("--logprobs needs --jsonl");
@@ -9426,6 +9545,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     bool help = argc > 1 && strcmp(argv[1], "help") == 0, version = false;
     int command = argc > 1 + help ? find_command(argv[1 + help]) : -1;  // options follow it, and depend on it
     o->command = command >= 0 ? (enum command)command : GENERATE;
+    if (command >= 0) snprintf(usage_hint, sizeof usage_hint, "mamba help %s", command_names[command]);
     for (int i = help ? 2 : 1; i < argc; i++) {
         const char *value;
         if (argv[i][0] != '-' || !argv[i][1]) {
@@ -9434,7 +9554,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
             continue;
         }
         const struct option *opt = find_option(argv[i], o->command, &value);
-        if (!opt) usage_error("unknown option %s", argv[i]);
+        if (!opt) unknown_option(argv[i], o->command);
         if (value && !opt->takes) usage_error("%s takes no value", opt->name);
         if (opt->takes && !value) {
             if (i + 1 == argc) usage_error("%s needs a value: %s", argv[i], opt->takes);
@@ -9458,7 +9578,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     for (int g = 0; g < n_given; g++)
         if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", given[g]->name, command_names[o->command]);
     if (next < n_positional && !o->model) o->model = positional[next++];
-    if (next < n_positional) usage_error("%s: one argument too many; a prompt is given with -p", positional[next]);
+    if (next < n_positional) surplus_argument(o->model, positional[next]);
     default_input(o);
     check_options(o);
     return true;

@@ -21,7 +21,7 @@ IDS = ["--ids", "5 6 7 8"]
 def one_line(done, status, *words):
     """An error is one line on standard error (and, for a wrong command line, a hint), and nothing on standard output."""
     text = done.stderr.decode()
-    lines = [line for line in text.splitlines() if line != "Try: mamba --help"]
+    lines = [line for line in text.splitlines() if not line.startswith("Try: mamba ")]
     assert done.returncode == status, text
     assert len(lines) == 1 and lines[0].startswith("mamba: "), text
     for word in words:
@@ -35,6 +35,16 @@ def test_help(mamba, command):
     assert a == mamba(command, "--help").stdout.decode()
     assert a.startswith(f"Usage: mamba {command} MODEL") and "Example:" in a
     assert max(map(len, a.splitlines())) <= 110
+
+
+def test_hints(mamba, tmp_path):
+    """A wrong command line sends to the help of its command; --prefix says when a word was no file's name."""
+    assert b"Try: mamba help score\n" in mamba("score", MODEL, "--nonsense", check=False).stderr
+    assert b"Try: mamba --help\n" in mamba("--nonsense", check=False).stderr
+    said = lambda *options: b"there is no file " in mamba("score", ROOT / "models/tales.bin", "-p", "a dog", *options).stderr
+    (tmp_path / "short").write_text("He had")
+    assert not said("--prefix", tmp_path / "short")
+    assert said("--prefix", "instructions.txt") and not said("--prefix", "instructions.txt", "-q") and not said("--prefix", "He had")
 
 
 def test_general_help(mamba):
@@ -59,7 +69,17 @@ def test_general_help(mamba):
     ([MODEL, "--per-token"], ["--per-token does not apply to generate"]),
     (["score", MODEL, "--greedy"], ["--greedy does not apply to score"]),
     (["embed", MODEL, "--pool", "max"], ["--pool max", "last, mean or none"]),
+    (["--per-tokens"], ["unknown option --per-tokens"]),
+    (["score", MODEL, "--per-tokens"], ["unknown option --per-tokens; is it --per-token?"]),
     ([MODEL, "extra"], ["extra", "-p"]),
+    (["scroe", MODEL], ["scroe: no such command, and no such file"]),
+    (["-q", "score", MODEL], ["score: a command comes before all options"]),
+    ([MODEL, "-n", "9999999999"], ["from -1 to 1000000000"]),
+    (["score", MODEL, *IDS, *IDS, "--logits", "x.npy"], ["--logits", "there are 2"]),
+    (["embed", MODEL, *IDS, *IDS, "--pool", "none"], ["--pool none", "there are 2"]),
+    (["score", MODEL, "--fasta", "x.fa", "--logits", "x.npy"], ["--logits does not apply with --fasta"]),
+    (["bench", MODEL, "-p", "0", "-n", "0"], ["nothing to measure"]),
+    (["bench", "--op", "scan", "--paper"], ["--op scan does not apply with --paper"]),
     (["score"], ["no model file"]),
     (["help", "dance"], ["dance", "no such command"]),
     (["score", MODEL, "-f", "-", "-f", "-"], ["standard input"]),
@@ -76,7 +96,10 @@ def test_wrong_command_line(mamba, arguments, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["no-such-model.bin", *IDS], ["no-such-model.bin", "No such file"]),
-    (["/", *IDS], ["/", "not a regular file"]),
+    (["/", *IDS], ["/: a folder", "convert_weights.py"]),
+    (["/dev/null", *IDS], ["/dev/null", "not a regular file"]),
+    ([VOCABULARY, *IDS], ["holds no weights", "vocabulary"]),
+    (["bench", "no-such-model.bin", "-p", "1"], ["no-such-model.bin", "No such file"]),
     (["tokenize", VOCABULARY, "-f", "no-such-prompt.txt"], ["no-such-prompt.txt", "No such file"]),
     ([MODEL, "-p", "hello"], ["tokenizer"]),
     ([MODEL, "--ids", "5 160", "--print-ids"], ["160", "0 to 159"]),
@@ -84,7 +107,6 @@ def test_wrong_command_line(mamba, arguments, words):
     ([MODEL, "--ids", "5 six", "--print-ids"], ["six"]),
     (["embed", MODEL, *IDS, "--layer", "99"], ["--layer 99"]),
     (["embed", MODEL, "--ids", ""], ["empty"]),
-    (["score", MODEL, *IDS, *IDS, "--logits", "x.npy"], ["--logits"]),
     ([MODEL, *IDS, "--print-ids", "--load-state", "no-such.state"], ["no-such.state"]),
     ([MODEL, *IDS, "--print-ids", "--save-state", "/no/such/folder/x.state"], ["/no/such/folder/x.state"]),
     (["score", MODEL, *IDS, "--logits", "/no/such/folder/x.npy"], ["/no/such/folder/x.npy"]),
@@ -144,6 +166,50 @@ def test_wrong_number_in_weights(mamba, tmp_path, tensor, value, words):
     offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor)
     path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", value)))
     one_line(mamba(path, *IDS, "--print-ids", check=False), 1, path, *words)
+
+
+def test_metadata_of_a_wrong_type(mamba, tmp_path):
+    """Not the default in its place: the model would be another one."""
+    def retype(d):
+        key = b"mamba.attention.layer_norm_rms_epsilon"
+        at = d.index(key) + len(key)
+        assert d[at:at + 4] == struct.pack("<I", 6)  # float32 becomes uint32
+        d[at:at + 4] = struct.pack("<I", 4)
+    one_line(mamba("score", changed_model(tmp_path, retype), *IDS, check=False), 1, "layer_norm_rms_epsilon", "wrong type", "float32")
+
+
+def test_tensors_that_overlap(mamba, tmp_path):
+    """The last tensor is said to lie where the first one does, and the file ends before it."""
+    gguf = pytest.importorskip("gguf")
+    last = max(gguf.GGUFReader(str(MODEL)).tensors, key=lambda t: t.data_offset)
+    def move(d):
+        name = last.name.encode()
+        at = d.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 8 * len(last.shape) + 4
+        d[at:at + 8] = bytes(8)
+        del d[int(last.data_offset):]
+    one_line(mamba("score", changed_model(tmp_path, move), *IDS, check=False), 1, "overlaps others")
+
+
+def test_a_part_of_a_model(mamba, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "part.gguf"), "mamba")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    one_line(mamba("score", tmp_path / "part.gguf", *IDS, check=False), 1, "one of 3 parts", "--merge")
+
+
+def test_a_pipe_that_nobody_writes_to(mamba, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    one_line(mamba("score", tmp_path / "fifo", *IDS, check=False, timeout=10), 1, "not a regular file")
+
+
+def test_names_cannot_control_the_terminal(mamba):
+    done = mamba("score", "no\x1bsuch\u009b31mfile\u00e9", *IDS, check=False)
+    assert b"no?such\xc2?31mfile\xc3\xa9" in done.stderr
 
 
 def test_vocabulary_that_does_not_match(mamba, tmp_path):
@@ -279,3 +345,33 @@ def test_longer_than_the_training(mamba):
     grown = mamba(model, "--ids", ids(trained - 2), "-n", "4", "--ignore-eos")
     assert grown.stderr.decode().splitlines()[-1].startswith(f"mamba: {model} was trained on")
     assert said(model, "--ids", ids(trained - 2), "-n", "3", "--ignore-eos") == 0
+
+
+def test_output_through_a_link(mamba, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/out.npy").write_bytes(b"old")
+    (tmp_path / "link.npy").symlink_to(tmp_path / "real/out.npy")
+    for options in ([], ["--sandbox"]):
+        mamba("embed", MODEL, *IDS, *options, "-o", tmp_path / "link.npy")
+        assert (tmp_path / "link.npy").is_symlink() and np.load(tmp_path / "real/out.npy").shape == (1, 64)
+        assert os.listdir(tmp_path / "real") == ["out.npy"]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed(tmp_path, ignored):
+    """SIGHUP ends a run and leaves nothing half-written; under nohup it does not."""
+    (tmp_path / "in").write_text("a word " * 100000)
+    to_file = [ROOT / "models/tales.bin", "-f", tmp_path / "in", "--logits", tmp_path / "x.npy"]
+    run = subprocess.Popen([PROGRAM, *(["embed", MODEL, "--jsonl", "-q"] if ignored else ["score", *to_file])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    if ignored:
+        run.stdin.write(b'{"ids": [5, 6]}\n')
+        run.stdin.flush()
+        assert run.stdout.readline()
+        run.send_signal(signal.SIGHUP)
+        assert run.communicate(b'{"ids": [5, 6]}\n', timeout=60)[0].count(b"embedding") == 1 and run.returncode == 0
+    else:
+        while len(os.listdir(tmp_path)) < 2:
+            assert run.poll() is None
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 128 + signal.SIGHUP and os.listdir(tmp_path) == ["in"]

@@ -279,7 +279,8 @@ def test_a_record_that_failed_leaves_no_track(mamba, model, tmp_path):
 
 
 def test_an_empty_file(mamba, model, tmp_path):
-    assert mamba("score", model, "-q", "--fasta", fasta(tmp_path, "")).stdout == b""
+    """A table without rows."""
+    assert mamba("score", model, "-q", "--fasta", fasta(tmp_path, "")).stdout == b"id\ttokens\tnll\tbits_per_token\tperplexity\n"
 
 
 def test_a_model_without_nucleotides(mamba, tmp_path):

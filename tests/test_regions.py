@@ -107,8 +107,9 @@ def test_files_without_regions(mamba, model, tmp_path, content, words):
     assert done.returncode == 1 and words in done.stderr.decode() and done.stderr.count(b"\n") == 1 and rows(done.stdout) == []
 
 
-def test_an_irregular_record_does_not_harm_others(mamba, model, tmp_path):
-    path = fasta(tmp_path, ">a\nACGT\nA\nACG\n>b\nGATTACA\nGATT\n")
+def test_records_that_no_region_is_of_do_no_harm(mamba, model, tmp_path):
+    """One is irregular, two have one name."""
+    path = fasta(tmp_path, ">a\nACGT\nA\nACG\n>b\nGATTACA\nGATT\n>c\nAC\n>c\nA\n")
     table = rows(mamba("score", model, "--fasta", path, "--bed", bed(tmp_path, ("b", 5, 9))).stdout)
     assert table[0][1:] == rows(mamba("score", model, "--ids", ids("CAGA")).stdout)[0][1:]
 

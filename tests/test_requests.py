@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import threading
+import time
 
 import gguf
 import numpy as np
@@ -108,6 +109,8 @@ def test_ids_and_defaults(mamba):
     ('{"prompt": "a", "seed": 18446744073709551616}', ["seed 18446744073709551616"]),
     ('{"prompt": "a", "stop": [""]}', ["stop", "empty"]),
     ('{"prompt": "a", "stop": 3}', ["a string"]),
+    (json.dumps({"prompt": "a", "stop": ["b"] * 17}), ["stop", "at most 16 texts"]),
+    (json.dumps({"prompt": "a", "stop": "b" * 1025}), ["stop", "at most 1024 bytes"]),
     ('{"prompt": "a", "echo": 1}', ["true or false"]),
     ('{"prompt": "a", "logprobs": 21}', ["logprobs 21", "0 to 20"]),
     ('{"prompt": "a", "max_token": 3}', ["unknown field", "max_token"]),
@@ -544,3 +547,30 @@ def test_sandbox_without_landlock(tmp_path):
     if b"runtime does not come first" in done.stderr:
         pytest.skip("a sanitized build refuses LD_PRELOAD")
     assert done.returncode == 1 and done.stdout == b"" and re.fullmatch(rb"mamba: --sandbox: .*Landlock.*\n", done.stderr), done.stderr
+
+
+def test_stop_texts_end_ids_too(mamba):
+    """With --print-ids the ids up to the one that completes the stop text are printed."""
+    options = ["-p", "The dog", "--greedy", "-n", "20"]
+    ids = mamba(TALES, *options, "--print-ids").stdout.split()
+    stopped = mamba(TALES, *options, "--print-ids", "--stop", ".").stdout.split()
+    text = mamba(TALES, *options, "--stop", ".").stdout
+    assert len(stopped) < 20 and stopped == ids[:len(stopped)]
+    assert mamba("tokenize", TALES, "--decode", "--ids", b" ".join(stopped).decode()).stdout == text + b".\n"
+    request = b'{"prompt": "The dog", "temperature": 0, "max_tokens": 20, "stop": ["."]}\n'
+    answer = json.loads(mamba(TALES, "--jsonl", "--print-ids", input=request).stdout)
+    assert answer["ids"] == list(map(int, stopped)) and answer["finish_reason"] == "stop"
+
+
+def test_standard_input_that_does_not_wait():
+    """A pipe whose owner set O_NONBLOCK: no line is there yet, which is not the end."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    run = subprocess.Popen([PROGRAM, "score", TALES, "--jsonl", "-q"], stdin=read, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.close(read)
+    with os.fdopen(write, "wb", buffering=0) as to:
+        for i in range(2):
+            time.sleep(0.2)
+            to.write(b'{"prompt": "a dog"}\n')
+            assert b"nll" in run.stdout.readline()
+    assert run.wait(60) == 0 and run.stderr.read() == b""

@@ -70,6 +70,12 @@ def test_decoding_gives_the_text_back(mamba, tmp_path, file):
     assert done == "".join(text + "\n" for text in expected)
 
 
+def test_decode_gives_a_text_for_each_line_of_ids(mamba):
+    lines = mamba("tokenize", FIXTURES / NEOX, "-p", "Hello world", "-p", "", "-p", "two  spaces").stdout
+    assert lines.count(b"\n") == 3
+    assert mamba("tokenize", FIXTURES / NEOX, "--decode", input=lines).stdout == b"Hello world\n\ntwo  spaces\n"
+
+
 def test_decode_reads_ids_from_files_and_standard_input(mamba, tmp_path):
     (tmp_path / "ids").write_text("12092 1533\n")
     expected = mamba("tokenize", FIXTURES / NEOX, "--decode", "--ids", "12092 1533").stdout

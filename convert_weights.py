@@ -125,7 +125,7 @@ def config_hf(c, path):
         dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
         rms_eps=c.get("layer_norm_epsilon", 1e-5), conv_bias=c.get("use_conv_bias", True),
         tied=c.get("tie_word_embeddings"), dt_b_c_eps=c.get("mixer_rms_eps", 1e-6) if falcon else None,
-        context_length=c.get("max_position_embeddings", 2**20), labels=class_labels(c, path))
+        context_length=c.get("max_position_embeddings") or 2**20, labels=class_labels(c, path))
 
 
 def config_state_spaces(c, path):
@@ -231,17 +231,17 @@ def load_config(folder):
             found = f"model_type {kind!r}" if kind else f"no model_type, architectures {c.get('architectures')}"
             raise ConvertError(f"{path}: {found}, expected model_type mamba, falcon_mamba or mamba_unet, "
                                "or the d_model and n_layer of a state-spaces checkpoint")
-        for key in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv", "dt_rank"):
+        for key in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv", "dt_rank", "context_length"):
             value = getattr(config, key)
             if not isinstance(value, int) or not 0 < value < 2**31:
                 raise ConvertError(f"{path}: {key} is {value!r}, expected a positive integer")
-        for key in ("rms_eps", "dt_b_c_eps"):
+        for key in ("rms_eps", "dt_b_c_eps") if kind == "falcon_mamba" else ("rms_eps",):
             value = getattr(config, key)
-            if value is not None and not (isinstance(value, float) and 0 < value < 1):
+            if not (isinstance(value, float) and 0 < value < 1):
                 raise ConvertError(f"{path}: {key} is {value!r}, expected a number between 0 and 1")
     except KeyError as e:
         raise ConvertError(f"{path}: {e.args[0]} is missing") from None
-    except (TypeError, AttributeError) as e:
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise ConvertError(f"{path}: a value of the wrong kind: {e}") from None
     return config
 
@@ -294,7 +294,7 @@ class TorchFile:
         t = self.tensors[name]
         if not t.is_floating_point():
             raise ConvertError(f"{self.path}: {name}: found type {t.dtype}, expected a floating-point one")
-        return t.float().numpy()
+        return t.detach().float().numpy()               # it may be a parameter
 
 
 def weight_files(folder):
@@ -494,6 +494,7 @@ def classifier_table(checkpoint):
             yield "cls.output.weight", f"{head}weight", ("n_labels", "d_model"), False
             if f"{head}bias" in checkpoint:
                 yield "cls.output.bias", f"{head}bias", ("n_labels",), False
+            return                                      # a second one is a tensor that is not expected
 
 
 def plan_tensors(checkpoint, config, wanted, folder):

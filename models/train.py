@@ -205,7 +205,7 @@ def prepare_text(folder, out, mix, vocab_size):
     info = json.loads(index.read_text())["corpora"]
     def load(name, part):
         ids = np.load(cache / f"{name}.{part}.npy").astype(np.int64)
-        return np.split(ids, np.flatnonzero(ids == 0)[1:])
+        return np.split(ids, np.flatnonzero(ids == 0)[1:]) if len(ids) else []
     return ({name: Corpus(*(load(name, part) for part in ("train", "valid", "test")),
                           {part: info[name][part]["bytes"] for part in info[name]}) for name in info},
             Tokenizer.from_file(str(cache / "tokenizer.json")), info)
@@ -1001,7 +1001,8 @@ def total_nats(model, documents, ignored=-1, tokens_a_batch=8192):
             target[row, :len(document) - 1] = torch.from_numpy(document[1:])
         target[target == ignored] = -100
         count = (target >= 0).sum().item()
-        total, counted = total + model.loss(ids[:, :-1], target).item() * count, counted + count
+        if count:  # the mean over nothing is not 0
+            total, counted = total + model.loss(ids[:, :-1], target).item() * count, counted + count
     model.train()
     return total, counted
 
@@ -1039,6 +1040,8 @@ class TextTask(Task):
     def __init__(self, o, out):
         mix = dict(parse_mix(o.mix))
         self.corpora, self.tokenizer, self.info = prepare_text(o.data, out, mix, o.vocab)
+        if not any(self.corpora[name].valid for name in STORIES if name in self.corpora):
+            sys.exit(f"train.py: {o.data}: too few documents: none is left for validation")
         rows = -(-self.tokenizer.get_vocab_size() // LANES) * LANES  # a small corpus may have fewer merges than --vocab
         self.config = Config(vocab_size=rows, d_model=o.d_model, n_layer=o.n_layer)
         self.batches = TextBatches(self.corpora, mix, o.batch, o.length, o.seed)
@@ -1382,7 +1385,7 @@ class Run:
         """Linear warm-up, constant, and over the last part of the steps a line down to a fiftieth. Unlike a cosine over all
         steps this lets a run be cut short or prolonged with --resume --steps."""
         left = (self.o.steps - self.step) / max(1, self.o.decay * self.o.steps)
-        return self.o.lr * min(1, (self.step + 1) / self.o.warmup) * max(0.02, min(1, left))
+        return self.o.lr * min(1, (self.step + 1) / max(1, self.o.warmup)) * max(0.02, min(1, left))
 
     def train_step(self):
         batch = self.batches.next(self.step)
@@ -1650,6 +1653,21 @@ def lengths(text):
     return values
 
 
+def two(text):
+    """The two poolings of a U-Net."""
+    values = lengths(text)
+    if len(values) != 2:
+        raise ValueError
+    return values
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def stages(text):
     """"s4.real,..." for five stages or one for all."""
     pairs = [item.split(".") for item in text.split(",")]
@@ -1690,7 +1708,7 @@ def main():
     audio.add_argument("--length", type=int, default=8192, help="samples a row")
     audio.add_argument("--d-model", type=int, default=64, help="of the outermost stages")
     audio.add_argument("--n-blocks", type=int, default=3, help="a stage")
-    audio.add_argument("--pool", type=lengths, default="4,4", metavar="P,P", help="the outermost first")
+    audio.add_argument("--pool", type=two, default="4,4", metavar="P,P", help="the outermost first")
     audio.add_argument("--stages", type=stages, default="s4.complex,s4.complex,s6.complex,s4.complex,s4.complex", metavar="S,...",
                        help="s4 or s6 and real or complex for each stage, in order of flow; or one for all")
     audio.add_argument("--d-state", type=int, default=16)
@@ -1717,8 +1735,8 @@ def main():
         add("--seed", type=int, default=0)
         add("--keep", choices=["best", "last"], default="last" if command is species else "best",
             help="which weights become the model: those with the lowest held-out loss, or the averaged ones at the end")
-        add("--eval-every", type=int, default=100, help="steps")
-        add("--save-every", type=int, default=100, help="steps")
+        add("--eval-every", type=positive, default=100, help="steps")
+        add("--save-every", type=positive, default=100, help="steps")
         add("--stop-at", type=int, default=0, help="stop after this step, for a later --resume (0: do not)")
         add("--threads", type=int, default=0, help="0: all processors")
         add("--ops", choices=["auto", "fused", "plain"], default="auto")

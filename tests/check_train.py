@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -166,6 +167,30 @@ def test_wrong_mix_is_one_line(corpus, tmp_path):
     command = [sys.executable, str(TRAIN), "text", "--data", str(corpus), "--out", str(tmp_path / "r"), "--mix", "v2=1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "expected NAME=WEIGHT" in result.stderr
+
+
+@pytest.mark.parametrize("command, option", [("audio", "--pool=4"), ("text", "--eval-every=0"), ("dna", "--save-every=0")])
+def test_wrong_numbers_are_refused(tmp_path, command, option):
+    result = subprocess.run([sys.executable, str(TRAIN), command, "--data", str(tmp_path), "--out", str(tmp_path / "r"), option], capture_output=True, text=True)
+    assert result.returncode == 2 and f"argument {option.split('=')[0]}: invalid" in result.stderr
+
+
+def test_too_few_documents_is_one_line(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "few")
+    for path in (tmp_path / "few").glob("tinystories_*"):
+        path.write_text("Once upon a time Tom went out.\n\nHe saw a ball.")
+    command = [sys.executable, str(TRAIN), "text", "--data", str(tmp_path / "few"), "--out", str(tmp_path / "r")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "none is left for validation" in result.stderr, result.stderr
+
+
+def test_what_is_not_counted(train):
+    """A batch of nothing but N adds nothing, also where a mean over nothing is no number."""
+    model = train.Mamba(train.Config(16, 16, 1), train.PlainOps())
+    n, bases = np.full(50, 11), np.array([7, 8, 9, 10] * 12)
+    alone = train.total_nats(model, [bases], ignored=11)
+    assert train.total_nats(model, [n, bases], ignored=11, tokens_a_batch=50) == alone and alone[1] == 47
+    assert train.total_nats(model, [n], ignored=11) == (0.0, 0)
 
 
 def test_nucleotides(train, genomes, tmp_path):

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -375,3 +376,11 @@ def test_a_terminal_that_is_closed(tmp_path, ignored):
             assert run.poll() is None
         run.send_signal(signal.SIGHUP)
         assert run.wait(60) == 128 + signal.SIGHUP and os.listdir(tmp_path) == ["in"]
+
+
+def test_the_demo_writes_what_readme_shows(mamba):
+    command = re.search(r"^demo: mamba\n\t\./mamba (.*)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    shown = " ".join(re.findall(r"^> ?(.*)$", (ROOT / "README.md").read_text(), re.M)).removesuffix(" [...]").split()
+    assert len(shown) > 50
+    arguments = [ROOT / word if word.startswith("models/") else word for word in shlex.split(command)]
+    assert mamba(*arguments, "-q").stdout.decode().split()[:len(shown)] == shown

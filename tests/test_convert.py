@@ -430,6 +430,12 @@ MISTAKES = {
     "width in words": (lambda w, c: c.update(hidden_size="thirty-two"), "config.json"),
     "no state": (lambda w, c: c.update(state_size=0), "d_state is 0, expected a positive integer"),
     "epsilon": (lambda w, c: c.update(layer_norm_epsilon="small"), "rms_eps is 'small'"),
+    "no epsilon": (lambda w, c: c.update(layer_norm_epsilon=None), "rms_eps is None"),
+    "Falcon's epsilon": (lambda w, c: c.update(model_type="falcon_mamba", mixer_rms_eps=None), "dt_b_c_eps is None"),
+    "expansion": (lambda w, c: (c.pop("intermediate_size"), c.update(expand=float("inf"))), "a value of the wrong kind"),
+    "length": (lambda w, c: c.update(max_position_embeddings=-1), "context_length is -1"),
+    "two heads": (lambda w, c: w.update({head: np.ones((2, D_MODEL), np.float32) for head in ("score.weight", "classifier.weight")}),
+                  "classifier.weight [2, 32]: expected no such"),
 }
 
 
@@ -445,7 +451,8 @@ def test_mistakes(tmp_path, convert, name):
 @pytest.mark.parametrize("change,text", [
     ({"ssm_cfg": {"layer": "Mamba2"}}, 'ssm_cfg: layer is "Mamba2", only "Mamba1"'), ({"rms_norm": False}, "rms_norm"),
     ({"attn_layer_idx": [3]}, "attn_layer_idx is [3]"), ({"d_intermediate": 64}, "d_intermediate is 64"),
-    ({"ssm_cfg": {"bias": True}}, "bias is true"), ({"pad_vocab_size_multiple": 64}, "expected [64, 32]")])
+    ({"ssm_cfg": {"bias": True}}, "bias is true"), ({"pad_vocab_size_multiple": 64}, "expected [64, 32]"),
+    ({"pad_vocab_size_multiple": 0}, "a value of the wrong kind")])
 def test_state_spaces_mistakes(tmp_path, convert, change, text):
     folder = write_checkpoint(tmp_path / "tiny", random_weights(), state_spaces_config(**change))
     assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", text)

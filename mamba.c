@@ -595,30 +595,38 @@ static int read_numbers(const char *path, long long *a, long long *b) {
     return n > 0 ? n : 0;
 }
 
-// n, or the cores that a quota of so many microseconds a period is worth, if they are fewer.
-static int within_quota(int n, long long quota, long long period) {
+// n, or the cores that the quota of a cgroup is worth, if they are fewer: microseconds a period, in one file or in two.
+static int within_quota(int n, const char *root, const char *folder) {
+    char path[2200];
+    long long quota = 0, period = 0, ignored;
+    snprintf(path, sizeof path, "%s%s/cpu.max", root, folder);
+    read_numbers(path, &quota, &period);
+    snprintf(path, sizeof path, "%s%s/cpu.cfs_quota_us", root, folder);
+    read_numbers(path, &quota, &ignored);
+    snprintf(path, sizeof path, "%s%s/cpu.cfs_period_us", root, folder);
+    read_numbers(path, &period, &ignored);
     return quota > 0 && period > 0 ? min_int(n, (int)((quota + period - 1) / period)) : n;
 }
 
-// n, or what this process's cgroup and those around it leave of it: cpu.max of version 2; of version 1 the outermost that a
-// container sees.
+// n, or what this process's cgroup and those around it leave of it. A line is "0::/folder" for version 2 and
+// "4:cpu,cpuacct:/folder" for version 1.
 static int within_cgroups(int n) {
-    char line[2048], path[2100];
-    long long quota, period;
+    char line[2048];
     FILE *f = fopen("/proc/self/cgroup", "r");
     while (f && fgets(line, sizeof line, f)) {
-        if (strncmp(line, "0::", 3) != 0) continue;
-        line[strcspn(line, "\n")] = 0;
-        for (char *end = line + strlen(line); end; end = strrchr(line + 3, '/')) {
+        char *controllers = strchr(line, ':'), *folder = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!folder) continue;
+        *folder++ = 0;
+        folder[strcspn(folder, "\n")] = 0;
+        const char *cpu = strstr(controllers, "cpu");
+        while (cpu && cpu[3] && cpu[3] != ',') cpu = strstr(cpu + 3, "cpu");  // not cpuset, cpuacct
+        const char *root = cpu ? "/sys/fs/cgroup/cpu" : controllers[1] ? NULL : "/sys/fs/cgroup";
+        for (char *end = root ? folder + strlen(folder) : NULL; end; end = strrchr(folder, '/')) {
             *end = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s/cpu.max", line + 3);
-            if (read_numbers(path, &quota, &period) == 2) n = within_quota(n, quota, period);
+            n = within_quota(n, root, folder);
         }
     }
     if (f) fclose(f);
-    if (read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", &quota, &period) &&
-        read_numbers("/sys/fs/cgroup/cpu/cpu.cfs_period_us", &period, &period))
-        n = within_quota(n, quota, period);
     return n;
 }
 
@@ -6849,6 +6857,14 @@ static bool request_value(struct request_parse *q, const struct request_field *f
     return false;
 }
 
+// The value of a field; an error says of which.
+static bool field_value(struct request_parse *q, const struct request_field *f) {
+    if (request_value(q, f)) return true;
+    const struct error e = *q->j.error;
+    if (strncmp(e.text, "column", 6) == 0) snprintf(q->j.error->text, sizeof q->j.error->text, "%s: %.600s", f->name, e.text);
+    return false;
+}
+
 // Fills r from a line, which changes under the parser and belongs to r afterwards. Errors go to r->error; after one that
 // leaves the line readable, it is read on for its id. *prompt is the text to tokenize, NULL when ids were given.
 static bool request_parse(struct request *r, struct str line, int n_vocab, struct str *prompt) {
@@ -6865,7 +6881,7 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
             for (size_t i = 0; ok && i < sizeof request_fields / sizeof *request_fields; i++)
                 if (str_is(name, request_fields[i].name)) f = &request_fields[i];
             if (ok && !f) set_error(&r->error, "unknown field \"%.*s\"", str_show(name), name.p);
-            ok = ok && (f ? request_value(&q, f) : json_skip(j, 0));
+            ok = ok && (f ? field_value(&q, f) : json_skip(j, 0));
         } while (ok && json_take(j, ','));
         ok = ok && json_expect(j, '}', "a comma or the end of the object");
     }

@@ -230,3 +230,24 @@ def test_no_memory():
             lines = [line for line in done.stderr.splitlines() if line]  # OpenMP puts an empty line before its own
             assert loader or (done.returncode == 1 and len(lines) == 1), (megabytes, done.returncode, done.stderr)
     assert worked > 3 and refused > 3, (worked, refused)
+
+
+def test_a_cgroup_with_a_quota():
+    """The default number of threads is what the cgroups around the process leave, as systemd and containers set them up."""
+    cores = len(os.sched_getaffinity(0))
+    one = (("cpu/tasks", "/sys/fs/cgroup/cpu", "tasks", "cpu.cfs_quota_us", "100000"), ("cgroup.controllers", "/sys/fs/cgroup", "cgroup.procs", "cpu.max", "100000 100000"))
+    _, root, members, quota, value = next((v for v in one if os.path.exists(f"/sys/fs/cgroup/{v[0]}")), (None,) * 5)
+    outer = pathlib.Path(root or "/", f"mamba-test-{os.getpid()}")
+    try:
+        (outer / "inner").mkdir(parents=True)
+        (outer / quota).write_text(value)
+    except (OSError, TypeError):
+        pytest.skip("cgroups cannot be made here")
+    threads = lambda prefix: json.loads(subprocess.run([*prefix, PROGRAM, "bench", TALES, "-p", "8", "-n", "0", "-r", "1", "-o", "jsonl"],
+                                                       check=True, stdout=subprocess.PIPE).stdout)["n_threads"]
+    try:
+        assert threads(["sh", "-c", f'echo $$ > {outer}/inner/{members}; exec "$@"', "sh"]) == 1
+        assert cores < 2 or threads([]) > 1
+    finally:
+        for folder in (outer / "inner", outer):
+            folder.rmdir()

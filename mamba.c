@@ -367,25 +367,29 @@ static void print_line(FILE *f, const char *text) {
 static char usage_hint[32] = "mamba --help";  // where a wrong command line sends; becomes that of the command
 
 // Says what went wrong and ends the program: with status 1, or with 2 and a hint where it is the command line.
-static _Noreturn void end_with(int status, const char *format, va_list args) {
-    struct error e;
-    vsnprintf(e.text, sizeof e.text, format, args);
+static _Noreturn void end_with(int status, const char *text) {
     fflush(stdout);  // what was written so far is kept
-    print_line(stderr, e.text);
+    print_line(stderr, text);
     if (status == 2) fprintf(stderr, "Try: %s\n", usage_hint);
     exit(status);
 }
 
 __attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *format, ...) {
+    struct error e;
     va_list args;
     va_start(args, format);
-    end_with(1, format, args);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
+    end_with(1, e.text);
 }
 
 __attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
+    struct error e;
     va_list args;
     va_start(args, format);
-    end_with(2, format, args);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
+    end_with(2, e.text);
 }
 
 // The first error of a parse stays.
@@ -6768,7 +6772,7 @@ struct request_parse {
 
 // A number between min and max. A wrong one is an error of the request, but the line can be read on.
 static bool request_number(struct request_parse *q, const struct request_field *f, double *v) {
-    struct str digits;
+    struct str digits = {"", 0};
     char text[64];
     if (!json_number(&q->j, &digits)) return false;
     snprintf(text, sizeof text, "%.*s", str_show(digits), digits.p);

@@ -136,8 +136,8 @@ struct gguf {                  // owner of the mapping, kv and tensors; gguf_clo
     size_t size, data_start;   // bytes of the file; where tensor data begins
     struct gguf_kv *kv;        // [n_kv], in file order
     struct tensor *tensors;    // [n_tensors], in file order
-    struct gguf_kv **by_key;   // [n_kv] into kv, sorted
-    struct tensor **by_name;   // [n_tensors] into tensors, sorted
+    const struct str **by_key;   // [n_kv] into kv, sorted; each is the beginning of a struct gguf_kv
+    const struct str **by_name;  // [n_tensors] into tensors, likewise
     uint64_t n_kv, n_tensors;
     uint32_t version;
 };
@@ -308,12 +308,12 @@ struct phase {
 // Buffers of the steps of one level in a forward, "tokens" of it. Text has level 0 alone.
 struct level {
     struct level_size size;
-    int ld_model, ld_z, ld_dbc, ld_up;  // floats from token to token
+    int ld_model, ld_dbc, ld_up;  // floats from token to token
     int ld_inner;              // from tap to tap of a convolution's weights and state
     float *x;                  // [max_tokens][ld_model] residual stream
     struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward, in level 0: the final norm's output
     struct act u;              // [max_tokens][d_inner] x of equation 2, after convolution and SiLU
-    float *z;                  // [max_tokens][ld_z] gate
+    float *z;                  // [max_tokens][u.ld] gate
     float *dbc;                // [max_tokens][ld_dbc] dt (low rank), B, C of each token
     struct act dt_low;         // [max_tokens][dt_rank] input of dt_proj
     struct act y;              // [max_tokens][d_inner] dt before the scan, its gated output after
@@ -864,41 +864,30 @@ static bool read_tensor_info(struct cursor *c, struct tensor *t) {
     return true;
 }
 
-static int compare_tensor_names(const void *a, const void *b) {
-    return str_compare((*(struct tensor *const *)a)->name, (*(struct tensor *const *)b)->name);
+static int compare_names(const void *a, const void *b) { return str_compare(**(struct str *const *)a, **(struct str *const *)b); }
+
+// The names of n items of `size` bytes, each of which begins with its name, sorted for lookups that a header with millions of
+// entries cannot slow down; the caller owns the array. Names that stand twice are refused.
+static const struct str **index_names(const void *items, uint64_t n, size_t size, struct error *e) {
+    const struct str **index = xmalloc((size_t)n * sizeof *index);
+    for (uint64_t i = 0; i < n; i++) index[i] = (const struct str *)(const void *)((const char *)items + i * size);
+    qsort(index, (size_t)n, sizeof *index, compare_names);
+    for (uint64_t i = 1; i < n; i++)
+        if (compare_names(&index[i - 1], &index[i]) == 0)
+            set_error(e, "the name '%.*s' stands twice in the header", str_show(*index[i]), index[i]->p);
+    return index;
 }
 
-static int compare_keys(const void *a, const void *b) {
-    return str_compare((*(struct gguf_kv *const *)a)->key, (*(struct gguf_kv *const *)b)->key);
+static const void *find_name(const struct str *const *index, uint64_t n, const char *name) {
+    const struct str wanted = {name, strlen(name)}, *p = &wanted;
+    const struct str *const *found = bsearch(&p, index, (size_t)n, sizeof *index, compare_names);
+    return found ? *found : NULL;
 }
 
-// Sorts both name lists, for lookups that a header with millions of entries cannot slow down, and refuses duplicates.
-static bool gguf_sort(struct gguf *g, struct error *e) {
-    g->by_name = xmalloc((size_t)g->n_tensors * sizeof(void *));
-    g->by_key = xmalloc((size_t)g->n_kv * sizeof(void *));
-    for (uint64_t i = 0; i < g->n_tensors; i++) g->by_name[i] = &g->tensors[i];
-    for (uint64_t i = 0; i < g->n_kv; i++) g->by_key[i] = &g->kv[i];
-    qsort(g->by_name, (size_t)g->n_tensors, sizeof(void *), compare_tensor_names);
-    qsort(g->by_key, (size_t)g->n_kv, sizeof(void *), compare_keys);
-    const struct str *twice = NULL;
-    for (uint64_t i = 1; i < g->n_tensors; i++)
-        if (compare_tensor_names(&g->by_name[i - 1], &g->by_name[i]) == 0) twice = &g->by_name[i]->name;
-    for (uint64_t i = 1; i < g->n_kv; i++)
-        if (compare_keys(&g->by_key[i - 1], &g->by_key[i]) == 0) twice = &g->by_key[i]->key;
-    if (twice) return fail(e, "the name '%.*s' stands twice in the header", str_show(*twice), twice->p);
-    return true;
-}
-
-static const struct gguf_kv *gguf_find(const struct gguf *g, const char *key) {
-    struct gguf_kv wanted = {.key = {key, strlen(key)}}, *p = &wanted;
-    void *found = bsearch(&p, g->by_key, (size_t)g->n_kv, sizeof(void *), compare_keys);
-    return found ? *(struct gguf_kv **)found : NULL;
-}
+static const struct gguf_kv *gguf_find(const struct gguf *g, const char *key) { return find_name(g->by_key, g->n_kv, key); }
 
 static const struct tensor *gguf_tensor(const struct gguf *g, const char *name) {
-    struct tensor wanted = {.name = {name, strlen(name)}}, *p = &wanted;
-    void *found = bsearch(&p, g->by_name, (size_t)g->n_tensors, sizeof(void *), compare_tensor_names);
-    return found ? *(struct tensor **)found : NULL;
+    return find_name(g->by_name, g->n_tensors, name);
 }
 
 // An integer of any width, or a bool; false when the key is absent or of another type.
@@ -978,7 +967,10 @@ static bool gguf_parse(struct gguf *g, struct error *e) {
     g->tensors = xcalloc((size_t)g->n_tensors, sizeof *g->tensors);
     for (uint64_t i = 0; i < g->n_kv && !e->text[0]; i++) read_kv(&c, &g->kv[i]);
     for (uint64_t i = 0; i < g->n_tensors && !e->text[0]; i++) read_tensor_info(&c, &g->tensors[i]);
-    if (e->text[0] || !gguf_sort(g, e)) return false;
+    if (e->text[0]) return false;
+    g->by_key = index_names(g->kv, g->n_kv, sizeof *g->kv, e);
+    g->by_name = index_names(g->tensors, g->n_tensors, sizeof *g->tensors, e);
+    if (e->text[0]) return false;
 
     int64_t alignment = 32;
     if (!gguf_int_if_any(g, "general.alignment", &alignment, e)) return false;
@@ -1504,11 +1496,10 @@ struct scan_args {          // one sequence, channels [0, n) likewise; n and all
     const float *a_inverse; // likewise, NULL: B is discretised as dt * B
     const float *d, *dt_b;  // [n]
     float *state;           // [n/16][d_state][R][16]
-    const float *u;         // [n_tokens][ld]
-    const float *z;         // [n_tokens][ld_z]
+    const float *u, *z;     // [n_tokens][ld]
     const float *bc;        // [n_tokens][ld_bc]: B [d_state][R], C [d_state][R]
     float *dt_y;            // [n_tokens][ld]: dt before its bias and softplus; replaced by the output
-    int d_state, n_tokens, n, ld, ld_z, ld_bc;
+    int d_state, n_tokens, n, ld, ld_bc;
     bool is_complex;
 };
 
@@ -1523,9 +1514,9 @@ struct fixed_scan_args {    // S4: one sequence, channels [0, n) likewise
     const float *decay, *weight;  // [n/16][d_state][R][16]
     const float *d;         // [n]
     float *state;           // [n/16][d_state][R][16]
-    const float *u, *z;     // [n_tokens][ld], [n_tokens][ld_z]
+    const float *u, *z;     // [n_tokens][ld]
     float *y;               // [n_tokens][ld]
-    int d_state, n_tokens, n, ld, ld_z;
+    int d_state, n_tokens, n, ld;
     bool is_complex;
 };
 
@@ -1537,8 +1528,7 @@ struct kernels {
     void (*dequantize)(enum format format, const uint8_t *row, int n, float *x);
     unpack_row *unpack_weights;
     void (*quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum);  // n a multiple of 32
-    void (*rms_norm)(const float *x, const float *w, float *y, int n, float eps);  // w NULL: no weight
-    void (*layer_norm)(const float *x, const float *w, const float *b, float *y, int n, float eps);
+    void (*norm)(const float *x, const float *w, const float *b, float *y, int n, float eps);  // b NULL: RMSNorm; w NULL: 1
     void (*conv_silu)(const struct conv_args *a);
     void (*scan)(const struct scan_args *a);
     void (*fixed_scan)(const struct fixed_scan_args *a);
@@ -1580,6 +1570,8 @@ struct kernels {
 #define v_sums ISA_NAME(v_sums)
 #define v_max_lane ISA_NAME(v_max_lane)
 #define v_put ISA_NAME(v_put)
+#define v_load_most ISA_NAME(v_load_most)
+#define v_store_most ISA_NAME(v_store_most)
 #define sum_16 ISA_NAME(sum_16)
 #define sum_8 ISA_NAME(sum_8)
 #define max_8 ISA_NAME(max_8)
@@ -1671,9 +1663,33 @@ struct kernels {
 #define LANE static inline __attribute__((always_inline, unused))
 #define ROUND 0x1.8p23f  // added to a float, leaves the nearest integer in its lowest bits
 
+// What the registers of an instruction set allow, found by measurement. Each pass defines OF_ISA, which takes its column.
+//                                  AVX-512, AVX2, NEON, plain C
+#define TILE_LANES    OF_ISA(16, 8, 4, 16)            // floats a register
+#define TILE_ROWS     OF_ISA(4, 3, 4, 1)              // of float weights, and tokens, whose sums are in registers together
+#define TILE_TOKENS   OF_ISA(6, 4, 6, 1)
+#define ROW_GROUP     OF_ISA(16, 24, 24, 24)          // rows, and columns of them, that stay in the nearest cache
+#define COLUMN_BLOCK  OF_ISA(512, 1024, 1024, 1024)
+#define Q_TOKENS      OF_ISA(12, 4, 4, 1)             // tokens, and panels of 16 quantised rows, likewise
+#define Q_PANELS      OF_ISA(2, 1, 1, 1)
+#define SIGNED_PANELS OF_ISA(false, true, true, true) // 8-bit weights are multiplied with their sign
+#define SCAN_STATES   OF_ISA(4, 2, 1, 1)              // whose exponentials are computed together
+// In plain C every operation is a loop: copies of these functions take seconds to compile.
+#define MATH          OF_ISA(LANE, LANE, LANE, static __attribute__((noinline)))
+
 #endif  // not MAMBA_HEADER_ONLY
 #endif  // not MAMBA_ISA_PASS
 #ifdef MAMBA_ISA_PASS  // ---------------------------------------------------------------------- ISA PASS: begin --------
+
+#if defined(ISA_AVX512)
+#define OF_ISA(avx512, avx2, neon, plain) avx512
+#elif defined(ISA_AVX2)
+#define OF_ISA(avx512, avx2, neon, plain) avx2
+#elif defined(ISA_NEON)
+#define OF_ISA(avx512, avx2, neon, plain) neon
+#else
+#define OF_ISA(avx512, avx2, neon, plain) plain
+#endif
 
 // What both x86 vocabularies end in: the trees over lanes, of 8 that are left.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
@@ -1704,11 +1720,6 @@ LANE __m256 sum_8_rows(float (*v)[16]) {
 #if defined(ISA_AVX512)
 
 typedef __m512 vf;
-#define TILE_LANES 16
-#define TILE_ROWS 4
-#define TILE_TOKENS 6
-#define ROW_GROUP 16
-#define COLUMN_BLOCK 512
 LANE vf t_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 LANE vf t_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
@@ -1741,17 +1752,9 @@ LANE vf v_split_exponent(vf x, vf *e) {
     return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
 }
 typedef __m512i vi;
-#define Q_TOKENS 12
-#define Q_PANELS 2
-#define SCAN_STATES 4
-#define MATH LANE
-#define SIGNED_PANELS false
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
 LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
-typedef vi vw;
-LANE vw v_dots_begin(vi sum) { return sum; }
-LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
-LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
     (void)is_signed;  // panels are not
@@ -1771,11 +1774,6 @@ typedef struct {
     __m256 lo, hi;
 } vf;
 typedef __m256 vt;
-#define TILE_LANES 8
-#define TILE_ROWS 3
-#define TILE_TOKENS 4
-#define ROW_GROUP 24
-#define COLUMN_BLOCK 1024
 LANE vt t_zero(void) { return _mm256_setzero_ps(); }
 LANE vt t_load(const float *p) { return _mm256_loadu_ps(p); }
 LANE vt t_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -1787,19 +1785,9 @@ LANE vt t_fma(vt a, vt b, vt c) { return _mm256_fmadd_ps(a, b, c); }
 #define UNROLL UNROLL_FULLY
 LANE vf v_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 LANE vf v_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-LANE vf v_load_n(const float *p, int n) {
-    float full[16] = {0};
-    memcpy(full, p, (size_t)n * sizeof *p);
-    return v_load(full);
-}
 LANE void v_store(float *p, vf a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
-}
-LANE void v_store_n(float *p, vf a, int n) {
-    float full[16];
-    v_store(full, a);
-    memcpy(p, full, (size_t)n * sizeof *p);
 }
 LANE void v_store_i8(int8_t *p, vf a) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
@@ -1834,11 +1822,6 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef struct {
     __m256i lo, hi;
 } vi;
-#define Q_TOKENS 4
-#define Q_PANELS 1
-#define SCAN_STATES 2
-#define MATH LANE
-#define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
 LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 // gcc would put an addition off until its sum is used, and keep every product in memory until then.
@@ -1892,11 +1875,6 @@ typedef struct {
     float32x4_t q[4];
 } vf;
 typedef float32x4_t vt;
-#define TILE_LANES 4
-#define TILE_ROWS 4
-#define TILE_TOKENS 6
-#define ROW_GROUP 24
-#define COLUMN_BLOCK 1024
 LANE vt t_zero(void) { return vdupq_n_f32(0); }
 LANE vt t_load(const float *p) { return vld1q_f32(p); }
 LANE vt t_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -1907,17 +1885,7 @@ LANE vt t_fma(vt a, vt b, vt c) { return vfmaq_f32(c, a, b); }
 #define EACH UNROLL_FULLY for (int i = 0; i < 4; i++)
 LANE vf v_set(float x) { return (vf){{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
 LANE vf v_load(const float *p) { return (vf){{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
-LANE vf v_load_n(const float *p, int n) {
-    float full[16] = {0};
-    memcpy(full, p, (size_t)n * sizeof *p);
-    return v_load(full);
-}
 LANE void v_store(float *p, vf a) { EACH vst1q_f32(p + 4 * i, a.q[i]); }
-LANE void v_store_n(float *p, vf a, int n) {
-    float full[16];
-    v_store(full, a);
-    memcpy(p, full, (size_t)n * sizeof *p);
-}
 LANE void v_store_i8(int8_t *p, vf a) {
     int16x8_t lo = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.q[0])), vqmovn_s32(vcvtnq_s32_f32(a.q[1])));
     int16x8_t hi = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.q[2])), vqmovn_s32(vcvtnq_s32_f32(a.q[3])));
@@ -1972,20 +1940,12 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef struct {
     int32x4_t q[4];
 } vi;
-#define Q_TOKENS 4
-#define Q_PANELS 1
-#define SCAN_STATES 1
-#define MATH LANE
-#define SIGNED_PANELS true
 LANE vi v_set_int(int n) { return (vi){{vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n), vdupq_n_s32(n)}}; }
 LANE vi v_add_int(vi a, vi b) {
     EACH a.q[i] = vaddq_s32(a.q[i], b.q[i]);
     return a;
 }
-typedef vi vw;
-LANE vw v_dots_begin(vi sum) { return sum; }
-LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
-LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {  // unsigned q have 6 bits at most
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // unsigned q have 6 bits at most
     (void)is_signed;
     int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(load_u32((const uint8_t *)x)));
     EACH sum.q[i] = vdotq_s32(sum.q[i], vld1q_s8(w + 16 * i), four);
@@ -2023,11 +1983,6 @@ LANE vf v_from_halves(vi a, int shift) {
 typedef struct {
     float lane[16];
 } vf;
-#define TILE_LANES 16
-#define TILE_ROWS 1
-#define TILE_TOKENS 1
-#define ROW_GROUP 24
-#define COLUMN_BLOCK 1024
 #define UNROLL  // sixteen lanes are loops themselves here
 #define EACH NO_UNROLL for (int i = 0; i < 16; i++)
 LANE vf v_set(float x) {
@@ -2038,11 +1993,6 @@ LANE vf v_set(float x) {
 LANE vf v_load(const float *p) {
     vf r;
     memcpy(&r, p, sizeof r);
-    return r;
-}
-LANE vf v_load_n(const float *p, int n) {  // n lanes, the others zero
-    vf r = {{0}};
-    memcpy(&r, p, (size_t)n * sizeof *p);
     return r;
 }
 LANE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
@@ -2056,7 +2006,6 @@ LANE vf t_load_bf16(const uint16_t *p) {
     EACH r.lane[i] = bf16_to_f32(p[i]);
     return r;
 }
-LANE void v_store_n(float *p, vf a, int n) { memcpy(p, &a, (size_t)n * sizeof *p); }
 LANE void v_store_i8(int8_t *p, vf a) { EACH p[i] = (int8_t)lrintf(a.lane[i]); }  // to nearest, ties to even
 LANE vf v_add(vf a, vf b) {
     EACH a.lane[i] += b.lane[i];
@@ -2112,11 +2061,6 @@ LANE vf v_split_exponent(vf x, vf *e) {  // x = m * 2^e with m in [2/3, 4/3): re
 typedef struct {
     int32_t lane[16];
 } vi;
-#define Q_TOKENS 1
-#define Q_PANELS 1
-#define SCAN_STATES 1
-#define MATH static __attribute__((noinline))  // every operation is a loop: copies of these take seconds to compile
-#define SIGNED_PANELS true
 LANE vi v_set_int(int n) {
     vi r;
     EACH r.lane[i] = n;
@@ -2128,10 +2072,7 @@ LANE vi v_add_int(vi a, vi b) {
 }
 // Sums of a few dot products of bytes, on their way from a vi to a vi: in other vocabularies their lanes may be narrower. An
 // unsigned q of b bits leaves room for 2^(7 - b) products of four, a signed one for one.
-typedef vi vw;
-LANE vw v_dots_begin(vi sum) { return sum; }
-LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
-LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {  // lane i adds four products: w[i] [4] with x [4]
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {  // lane i adds four products: w[i] [4] with x [4]
     EACH for (int j = 0; j < 4; j++) sum.lane[i] += (is_signed ? w[4 * i + j] : (uint8_t)w[4 * i + j]) * x[j];
     return sum;
 }
@@ -2162,6 +2103,27 @@ LANE vf v_from_halves(vi a, int shift) {  // a half float in 16 bits of each
 
 #endif  // vocabulary
 
+// The first n lanes, the others zero.
+#ifndef ISA_AVX512
+LANE vf v_load_n(const float *p, int n) {
+    float full[16] = {0};
+    memcpy(full, p, (size_t)n * sizeof *p);
+    return v_load(full);
+}
+LANE void v_store_n(float *p, vf a, int n) {
+    float full[16];
+    v_store(full, a);
+    memcpy(p, full, (size_t)n * sizeof *p);
+}
+#endif
+
+// Sums of a panel as its products come, for v_dot4; but with AVX2 they have a shape of their own.
+#ifndef ISA_AVX2
+typedef vi vw;
+LANE vw v_dots_begin(vi sum) { return sum; }
+LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
+#endif
+
 // A vt is what one register holds of a vf: TILE_LANES lanes, here all of them.
 #if TILE_LANES == 16
 typedef vf vt;
@@ -2170,6 +2132,13 @@ LANE vt t_load(const float *p) { return v_load(p); }
 LANE void t_store(float *p, vt a) { v_store(p, a); }
 LANE vt t_fma(vt a, vt b, vt c) { return v_fma(a, b, c); }
 #endif
+
+// As many lanes of a vector as an array still has, if they are not all.
+LANE vf v_load_most(const float *p, int left) { return left < 16 ? v_load_n(p, left) : v_load(p); }
+LANE void v_store_most(float *p, vf a, int left) {
+    if (left < 16) v_store_n(p, a, left);
+    else v_store(p, a);
+}
 
 // v_sum of each of 16 vectors.
 #if !defined(ISA_AVX512) && !defined(ISA_AVX2)
@@ -2995,39 +2964,23 @@ static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, i
     for (int g = 0; g < n / 16; g++) sum[g] = sum_16(q + 16 * g);
 }
 
-static void ISA_NAME(rms_norm)(const float *x, const float *w, float *y, int n, float eps) {
-    vf squares = v_set(0.0f);
-    for (int k = 0; k < n; k += 16) {
-        vf v = n - k < 16 ? v_load_n(x + k, n - k) : v_load(x + k);
-        squares = v_fma(v, v, squares);
-    }
-    vf r = v_set(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
-    for (int k = 0; k < n; k += 16) {
-        int left = n - k;
-        vf v = v_mul(left < 16 ? v_load_n(x + k, left) : v_load(x + k), r);
-        if (w) v = v_mul(v, left < 16 ? v_load_n(w + k, left) : v_load(w + k));
-        if (left < 16) v_store_n(y + k, v, left);
-        else v_store(y + k, v);
-    }
-}
-
-static void ISA_NAME(layer_norm)(const float *x, const float *w, const float *b, float *y, int n, float eps) {
+// LayerNorm, or without b, and then with a mean of 0, RMSNorm; w NULL: 1.
+static void ISA_NAME(norm)(const float *x, const float *w, const float *b, float *y, int n, float eps) {
     float lanes[16];
     vf sum = v_set(0.0f), squares = v_set(0.0f);
-    for (int k = 0; k < n; k += 16) sum = v_add(n - k < 16 ? v_load_n(x + k, n - k) : v_load(x + k), sum);
+    for (int k = 0; b && k < n; k += 16) sum = v_add(v_load_most(x + k, n - k), sum);
     const vf mean = v_set(v_sum(sum) / (float)n);
     v_store(lanes, mean);
     for (int k = 0; k < n; k += 16) {
-        vf v = n - k < 16 ? v_sub(v_load_n(x + k, n - k), v_load_n(lanes, n - k)) : v_sub(v_load(x + k), mean);
+        vf v = v_sub(v_load_most(x + k, n - k), v_load_most(lanes, n - k));
         squares = v_fma(v, v, squares);
     }
     const vf r = v_set(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
     for (int k = 0; k < n; k += 16) {
-        const int left = n - k;
-        if (left < 16)
-            v_store_n(y + k, v_fma(v_mul(v_sub(v_load_n(x + k, left), mean), r), v_load_n(w + k, left), v_load_n(b + k, left)),
-                      left);
-        else v_store(y + k, v_fma(v_mul(v_sub(v_load(x + k), mean), r), v_load(w + k), v_load(b + k)));
+        vf v = v_mul(v_sub(v_load_most(x + k, n - k), mean), r);
+        if (b) v = v_fma(v, v_load_most(w + k, n - k), v_load_most(b + k, n - k));
+        else if (w) v = v_mul(v, v_load_most(w + k, n - k));
+        v_store_most(y + k, v, n - k);
     }
 }
 
@@ -3079,11 +3032,11 @@ static void ISA_NAME(conv_silu)(const struct conv_args *a) {
 static void scan_begin(const struct scan_args *a, int c, int t0, int n, struct scan_block *b) {
     const vf d = v_load(a->d + c), dt_b = v_load(a->dt_b + c);
     for (int t = 0; t < n; t++) {
-        const float *dt_row = a->dt_y + (size_t)(t0 + t) * (size_t)a->ld + c, *u_row = a->u + (size_t)(t0 + t) * (size_t)a->ld + c;
-        fetch_token(dt_row, a->ld);
-        fetch_token(u_row, a->ld);
-        fetch_token(a->z + (size_t)(t0 + t) * (size_t)a->ld_z + c, a->ld_z);
-        vf dt = v_softplus(v_add(v_load(dt_row), dt_b)), u = v_load(u_row);
+        const size_t at = (size_t)(t0 + t) * (size_t)a->ld + (size_t)c;
+        fetch_token(a->dt_y + at, a->ld);
+        fetch_token(a->u + at, a->ld);
+        fetch_token(a->z + at, a->ld);
+        vf dt = v_softplus(v_add(v_load(a->dt_y + at), dt_b)), u = v_load(a->u + at);
         v_store(b->dt[t], dt);
         v_store(b->least[t], v_div(v_set(-125.0f), dt));
         v_store(b->in[t], a->a_inverse ? u : v_mul(dt, u));
@@ -3093,9 +3046,10 @@ static void scan_begin(const struct scan_args *a, int c, int t0, int n, struct s
 
 // The gate.
 static void scan_end(const struct scan_args *a, int c, int t0, int n, const struct scan_block *b) {
-    for (int t = 0; t < n; t++)
-        v_store(a->dt_y + (size_t)(t0 + t) * (size_t)a->ld + c,
-                v_mul(v_load(b->y[t]), v_silu(v_load(a->z + (size_t)(t0 + t) * (size_t)a->ld_z + c))));
+    for (int t = 0; t < n; t++) {
+        const size_t at = (size_t)(t0 + t) * (size_t)a->ld + (size_t)c;
+        v_store(a->dt_y + at, v_mul(v_load(b->y[t]), v_silu(v_load(a->z + at))));
+    }
 }
 
 // k states of 16 channels: h = exp(dt * A) * h + dt * B * u, and what they add to the output, y += C * h. dt * A is never above
@@ -3168,7 +3122,7 @@ static void ISA_NAME(scan)(const struct scan_args *a) {
     struct scan_block block;
     for (int c = 0; c < a->n; c += 16)
         for (int t0 = 0; t0 < a->n_tokens; t0 += SCAN_TOKENS) {
-            const int n_tokens = a->n_tokens - t0 < SCAN_TOKENS ? a->n_tokens - t0 : SCAN_TOKENS;
+            const int n_tokens = min_int(SCAN_TOKENS, a->n_tokens - t0);
             const size_t at = (size_t)c * n_state * parts;
             const float *bc = a->bc + (size_t)t0 * (size_t)a->ld_bc, *a2 = a->a2 + at;
             float *state = a->state + at;
@@ -3208,12 +3162,13 @@ LANE void fixed_channels(const struct fixed_scan_args *a, const bool is_complex)
         const float *decay = a->decay + at, *weight = a->weight + at;
         float *state = a->state + at;
         for (int t = 0; t < a->n_tokens; t++) {
-            vf u = v_load(a->u + (size_t)t * (size_t)a->ld + c), y = v_mul(v_load(a->d + c), u);
+            const size_t row = (size_t)t * (size_t)a->ld + (size_t)c;
+            vf u = v_load(a->u + row), y = v_mul(v_load(a->d + c), u);
             for (int i = 0; i < a->d_state * step; i += step) {
                 if (is_complex) fixed_step_complex(state + i, u, decay + i, weight + i, &y);
                 else fixed_step(state + i, u, decay + i, weight + i, &y);
             }
-            v_store(a->y + (size_t)t * (size_t)a->ld + c, v_mul(y, v_silu(v_load(a->z + (size_t)t * (size_t)a->ld_z + c))));
+            v_store(a->y + row, v_mul(y, v_silu(v_load(a->z + row))));
         }
     }
 }
@@ -3240,34 +3195,20 @@ static float ISA_NAME(finite_max)(const float *x, int n) {
 }
 
 static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
-    for (int k = 0; k < n; k += 16) {
-        int left = n - k;
-        vf v = left < 16 ? v_load_n(x + k, left) : v_load(x + k);
-        v = v_exp2(v_mul(v_sub(v, v_set(max)), v_set(0x1.715476p+0f)));
-        if (left < 16) v_store_n(y + k, v, left);
-        else v_store(y + k, v);
-    }
+    for (int k = 0; k < n; k += 16)
+        v_store_most(y + k, v_exp2(v_mul(v_sub(v_load_most(x + k, n - k), v_set(max)), v_set(0x1.715476p+0f))), n - k);
 }
 
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
 static const struct kernels ISA_NAME(kernels) = {
     ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
-    ISA_NAME(rms_norm), ISA_NAME(layer_norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
+    ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
     ISA_NAME(exp_minus),
 };
 #undef ISA_STRING
 #undef ISA_STRING2
-#undef TILE_LANES
-#undef TILE_ROWS
-#undef TILE_TOKENS
-#undef ROW_GROUP
-#undef COLUMN_BLOCK
-#undef Q_TOKENS
-#undef Q_PANELS
-#undef SCAN_STATES
-#undef MATH
-#undef SIGNED_PANELS
+#undef OF_ISA
 #undef FLIPPED
 #undef DONE_HERE
 #undef UNROLL
@@ -3483,8 +3424,7 @@ static void norm_phase(struct team *t, struct level *v, const float *weight, con
     while (next_item(t, v->n_tokens, &token)) {
         const size_t row = (size_t)token * (size_t)v->ld_model;
         float *x = v->x + row, *y = v->normed.f + (size_t)token * (size_t)v->normed.ld;
-        if (ctx->m->c.layer_norm) ctx->k->layer_norm(x, weight, bias, y, n, ctx->m->c.norm_eps);
-        else ctx->k->rms_norm(x, weight, y, n, ctx->m->c.norm_eps);
+        ctx->k->norm(x, weight, bias, y, n, ctx->m->c.norm_eps);
         quantize_rows(ctx->k, &v->normed, token, 1, 0, n);
         if (skips.keep) memcpy(skips.keep + row, x, (size_t)n * sizeof *x);
         for (int i = 0; skips.add && i < n; i++) x[i] += skips.add[row + (size_t)i];
@@ -3510,7 +3450,7 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), n_padded = round_up(n, 16), token = 0;
         ctx->k->matmul(&l->in, c, n, &v->normed, 0, v->n_tokens, v->u.f + c, ld, false);
-        ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, v->ld_z, false);
+        ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, ld, false);
         for (int s = 0; s < ctx->n_segments; s++) {
             const size_t row = (size_t)token;
             float *rows = v->u.f + row * (size_t)ld + c;
@@ -3521,8 +3461,8 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
                 ctx->k->fixed_scan(&(struct fixed_scan_args){
                     .decay = l->decay + (size_t)c * n_state, .weight = l->weight + (size_t)c * n_state, .d = l->d + c,
                     .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state, .u = rows,
-                    .z = v->z + row * (size_t)v->ld_z + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
-                    .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .ld_z = v->ld_z, .is_complex = l->is_complex});
+                    .z = v->z + row * (size_t)ld + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
+                    .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .is_complex = l->is_complex});
             token += v->n_new[s];
         }
         quantize_rows(ctx->k, l->s4 ? &v->y : &v->u, 0, v->n_tokens, c, n);
@@ -3539,10 +3479,10 @@ static void dt_low_phase(struct team *t, struct level *v) {
         float *dbc = v->dbc + (size_t)token * (size_t)v->ld_dbc;
         float *dt = v->dt_low.f + (size_t)token * (size_t)v->dt_low.ld;
         if (c->dt_b_c_rms) {
-            ctx->k->rms_norm(dbc, NULL, dt, rank, c->dt_b_c_eps);
+            ctx->k->norm(dbc, NULL, NULL, dt, rank, c->dt_b_c_eps);
             for (int i = 0; i < 2; i++) {
                 float *b_or_c = dbc + rank + (size_t)i * (size_t)c->d_state;
-                ctx->k->rms_norm(b_or_c, NULL, b_or_c, c->d_state, c->dt_b_c_eps);
+                ctx->k->norm(b_or_c, NULL, NULL, b_or_c, c->d_state, c->dt_b_c_eps);
             }
         } else {
             memcpy(dt, dbc, (size_t)rank * sizeof *dt);
@@ -3565,10 +3505,10 @@ static void dt_scan_phase(struct team *t, struct level *v, const struct layer *l
             ctx->k->scan(&(struct scan_args){
                 .a2 = l->a2 + (size_t)c * n_state, .a_inverse = l->a_inverse ? l->a_inverse + (size_t)c * n_state : NULL,
                 .d = l->d + c, .dt_b = l->dt_b + c, .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state,
-                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)v->ld_z + c,
+                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)ld + c,
                 .bc = v->dbc + row * (size_t)v->ld_dbc + v->size.dt_rank, .dt_y = v->y.f + row * (size_t)ld + c,
-                .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_z = v->ld_z,
-                .ld_bc = v->ld_dbc, .is_complex = l->is_complex});
+                .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_bc = v->ld_dbc,
+                .is_complex = l->is_complex});
             token += v->n_new[s];
         }
         quantize_rows(ctx->k, &v->y, 0, v->n_tokens, c, n);
@@ -3786,12 +3726,11 @@ static void level_init(struct level *v, const struct model *m, int i, int max_to
     v->size = c->level[i];
     v->ld_model = leading_dimension(v->size.d_model);
     v->ld_inner = round_up(v->size.d_inner, 16);
-    v->ld_z = leading_dimension(v->size.d_inner);
     v->ld_dbc = leading_dimension(v->size.dt_rank + 2 * c->d_state * (1 + any_complex));
     v->x = xcalloc(n * (size_t)v->ld_model, sizeof(float));
     v->normed = act_new(max_tokens, v->size.d_model, q_in);
     v->u = act_new(max_tokens, v->size.d_inner, q_x);
-    v->z = xcalloc(n * (size_t)v->ld_z, sizeof(float));
+    v->z = xcalloc(n * (size_t)v->u.ld, sizeof(float));
     v->dbc = xcalloc(n * (size_t)v->ld_dbc, sizeof(float));
     v->dt_low = act_new(max_tokens, v->size.dt_rank, q_dt);
     v->y = act_new(max_tokens, v->size.d_inner, q_out);
@@ -6314,6 +6253,7 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     const char *bench_prompts, *bench_gens, *bench_parallels, *bench_threads, *bench_format;
     int repeats;
     bool paper, bench_scan;
+    bool help, version;
 };
 
 static bool wants_cuda(const struct options *o) { return o->device && strcmp(o->device, "cuda") == 0; }
@@ -8602,41 +8542,28 @@ static void write_array(struct engine *en) {
     if (en->output == stdout) check_stdout();
 }
 
-// Runs the command's requests; what goes to a file gets its name only when nothing failed.
-static int run_requests(struct session *s, FILE *output) {
+// What goes to a file gets its name only when nothing failed.
+static int command_requests(const struct options *o) {
+    struct session s;
     struct error e = {""};
-    struct engine *en = open_engine(s, output);
+    open_session(&s, o, o->logits ? o->logits : o->track ? o->track : o->output);
+    FILE *output = o->command == EMBED ? s.out.f : stdout;
+    if (o->layer > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
+    if (o->command == EMBED && !o->jsonl && output == stdout && isatty(STDOUT_FILENO))
+        die("embed writes binary .npy data: use -o FILE or a pipe");
+    if (o->command == CLASSIFY && !s.model.c.n_labels)
+        die("%s: the model has no classifier (tensor 'cls.output.weight')", o->model);
+    struct engine *en = open_engine(&s, output);
     engine_run(en);
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
-    if (whole && en->s->o->fasta && en->s->o->command == EMBED) write_array(en);
-    if (whole && !en->s->o->jsonl && !en->has_header) fputs(table_header(en->s->o), stdout);  // of a table without rows
-    if (s->out.f != stdout && whole && !outfile_commit(&s->out, &e)) die("%s", e.text);
-    const bool cut_off = en->reader_gone && s->out.f != stdout && s->out.f != output;  // by the reader of something else
-    if (s->out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
+    if (whole && o->fasta && o->command == EMBED) write_array(en);
+    if (whole && !o->jsonl && !en->has_header) fputs(table_header(o), stdout);  // of a table without rows
+    if (s.out.f != stdout && whole && !outfile_commit(&s.out, &e)) die("%s", e.text);
+    const bool cut_off = en->reader_gone && s.out.f != stdout && s.out.f != output;  // by the reader of something else
+    if (s.out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
     int status = close_engine(en);
-    close_session(s);
+    close_session(&s);
     return cut_off ? 1 : status;
-}
-
-static int command_score(const struct options *o) {
-    struct session s;
-    open_session(&s, o, o->logits ? o->logits : o->track);
-    return run_requests(&s, stdout);
-}
-
-static int command_embed(const struct options *o) {
-    struct session s;
-    open_session(&s, o, o->output);
-    if (o->layer > s.model.c.n_layer) die("--layer %d: %s has %d layers", o->layer, o->model, s.model.c.n_layer);
-    if (!o->jsonl && s.out.f == stdout && isatty(STDOUT_FILENO)) die("embed writes binary .npy data: use -o FILE or a pipe");
-    return run_requests(&s, s.out.f);
-}
-
-static int command_classify(const struct options *o) {
-    struct session s;
-    open_session(&s, o, NULL);
-    if (!s.model.c.n_labels) die("%s: the model has no classifier (tensor 'cls.output.weight')", o->model);
-    return run_requests(&s, stdout);
 }
 
 // ---- tokenize ----
@@ -8975,7 +8902,7 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
             k->scan(&(struct scan_args){
                 .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c,
                 .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = ld,
-                .ld_z = ld, .ld_bc = 2 * SCAN_STATE});
+                .ld_bc = 2 * SCAN_STATE});
         }
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
     }
@@ -9248,11 +9175,11 @@ static const struct {
 } commands[N_COMMANDS] = {
     [GENERATE] = {command_generate, "continue a prompt, token by token, on standard output (the default)",
                   "mamba models/tales.bin -p \"Once upon a time\" -n 200 -s 7"},
-    [SCORE] = {command_score, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
+    [SCORE] = {command_requests, "log-likelihood of a text, as a table: id tokens nll bits_per_token perplexity",
                "mamba score model.bin -f chapter1.txt -f chapter2.txt"},
-    [EMBED] = {command_embed, "a text's hidden states, as .npy (float32)",
+    [EMBED] = {command_requests, "a text's hidden states, as .npy (float32)",
                "mamba embed model.bin -p \"a text\" --pool mean -o text.npy"},
-    [CLASSIFY] = {command_classify, "probabilities of a classifier's labels, as a table: id label probability",
+    [CLASSIFY] = {command_requests, "probabilities of a classifier's labels, as a table: id label probability",
                   "mamba classify model.bin -f letter1.txt -f letter2.txt"},
     [TOKENIZE] = {command_tokenize, "token ids of a text, one line a text; --decode turns them back",
                   "mamba tokenize tokenizer.bin -p \"Hello world\""},
@@ -9261,24 +9188,22 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind {
-    FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT_TEXT, INPUT_FILE, INPUT_IDS, INPUT_WAV, STOP_TEXT, OPERATION, HELP, VERSION
-};
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT, STOP_TEXT, OPERATION };
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
     enum option_kind kind;
     unsigned on;            // commands that know it
-    size_t field;           // offset in struct options
+    size_t field;           // offset in struct options; of INPUT an enum source
     double min, max;
 } option_table[] = {
 #define FIELD(name) offsetof(struct options, name)
     {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
-    {"-p", "--prompt", "TEXT", "the text; may be repeated (generate puts them together)", INPUT_TEXT, ON_INPUT, 0, 0, 0},
-    {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT_FILE, ON_INPUT, 0, 0, 0},
-    {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input", INPUT_WAV,
-     ON(GENERATE) | ON(SCORE) | ON(EMBED), 0, 0, 0},
-    {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT_IDS, ON_INPUT, 0, 0, 0},
+    {"-p", "--prompt", "TEXT", "the text; may be repeated (generate puts them together)", INPUT, ON_INPUT, FROM_TEXT, 0, 0},
+    {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT, ON_INPUT, FROM_FILE, 0, 0},
+    {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input", INPUT,
+     ON(GENERATE) | ON(SCORE) | ON(EMBED), FROM_WAV, 0, 0},
+    {NULL, "--ids", "\"12 7 99\"", "token ids instead of text; nothing is added to them", INPUT, ON_INPUT, FROM_IDS, 0, 0},
     {"-n", "--n-predict", "N", "tokens (128) or samples (5 s) to generate; -1: to the end of the text", INTEGER,
      ON(GENERATE), FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
@@ -9364,8 +9289,8 @@ static const struct option {
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
     {"-q", "--quiet", NULL, "no progress and no timings on standard error", FLAG, ~0u, FIELD(quiet), 0, 0},
-    {"-h", "--help", NULL, "this help", HELP, ~0u, 0, 0, 0},
-    {NULL, "--version", NULL, "print the version", VERSION, ~0u, 0, 0, 0},
+    {"-h", "--help", NULL, "this help", FLAG, ~0u, FIELD(help), 0, 0},
+    {NULL, "--version", NULL, "print the version", FLAG, ~0u, FIELD(version), 0, 0},
 #undef FIELD
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
@@ -9427,10 +9352,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
             usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
         o->seed_given = true;
         break;
-    case INPUT_TEXT: add_input(o, FROM_TEXT, value); break;
-    case INPUT_FILE: add_input(o, FROM_FILE, value); break;
-    case INPUT_IDS: add_input(o, FROM_IDS, value); break;
-    case INPUT_WAV: add_input(o, FROM_WAV, value); break;
+    case INPUT: add_input(o, (enum source)opt->field, value); break;
     case STOP_TEXT:
         if (!*value) usage_error("--stop: the text is empty");
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
@@ -9440,8 +9362,6 @@ static void apply_option(struct options *o, const struct option *opt, const char
         if (strcmp(value, "scan") != 0) usage_error("--op %s: expected scan", value);
         *(bool *)field = true;
         break;
-    case HELP:
-    case VERSION: break;
     }
 }
 
@@ -9562,11 +9482,11 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     const char *positional[3];
     const struct option *given[N_OPTIONS];
     int n_positional = 0, n_given = 0;
-    bool help = argc > 1 && strcmp(argv[1], "help") == 0, version = false;
-    int command = argc > 1 + help ? find_command(argv[1 + help]) : -1;  // options follow it, and depend on it
+    o->help = argc > 1 && strcmp(argv[1], "help") == 0;
+    int command = argc > 1 + o->help ? find_command(argv[1 + o->help]) : -1;  // options follow it, and depend on it
     o->command = command >= 0 ? (enum command)command : GENERATE;
     if (command >= 0) snprintf(usage_hint, sizeof usage_hint, "mamba help %s", command_names[command]);
-    for (int i = help ? 2 : 1; i < argc; i++) {
+    for (int i = 1 + o->help; i < argc; i++) {
         const char *value;
         if (argv[i][0] != '-' || !argv[i][1]) {
             if (n_positional == 3) usage_error("%s: one argument too many", argv[i]);
@@ -9580,16 +9500,14 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
             if (i + 1 == argc) usage_error("%s needs a value: %s", argv[i], opt->takes);
             value = argv[++i];
         }
-        help |= opt->kind == HELP;
-        version |= opt->kind == VERSION;
         bool repeated = false;
         for (int g = 0; g < n_given; g++) repeated |= given[g] == opt;
         if (!repeated) given[n_given++] = opt;
         apply_option(o, opt, value ? value : "");
     }
     int next = command >= 0;  // the first positional argument that is not the command
-    if (help || version) {
-        if (version) printf("mamba %s\n", MAMBA_VERSION);
+    if (o->help || o->version) {
+        if (o->version) printf("mamba %s\n", MAMBA_VERSION);
         else if (command >= 0) print_command_help(stdout, o->command);
         else if (n_positional && strcmp(argv[1], "help") == 0) usage_error("%s: no such command", positional[0]);
         else print_general_help(stdout);

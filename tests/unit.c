@@ -118,8 +118,7 @@ static void test_functions(const struct kernels *k) {
     memcpy(y, x, sizeof y);
     memset(state, 0, sizeof state);
     k->scan(&(struct scan_args){.a2 = zeros, .d = zeros, .dt_b = zeros, .state = state, .u = ones, .z = gate, .bc = b_and_c,
-                                .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_z = N_POINTS,
-                                .ld_bc = 2});
+                                .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_bc = 2});
     for (int i = 0; i < N_POINTS; i++) {
         double want = fmax((double)x[i], 0) + log1p(exp(-fabs((double)x[i])));
         worst_softplus = fmax(worst_softplus, fabs((double)y[i] / 30 - want) / (want + 1e-30));
@@ -135,7 +134,7 @@ static void test_functions(const struct kernels *k) {
         for (int i = 0; i < n_state * N_POINTS; i++) h[i] = 1, a2[i] = -1.0f - (float)(i / 16 % n_state);
         memcpy(y, x, sizeof y);
         k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = h, .u = zeros, .z = gate, .bc = nothing_in,
-                                    .dt_y = y, .d_state = n_state, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_z = N_POINTS,
+                                    .dt_y = y, .d_state = n_state, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS,
                                     .ld_bc = 2 * n_state});
         double worst = 0;
         for (int i = 0; i < N_POINTS; i++) {
@@ -147,7 +146,7 @@ static void test_functions(const struct kernels *k) {
     }
     x[0] = 1e30f;  // a step that nothing outlasts
     k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = ones, .u = ones, .z = gate, .bc = b_and_c,
-                                .dt_y = x, .d_state = 1, .n_tokens = 1, .n = 16, .ld = 16, .ld_z = 16, .ld_bc = 2});
+                                .dt_y = x, .d_state = 1, .n_tokens = 1, .n = 16, .ld = 16, .ld_bc = 2});
     CHECK(fabsf(x[0] / 30 / 1e30f - 1) < 1e-5f, "%s: a long step gives %g", k->name, (double)x[0]);
 
     float with_nan[40];

@@ -869,9 +869,9 @@ static int compare_names(const void *a, const void *b) { return str_compare(**(s
 // The names of n items of `size` bytes, each of which begins with its name, sorted for lookups that a header with millions of
 // entries cannot slow down; the caller owns the array. Names that stand twice are refused.
 static const struct str **index_names(const void *items, uint64_t n, size_t size, struct error *e) {
-    const struct str **index = xmalloc((size_t)n * sizeof *index);
+    const struct str **index = xmalloc((size_t)n * sizeof(void *));
     for (uint64_t i = 0; i < n; i++) index[i] = (const struct str *)(const void *)((const char *)items + i * size);
-    qsort(index, (size_t)n, sizeof *index, compare_names);
+    qsort(index, (size_t)n, sizeof(void *), compare_names);
     for (uint64_t i = 1; i < n; i++)
         if (compare_names(&index[i - 1], &index[i]) == 0)
             set_error(e, "the name '%.*s' stands twice in the header", str_show(*index[i]), index[i]->p);
@@ -880,7 +880,7 @@ static const struct str **index_names(const void *items, uint64_t n, size_t size
 
 static const void *find_name(const struct str *const *index, uint64_t n, const char *name) {
     const struct str wanted = {name, strlen(name)}, *p = &wanted;
-    const struct str *const *found = bsearch(&p, index, (size_t)n, sizeof *index, compare_names);
+    const struct str *const *found = bsearch(&p, index, (size_t)n, sizeof(void *), compare_names);
     return found ? *found : NULL;
 }
 
@@ -8222,6 +8222,9 @@ static bool sandbox_sockets(void) {
 // From here on the process can open the files that its command line names, and nothing else: no file, no socket. Called
 // before anything of a model or request is looked at, when the output is open, and before any thread is started.
 static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
+#ifdef _OPENMP
+    omp_get_max_threads();  // clang's runtime opens a file of its own when it begins, which this makes it do
+#endif
     long abi = syscall(LANDLOCK_CREATE_RULESET, NULL, (size_t)0, 1);  // the kernel's version of the interface
     if (abi < 1) die("--sandbox: this kernel has no Landlock (Linux 5.13, and enabled at boot); run without --sandbox");
     uint64_t handled = (1 << (abi == 1 ? 13 : abi == 2 ? 14 : abi < 5 ? 15 : 16)) - 1;  // all rights to files it knows

@@ -527,8 +527,11 @@ def test_sandbox_changes_no_result(mamba, tmp_path):
     mamba(TALES, *saving, state)
     assert state.read_bytes() == sandboxed
     assert mamba(TALES, "--load-state", state, "-s", 1, "-n", 3, "--sandbox").returncode == 0
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/e.npy").write_bytes(b"")
+    (tmp_path / "e.npy").symlink_to(tmp_path / "real/e.npy")
     mamba("embed", TALES, "-p", "x", "-o", tmp_path / "e.npy", "--sandbox")
-    assert np.load(tmp_path / "e.npy").shape == (1, 256)
+    assert (tmp_path / "e.npy").is_symlink() and np.load(tmp_path / "real/e.npy").shape == (1, 256)
     os.chdir(tmp_path)
     mamba("score", TALES, "-p", "x y", "--logits", "l.npy", "--sandbox")  # beside the working directory's name
     assert np.load("l.npy").shape[1] == 4096

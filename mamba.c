@@ -520,6 +520,8 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
     o->temporary = xmalloc(n + 8);
     memcpy(o->temporary, o->target, n);
     memcpy(o->temporary + n, ".XXXXXX", 8);
+    o->next = unfinished;
+    unfinished = o;  // before there is a file, so that no signal finds one that nobody knows
     int fd = mkstemp(o->temporary);
     mode_t mask = umask(0);
     umask(mask);
@@ -530,8 +532,6 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         outfile_discard(o);
         return false;
     }
-    o->next = unfinished;
-    unfinished = o;
     return true;
 }
 

@@ -440,6 +440,8 @@ static void buffer_add(struct buffer *b, const void *data, size_t n) {
     b->n += n;
 }
 
+static struct str str_of(const char *text) { return (struct str){text, strlen(text)}; }
+
 // A string of its own; the caller owns it.
 static char *copy_text(struct str s) {
     char *copy = xmalloc(s.n + 1);
@@ -515,7 +517,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         return o->f ? true : fail(e, "%s: %s", path, strerror(errno));
     }
     o->target = realpath(path, NULL);
-    if (!o->target) o->target = copy_text((struct str){path, strlen(path)});  // there is nothing yet
+    if (!o->target) o->target = copy_text(str_of(path));  // there is nothing yet
     size_t n = strlen(o->target);
     o->temporary = xmalloc(n + 8);
     memcpy(o->temporary, o->target, n);
@@ -1027,7 +1029,7 @@ static bool gguf_open(struct gguf *g, const char *path, struct error *e) {
     if (map == MAP_FAILED) return fail(e, "%s: cannot map %lld bytes: %s", path, (long long)st.st_size, strerror(errno));
     g->map = map;
     g->size = (size_t)st.st_size;
-    g->path = copy_text((struct str){path, strlen(path)});
+    g->path = copy_text(str_of(path));
     struct error inner = {""};
     if (gguf_parse(g, &inner)) return true;
     gguf_close(g);
@@ -5704,7 +5706,7 @@ static bool fasta_seek(struct fasta *fa, const struct fasta_record *r, int64_t b
     fa->origin = begin;
     fa->n_left = end - begin;
     free(fa->name);
-    fa->name = copy_text((struct str){r->name, strlen(r->name)});
+    fa->name = copy_text(str_of(r->name));
     return true;
 }
 
@@ -5949,7 +5951,7 @@ static void fuzz_fasta(const uint8_t *data, size_t n) {
         const char *name = all.p + at, *from = name + strlen(name) + 1;
         const size_t n_bases = (size_t)((char *)memchr(from, '\n', (size_t)(all.p + all.n - from)) - from);
         next = (size_t)(from - all.p) + n_bases + 1;
-        const struct fasta_record *r = fasta_find(&fa, (struct str){name, strlen(name)}, &e);
+        const struct fasta_record *r = fasta_find(&fa, str_of(name), &e);
         for (size_t begin = 0; r && begin < n_bases && !e.text[0]; begin += 3) {
             const size_t end = begin + sizeof bases < n_bases ? begin + sizeof bases : n_bases;
             if (!fasta_seek(&fa, r, (int64_t)begin, (int64_t)end, &e)) abort();
@@ -6505,7 +6507,7 @@ static bool read_input(const struct session *s, const struct input *in, bool con
                        struct error *e) {
     if (in->source == FROM_IDS) return parse_ids(in->value, s->model.c.n_vocab, out, e);
     if (in->source == FROM_WAV) return read_clip(s, in->value, continues, out, scale, e);
-    if (in->source == FROM_TEXT) return read_text(s, (struct str){in->value, strlen(in->value)}, continues, out, e);
+    if (in->source == FROM_TEXT) return read_text(s, str_of(in->value), continues, out, e);
     struct text_file file;
     bool ok = open_input(s, in, continues, &file, e);
     while (ok && file.f) ok = read_piece(s, &file, out, e);
@@ -6929,7 +6931,7 @@ static void add_json_answer(struct buffer *b, const struct session *s, const str
     buffer_printf(b, "{\"id\": %s", r->id);
     if (r->error.text[0]) {
         buffer_printf(b, ", \"error\": ");
-        add_json_string(b, (struct str){r->error.text, strlen(r->error.text)});
+        add_json_string(b, str_of(r->error.text));
         buffer_printf(b, "}\n");
         return;
     }
@@ -7575,7 +7577,7 @@ static struct request *next_input_request(struct engine *en) {
 static struct request *new_record_request(struct engine *en, char *id) {
     struct request *r = new_bases_request(en->s, en->s->base);
     r->id = id;
-    r->record = copy_text((struct str){en->fasta.name, strlen(en->fasta.name)});
+    r->record = copy_text(str_of(en->fasta.name));
     r->origin = en->fasta.origin;
     return r;
 }
@@ -8281,7 +8283,7 @@ static void fill_defaults(struct session *s) {
     if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
     if (o->sound_format)
-        s->sound_format = (enum sound_format)word_among((struct str){o->sound_format, strlen(o->sound_format)}, sound_formats);
+        s->sound_format = (enum sound_format)word_among(str_of(o->sound_format), sound_formats);
 }
 
 // output: the file that the command writes besides standard output; NULL: none.
@@ -8589,16 +8591,27 @@ static bool decode_lines(const struct session *s, const struct input *in, struct
     bool ok = true;
     if (in->source == FROM_FILE) ok = read_all(in->value, &b, e);
     else buffer_add(&b, in->value, strlen(in->value));
+    if (b.n && b.p[b.n - 1] == '\n') b.n--;
     buffer_add(&b, "\n", 2);
     for (char *line = b.p, *end; ok && (end = strchr(line, '\n')); line = end + 1) {
         struct ids ids = {0};
-        if (line != b.p && line == b.p + b.n - 2) break;  // behind the last line's end
         *end = 0;
         ok = parse_ids(line, s->tokenizer.n_tokens, &ids, e);
         if (ok) print_decoded(&s->tokenizer, &ids);
         free(ids.p);
     }
     free(b.p);
+    return ok;
+}
+
+// A line of ids for a text.
+static bool encode_text(const struct session *s, const struct input *in, struct error *e) {
+    struct ids ids = {0};
+    struct clip_scale scale;  // of a clip, which is no text
+    const bool ok = read_input(s, in, false, &ids, &scale, e);
+    for (size_t t = 0; ok && t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
+    if (ok) putchar('\n');
+    free(ids.p);
     return ok;
 }
 
@@ -8620,12 +8633,7 @@ static int command_tokenize(const struct options *o) {
     s.model.c.n_vocab = s.tokenizer.n_tokens;
     s.tokenizer.keep_case = o->case_sensitive;
     for (int i = 0; i < o->n_inputs; i++) {
-        struct ids ids = {0};
-        const struct input *in = &o->inputs[i];
-        if (!(o->decode ? decode_lines(&s, in, &e) : read_input(&s, in, false, &ids, NULL, &e))) die("%s", e.text);
-        for (size_t t = 0; t < ids.n; t++) printf("%s%" PRId32, t ? " " : "", ids.p[t]);
-        if (!o->decode) putchar('\n');
-        free(ids.p);
+        if (!(o->decode ? decode_lines : encode_text)(&s, &o->inputs[i], &e)) die("%s", e.text);
         check_stdout();
     }
     close_session(&s);
@@ -8986,7 +8994,7 @@ static void print_json_row(const struct field *f, int n) {
     struct buffer b = {0};
     for (int i = 0; i < n; i++) {
         buffer_printf(&b, "%s\"%s\": ", i ? ", " : "{", f[i].name);
-        if (f[i].is_text) add_json_string(&b, (struct str){f[i].value, strlen(f[i].value)});
+        if (f[i].is_text) add_json_string(&b, str_of(f[i].value));
         else buffer_printf(&b, "%s", f[i].value);
     }
     fwrite(b.p, 1, b.n, stdout);
@@ -9351,7 +9359,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
     case TEXT: *(const char **)field = value; break;
     case SEED:
-        if (!parse_u64((struct str){value, strlen(value)}, &o->settings.sampling.seed))
+        if (!parse_u64(str_of(value), &o->settings.sampling.seed))
             usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
         o->seed_given = true;
         break;
@@ -9359,7 +9367,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case STOP_TEXT:
         if (!*value) usage_error("--stop: the text is empty");
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
-        o->settings.stops[o->settings.n_stops++] = (struct str){value, strlen(value)};
+        o->settings.stops[o->settings.n_stops++] = str_of(value);
         break;
     case OPERATION:
         if (strcmp(value, "scan") != 0) usage_error("--op %s: expected scan", value);
@@ -9465,7 +9473,7 @@ static void check_options(struct options *o) {
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
     if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
     if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
-    if (o->sound_format && word_among((struct str){o->sound_format, strlen(o->sound_format)}, sound_formats) < 0)
+    if (o->sound_format && word_among(str_of(o->sound_format), sound_formats) < 0)
         usage_error("--sound-format %s: expected wav, mulaw or raw", o->sound_format);
     if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0)
         usage_error("--output and --save-state name the same file");

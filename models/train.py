@@ -1653,7 +1653,7 @@ def lengths(text):
     return values
 
 
-def two(text):
+def poolings(text):
     """The two poolings of a U-Net."""
     values = lengths(text)
     if len(values) != 2:
@@ -1708,7 +1708,7 @@ def main():
     audio.add_argument("--length", type=int, default=8192, help="samples a row")
     audio.add_argument("--d-model", type=int, default=64, help="of the outermost stages")
     audio.add_argument("--n-blocks", type=int, default=3, help="a stage")
-    audio.add_argument("--pool", type=two, default="4,4", metavar="P,P", help="the outermost first")
+    audio.add_argument("--pool", type=poolings, default="4,4", metavar="P,P", help="the outermost first")
     audio.add_argument("--stages", type=stages, default="s4.complex,s4.complex,s6.complex,s4.complex,s4.complex", metavar="S,...",
                        help="s4 or s6 and real or complex for each stage, in order of flow; or one for all")
     audio.add_argument("--d-state", type=int, default=16)

@@ -544,9 +544,20 @@ def test_sandbox_needs_no_file_that_was_not_named(mamba, tmp_path):
 
 
 def test_sandbox_without_landlock(tmp_path):
-    """An old kernel: syscall() says so."""
-    (tmp_path / "old.c").write_text("#include <errno.h>\nlong syscall(long n, ...) { (void)n; errno = ENOSYS; return -1; }\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
+    """An old kernel: syscall() says so of Landlock's numbers, and only of those (an OpenMP runtime calls it, too)."""
+    (tmp_path / "old.c").write_text("""
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <errno.h>
+        long syscall(long n, long a, long b, long c, long d, long e, long f)
+        {
+            if (n == 444) {  // landlock_create_ruleset, which old headers do not name
+                errno = ENOSYS;
+                return -1;
+            }
+            return ((long (*)(long, long, long, long, long, long, long))dlsym(RTLD_NEXT, "syscall"))(n, a, b, c, d, e, f);
+        }""")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c", "-ldl"], check=True)
     done = subprocess.run([PROGRAM, "score", TALES, "-p", "x", "--sandbox"], capture_output=True, env={**os.environ, "LD_PRELOAD": f"{tmp_path}/old.so"})
     if b"runtime does not come first" in done.stderr:
         pytest.skip("a sanitized build refuses LD_PRELOAD")

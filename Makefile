@@ -29,13 +29,13 @@ all: mamba
 mamba: mamba.c Makefile
 	$(CC) $(CFLAGS) $(FLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
 
-# Code for every architecture from Turing to Blackwell (8.9 runs that of 8.6, 10.3 that of 10.0), and the last one's PTX for what
-# comes later. cudart is linked statically: the program starts where there is no driver. ARCHS="90" builds for one alone, faster.
+# Code for every architecture from Turing to Blackwell that nvcc knows (8.9 runs that of 8.6, 10.3 that of 10.0), and PTX, from which
+# the driver makes it for what else there is. cudart is linked statically: the program starts where there is no driver. ARCHS="90"
+# builds for one alone, faster.
 NVCC ?= nvcc
-ARCHS ?= 75 80 86 90 100 120
+ARCHS ?= $(filter 75 80 86 90 100 120,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 NVCC_FLAGS = -std=c++17 -O3 -fmad=false -t 2 -Xcompiler "-Wall,-ffp-contract=off$(OPENMP:%=,%)" \
-	$(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
-	-gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+	$(foreach a,$(ARCHS),-gencode 'arch=compute_$(a),code=[sm_$(a),compute_$(a)]')
 
 cuda: mamba.c mamba_cuda.cu Makefile
 	@command -v $(NVCC) >/dev/null || { echo "make cuda needs nvcc, of CUDA 12 or later: install NVIDIA's CUDA toolkit" \

@@ -469,7 +469,8 @@ __attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b
 }
 
 // An output file appears under its name only when it is whole: it is written beside its destination, synced and renamed.
-// A symbolic link is followed. A pipe or device (/dev/stdout, a FIFO) is written directly.
+// A symbolic link is followed, and the rights of a file that is replaced stay. A pipe or device (/dev/stdout, a FIFO) is written
+// directly.
 struct outfile {
     FILE *f;
     const char *path;          // the caller's
@@ -512,10 +513,12 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
         o->path = "standard output";
         return true;
     }
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode)) {
+    const bool exists = stat(path, &st) == 0;
+    if (exists && !S_ISREG(st.st_mode)) {
         o->f = fopen(path, "wb");
         return o->f ? true : fail(e, "%s: %s", path, strerror(errno));
     }
+    if (!exists && lstat(path, &st) == 0) return fail(e, "%s: a link to nothing", path);
     o->target = realpath(path, NULL);
     if (!o->target) o->target = copy_text(str_of(path));  // there is nothing yet
     size_t n = strlen(o->target);
@@ -527,7 +530,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
     int fd = mkstemp(o->temporary);
     mode_t mask = umask(0);
     umask(mask);
-    if (fd < 0 || fchmod(fd, 0666 & ~mask) != 0 || !(o->f = fdopen(fd, "wb"))) {
+    if (fd < 0 || fchmod(fd, exists ? st.st_mode & 0777 : 0666 & ~mask) != 0 || !(o->f = fdopen(fd, "wb"))) {
         set_error(e, "%s: cannot be written: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
         else o->temporary[0] = 0;
@@ -2950,19 +2953,21 @@ LANE int32_t sum_16(const int8_t *q) {
 #endif
 }
 
-// q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the scale NaN or infinite, so that
-// it reaches the logits, where it is reported.
+// q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the first scale NaN, so that it reaches the
+// logits, where it is reported.
 static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum) {
-    vf zero = v_set(0.0f), limit = v_set(127.0f), minus_limit = v_set(-127.0f);
+    const vf zero = v_set(0.0f);
+    vf poison = zero;
     for (int b = 0; b < n / 32; b++) {
-        vf lo = v_load(x + 32 * b), hi = v_load(x + 32 * b + 16);
-        vf abs_max = v_max(v_max(lo, v_sub(zero, lo)), v_max(hi, v_sub(zero, hi)));
-        float max = v_max_lane(abs_max), poison = v_sum(v_mul(v_add(lo, hi), zero));
-        vf inverse = v_set(max > 1e-30f && max < 1e30f ? 127.0f / max : 0.0f);
-        v_store_i8(q + 32 * b, v_min(v_max(v_mul(lo, inverse), minus_limit), limit));
-        v_store_i8(q + 32 * b + 16, v_min(v_max(v_mul(hi, inverse), minus_limit), limit));
-        scale[b] = max / 127.0f + poison;
+        const vf lo = v_load(x + 32 * b), hi = v_load(x + 32 * b + 16);
+        const float max = v_max_lane(v_max(v_max(lo, hi), v_sub(zero, v_min(lo, hi))));
+        const vf inverse = v_set(max > 1e-30f ? 127.0f / max : 0.0f);
+        v_store_i8(q + 32 * b, v_mul(lo, inverse));
+        v_store_i8(q + 32 * b + 16, v_mul(hi, inverse));
+        scale[b] = max / 127.0f;
+        poison = v_fma(v_add(lo, hi), zero, poison);
     }
+    scale[0] += v_sum(poison);
     for (int g = 0; g < n / 16; g++) sum[g] = sum_16(q + 16 * g);
 }
 
@@ -5020,10 +5025,12 @@ static void encode_plain(struct encoder *e, const char *s, size_t n) {
 
 // Special tokens are cut out of the raw text; other added tokens, such as runs of spaces, out of the normalised text.
 static void encode_normalized(struct encoder *e, const char *s, size_t n) {
-    size_t out_n;
-    char *normal = e->t->nfc ? nfc(s, n, &out_n) : NULL;
-    encode_around(e, TOKEN_USER_DEFINED, normal ? normal : s, normal ? out_n : n, encode_plain);
-    free(normal);
+    struct buffer normal = {0};
+    if (e->t->nucleotides) normalize_nucleotides(e->t, s, n, &normal);
+    else if (e->t->nfc) normal.p = nfc(s, n, &normal.n);
+    if (normal.p || e->t->nucleotides) s = normal.p, n = normal.n;
+    encode_around(e, TOKEN_USER_DEFINED, s, n, encode_plain);
+    free(normal.p);
 }
 
 // What is not UTF-8 becomes U+FFFD, as it would on its way into any Unicode string; a character vocabulary keeps bytes.
@@ -5041,9 +5048,8 @@ static void repair_utf8(const char *s, size_t n, struct buffer *out) {
 static void tokenize(const struct tokenizer *t, const char *s, size_t n, bool parse_special, struct ids *out) {
     struct encoder e = {.t = t, .out = out};
     struct buffer repaired = {0};
-    if (t->nucleotides) normalize_nucleotides(t, s, n, &repaired);
-    else if (!t->characters) repair_utf8(s, n, &repaired);
-    if (t->nucleotides || !t->characters) {
+    if (!t->characters) {
+        repair_utf8(s, n, &repaired);
         s = repaired.p;
         n = repaired.n;
     }
@@ -6489,7 +6495,10 @@ static bool read_piece(const struct session *s, struct text_file *t, struct ids 
         if (more) cut = last_cut(&s->tokenizer, t->b.p, n_before, t->b.n);
     }
     bool ok = !ferror(t->f) || fail(e, "%s: %s", t->path, strerror(errno));
-    if (!more && t->chomps && t->b.n && t->b.p[t->b.n - 1] == '\n') t->b.n--;
+    if (!more && t->chomps && t->b.n && t->b.p[t->b.n - 1] == '\n') {
+        t->b.n--;
+        if (t->b.n && t->b.p[t->b.n - 1] == '\r') t->b.n--;
+    }
     ok = ok && read_text(s, (struct str){t->b.p, more ? cut : t->b.n}, t->continues, out, e);
     t->continues = true;
     if (cut) memmove(t->b.p, t->b.p + cut, t->b.n -= cut);
@@ -6557,7 +6566,7 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
         if (end || (l->ended && n)) {
             *line = (struct str){from, end ? (size_t)(end - from) : n};
             l->start += line->n + (end != NULL);
-            l->n_lines++;
+            if (!l->n_lines++ && str_begins(*line, "\xef\xbb\xbf")) line->p += 3, line->n -= 3;  // a byte-order mark
             bool too_long = l->skipping || line->n > MAX_LINE;
             l->skipping = false;
             return too_long ? LINE_TOO_LONG : LINE;
@@ -6694,6 +6703,7 @@ static const struct request_field {
     {"top_p", R_NUMBER, FIELD(sampling.top_p), 0, 1},
     {"min_p", R_NUMBER, FIELD(sampling.min_p), 0, 1},
     {"repeat_penalty", R_NUMBER, FIELD(sampling.repeat_penalty), 0.01, 100},
+    {"repeat_last_n", R_INTEGER, FIELD(sampling.repeat_last_n), 0, RECENT_MAX},
     {"seed", R_SEED, FIELD(sampling.seed), 0, 0},
     {"stop", R_STOP, 0, 0, 0},
     {"echo", R_BOOL, FIELD(echo), 0, 0},
@@ -6721,8 +6731,8 @@ static bool request_number(struct request_parse *q, const struct request_field *
     *v = strtod(text, NULL);
     bool whole = f->kind == R_NUMBER || *v == floor(*v);
     if (digits.n >= sizeof text || !(*v >= f->min && *v <= f->max) || !whole) {
-        set_error(q->j.error, "%s %s: expected %s from %g to %g", f->name, text, f->kind == R_NUMBER ? "a number" : "an integer",
-                  f->min, f->max);
+        set_error(q->j.error, "%s %s: expected %s from %.10g to %.10g", f->name, text,
+                  f->kind == R_NUMBER ? "a number" : "an integer", f->min, f->max);
         *v = f->min;
     }
     return true;
@@ -7114,7 +7124,7 @@ static void add_npy_header(struct buffer *b, int64_t rows, int64_t cols) {
     buffer_printf(b, "%-117s\n", text);
 }
 
-// A token's bytes in a column of a table.
+// A token's bytes, or a file's name, in a column of a table.
 static void add_escaped(struct buffer *b, struct str s) {
     for (size_t i = 0, len; i < s.n; i += len) {
         uint32_t cp;
@@ -7142,8 +7152,11 @@ static void write_sound(struct engine *en, struct request *r, bool all) {
     r->body.n = 0;
 }
 
+// generate: whether a request's letters become a record.
+static bool writes_fasta(const struct options *o) { return o->fasta_out || (o->command == GENERATE && o->fasta); }
+
 // A token on its way out: as text, as a sample, as an id, or kept for the answer. Beside ids, text is made where stop texts are to
-// be found in it.
+// be found in it, or a state keeps its end.
 static void generate_write(struct engine *en, struct request *r, struct emitter *text, int32_t token) {
     const struct session *s = en->s;
     const bool ids = s->o->print_ids, known = s->has_tokenizer && token < s->tokenizer.n_tokens;
@@ -7156,12 +7169,11 @@ static void generate_write(struct engine *en, struct request *r, struct emitter 
     }
     if (ids && s->o->jsonl) ids_add(&r->generated, token);
     else if (ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
-    if ((!ids || text->n_stops) && !control) emit(text, token_text(s, token));
+    struct str shown = token_text(s, token);
+    if (writes_fasta(s->o) && shown.n != 1) shown = str_of("N");  // no letter
+    if ((!ids || text->n_stops || s->o->save_state) && !control) emit(text, shown);
     if (ids) r->body.n = 0;
 }
-
-// generate: whether a request's letters become a record.
-static bool writes_fasta(const struct options *o) { return o->fasta_out || (o->command == GENERATE && o->fasta); }
 
 static bool generate_begin(struct engine *en, struct request *r) {
     const struct session *s = en->s;
@@ -7188,14 +7200,18 @@ static bool generate_begin(struct engine *en, struct request *r) {
         add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate,
                        r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
     }
+    // A character that the state's run left incomplete goes on in what is drawn now, unless the prompt comes between.
+    const struct str begun = {r->resume->bytes, (size_t)r->resume->n_bytes};
+    const bool has_prompt = r->streams || r->tokens.n > r->n_carried;
     r->text = (struct emitter){.to = to, .stops = r->settings.stops, .n_stops = r->settings.n_stops};
+    if (!has_prompt) buffer_add(&r->text.held, begun.p, begun.n);
     if (r->settings.echo) {
         struct emitter echo = {.to = to};  // stop texts do not apply to the prompt
+        if (has_prompt) buffer_add(&echo.held, begun.p, begun.n);
         for (size_t i = r->n_carried; i < r->tokens.n; i++) generate_write(en, r, &echo, r->tokens.p[i]);
         if (echo.held.n) emit_bytes(&echo, echo.held.n);
         free(echo.held.p);
     }
-    buffer_add(&r->text.held, r->resume->bytes, (size_t)r->resume->n_bytes);
     return true;
 }
 
@@ -7412,7 +7428,8 @@ static bool request_begin(struct engine *en, struct request *r) {
         return fail(&r->error, "--pool none writes the rows of one record, and %s is another", r->id);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
     if (command == EMBED || command == CLASSIFY) {
-        if (!n_own) return fail(&r->error, "%s is empty: nothing stands for it", r->id);
+        if (!n_own && r->record) return fail(&r->error, "%s: record %s is empty: nothing stands for it", en->fasta.path, r->id);
+        if (!n_own) return fail(&r->error, "text %s is empty: nothing stands for it", r->id);
         r->sum = xcalloc(d, sizeof *r->sum);
         r->pooled = xcalloc(d, sizeof *r->pooled);
     }
@@ -7564,8 +7581,9 @@ static struct request *next_input_request(struct engine *en) {
     struct buffer id = {0};
     const enum source source = together ? FROM_TEXT : o->inputs[en->next_input].source;
     bool named = (source == FROM_FILE || source == FROM_WAV) && strcmp(o->inputs[en->next_input].value, "-") != 0;
-    if (named) buffer_printf(&id, "%s", o->inputs[en->next_input].value);
+    if (named) add_escaped(&id, str_of(o->inputs[en->next_input].value));
     else buffer_printf(&id, "%d", en->next_input + 1);
+    buffer_add(&id, "", 1);
     r->id = id.p;
     const bool whole = r->settings.echo || o->logits || (o->command == EMBED && strcmp(o->pool, "none") == 0);
     do read_more_input(en, r);
@@ -7746,6 +7764,7 @@ static struct request *next_variant_request(struct engine *en) {
     struct str line;
     struct error e = {""};
     const enum line kind = next_genome_line(en, is_blank, &line, &e);
+    if (kind == NO_MORE_LINES && !en->vcf_declared) die("%s: no line #CHROM; expected a VCF", en->lines.path);
     if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
     if (kind == LINE_TOO_LONG) return line_error(en, e.text);
     struct request *r = request_new(en->s, NULL);
@@ -7863,7 +7882,7 @@ static int engine_batch(struct engine *en) {
             bool draws = en->s->o->command == GENERATE && r->settings.n_predict != 0;
             if ((n_left > 0) != prompts || (!n_left && !draws)) continue;
             int now = n_left == 0 ? 1 : n_left < (size_t)left ? (int)n_left : left;
-            draws &= (size_t)now >= n_left && !r->streams;
+            draws &= (size_t)now >= n_left && !r->streams && !r->error.text[0];
             const int32_t *tokens = n_left ? r->tokens.p + (r->n_fed - r->n_dropped) : r->resume->pending;
             en->segments[n] = (struct segment){r->seq, tokens, now, draws && !(r->all_rows && n_left)};
             en->batch[n++] = r;
@@ -8149,6 +8168,9 @@ static void open_tokenizer(struct session *s) {
     if (s->has_tokenizer && s->tokenizer.n_tokens > s->model.c.n_vocab)
         die("%s: a vocabulary of %" PRId32 " tokens; expected at most %d, the rows of the embedding", path,
             s->tokenizer.n_tokens, s->model.c.n_vocab);
+    if (s->o->tokenizer && s->model.c.n_vocab - s->tokenizer.n_tokens >= 1024 && !s->o->quiet)  // more than what pads a vocabulary
+        fprintf(stderr, "mamba: --tokenizer %s: %" PRId32 " tokens for %d rows of the embedding: is it this model's?\n", path,
+                s->tokenizer.n_tokens, s->model.c.n_vocab);
 }
 
 // Tokens that must never be drawn: rows that pad the vocabulary, unused and unknown tokens, with --ignore-eos the end of text,
@@ -8275,6 +8297,7 @@ static void fill_defaults(struct session *s) {
         const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
         o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)lrint(n);
     }
+    if (audio && o->tokenizer) die("--tokenizer does not apply to an audio model");
     if (audio && o->input_implied) o->inputs[0].source = FROM_WAV;
     if (audio && o->layer >= 0) die("--layer does not apply to an audio model: its layers have different rates");
     if (!audio || o->command != GENERATE || o->print_ids) return;
@@ -8320,6 +8343,12 @@ static void close_session(struct session *s) {
 
 // ---- Running requests ----
 
+// A wait that a signal ended is no error.
+static _Noreturn void die_reading(const struct error *e) {
+    stop_if_interrupted();
+    die("%s", e->text);
+}
+
 // What every request continues: a saved state, then the prefix. The last token is left to be fed by each of them, so that
 // they know what the model expects next.
 static void read_base(struct session *s, struct context *ctx) {
@@ -8334,18 +8363,19 @@ static void read_base(struct session *s, struct context *ctx) {
     r->scale = FULL_SCALE;
     if (o->load_state) {
         sequence_fetch(base, &s->model.c);
-        if (!state_load(o->load_state, &s->model, base, r, &e)) die("%s", e.text);
+        if (!state_load(o->load_state, &s->model, base, r, &e)) die_reading(&e);
         sequence_return(base);
     }
     for (int i = 0; i < r->n_pending; i++) ids_add(&tokens, r->pending[i]);
     const bool continues = o->load_state != NULL, is_file = o->prefix && access(o->prefix, F_OK) == 0;
     const struct str text = {o->prefix, o->prefix ? strlen(o->prefix) : 0};
-    if (is_file && !text_open(&file, o->prefix, continues, false, &e)) die("%s", e.text);
+    if (is_file && !text_open(&file, o->prefix, continues, false, &e)) die_reading(&e);
     bool more = o->prefix != NULL;
     while (more && !interrupted) {
         const size_t n_before = tokens.n;
-        if (!(file.f ? read_piece(s, &file, &tokens, &e) : read_text(s, text, continues, &tokens, &e))) die("%s", e.text);
+        if (!(file.f ? read_piece(s, &file, &tokens, &e) : read_text(s, text, continues, &tokens, &e))) die_reading(&e);
         for (size_t i = n_before; i < tokens.n; i++) remember(r, tokens.p[i]);
+        if (tokens.n > n_before) r->n_bytes = 0;
         more = file.f != NULL;
         if (!tokens.n) continue;
         feed(ctx, base, tokens.p, tokens.n - 1, &progress);
@@ -8438,9 +8468,10 @@ static int close_engine(struct engine *en) {
     const struct options *o = en->s->o;
     double seconds = now_seconds() - en->progress.start;
     if (o->jsonl && (!o->quiet || en->n_failed))
-        fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed; prompts %" PRId64 " tokens, generated %" PRId64
-                "; %.1f requests/s, %.1f tokens/s\n", interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, en->n_fed,
-                en->n_sampled, (double)en->n_requests / seconds, (double)(en->n_fed + en->n_sampled) / seconds);
+        fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed, %.1f requests/s; prompts %" PRId64
+                " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s\n",
+                interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, (double)en->n_requests / seconds, en->n_fed,
+                (double)en->n_fed / seconds, en->n_sampled, (double)en->n_sampled / seconds);
     say_long(en, true);
     int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
     base_free(en->s->base);  // its state may be on the engine's device
@@ -8471,7 +8502,7 @@ static void finish_sound(const struct session *s, int64_t n) {
     if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
     const int64_t bytes = s->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
     if (header.n && fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) &&
-        st.st_size == (int64_t)header.n + bytes && fseeko(f, 0, SEEK_SET) == 0) {
+        st.st_size == (int64_t)header.n + bytes && !(fcntl(fileno(f), F_GETFL) & O_APPEND) && fseeko(f, 0, SEEK_SET) == 0) {
         fwrite(header.p, 1, header.n, f);
         fseeko(f, 0, SEEK_END);
     }
@@ -8495,7 +8526,8 @@ static void say_generated(const struct engine *en) {
         fprintf(stderr,
                 "mamba: prompt %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s; seed %" PRIu64
                 "\n",
-                en->n_fed, (double)en->n_fed / en->prompt_seconds, en->n_sampled, speed, o->settings.sampling.seed);
+                en->n_fed, en->n_fed ? (double)en->n_fed / en->prompt_seconds : 0.0, en->n_sampled, speed,
+                o->settings.sampling.seed);
 }
 
 static int command_generate(const struct options *o) {
@@ -8563,6 +8595,7 @@ static int command_requests(const struct options *o) {
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && o->fasta && o->command == EMBED) write_array(en);
     if (whole && !o->jsonl && !en->has_header) fputs(table_header(o), stdout);  // of a table without rows
+    if (!en->reader_gone) check_stdout();
     if (s.out.f != stdout && whole && !outfile_commit(&s.out, &e)) die("%s", e.text);
     const bool cut_off = en->reader_gone && s.out.f != stdout && s.out.f != output;  // by the reader of something else
     if (s.out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
@@ -8591,6 +8624,7 @@ static bool decode_lines(const struct session *s, const struct input *in, struct
     bool ok = true;
     if (in->source == FROM_FILE) ok = read_all(in->value, &b, e);
     else buffer_add(&b, in->value, strlen(in->value));
+    if (ok && b.n && memchr(b.p, 0, b.n)) ok = fail(e, "%s: holds a byte 0; expected ids", input_name(in->value));
     if (b.n && b.p[b.n - 1] == '\n') b.n--;
     buffer_add(&b, "\n", 2);
     for (char *line = b.p, *end; ok && (end = strchr(line, '\n')); line = end + 1) {
@@ -8618,6 +8652,7 @@ static bool encode_text(const struct session *s, const struct input *in, struct 
 static int command_tokenize(const struct options *o) {
     struct error e = {""};
     struct session s = {.o = o, .has_tokenizer = true};
+    int status = 0;
     if (o->sandbox) sandbox_enter(o, &s.out, &s.state);
     if (!gguf_open(&s.model.file, o->tokenizer ? o->tokenizer : o->model, &e)) die("%s", e.text);
     const struct gguf *g = &s.model.file;
@@ -8633,11 +8668,15 @@ static int command_tokenize(const struct options *o) {
     s.model.c.n_vocab = s.tokenizer.n_tokens;
     s.tokenizer.keep_case = o->case_sensitive;
     for (int i = 0; i < o->n_inputs; i++) {
-        if (!(o->decode ? decode_lines : encode_text)(&s, &o->inputs[i], &e)) die("%s", e.text);
+        e.text[0] = 0;
+        if (!(o->decode ? decode_lines : encode_text)(&s, &o->inputs[i], &e)) {
+            print_line(stderr, e.text);
+            status = 1;
+        }
         check_stdout();
     }
     close_session(&s);
-    return 0;
+    return status;
 }
 
 // ---- inspect ----
@@ -8838,6 +8877,7 @@ static void bench_run(struct context *ctx, struct sequence **seqs, const struct 
             now = min_int(ctx->max_tokens, t->n_prompt - at);
             for (int i = 0; i < now; i++) tokens[i] = random_token(m, s, at + i);
             forward(ctx, &(struct segment){seqs[s], tokens, now, at + now == t->n_prompt}, 1, m->c.n_layer);
+            stop_if_interrupted();
         }
     *prompt_seconds = now_seconds() - start;
     for (int i = 0; i < n_gen; i++) {
@@ -8915,6 +8955,7 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
                 .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = ld,
                 .ld_bc = 2 * SCAN_STATE});
         }
+        stop_if_interrupted();
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;
     }
     r->logits_hash = hash_bytes(1, dt_y + n - (size_t)ld, SCAN_CHANNELS * sizeof *dt_y);
@@ -9199,7 +9240,7 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, SEED, INPUT, STOP_TEXT, OPERATION };
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, READS, WRITES, SEED, INPUT, STOP_TEXT, OPERATION };  // READS, WRITES: a file
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
@@ -9209,7 +9250,7 @@ static const struct option {
     double min, max;
 } option_table[] = {
 #define FIELD(name) offsetof(struct options, name)
-    {"-m", "--model", "FILE", "model file (or the first argument)", TEXT, ~0u, FIELD(model), 0, 0},
+    {"-m", "--model", "FILE", "model file (or the first argument)", READS, ~0u, FIELD(model), 0, 0},
     {"-p", "--prompt", "TEXT", "the text; may be repeated (generate puts them together)", INPUT, ON_INPUT, FROM_TEXT, 0, 0},
     {"-f", "--file", "FILE", "the text is in FILE; - is standard input; may be repeated", INPUT, ON_INPUT, FROM_FILE, 0, 0},
     {NULL, "--wav", "FILE", "a clip of sound, for an audio model; - is standard input", INPUT,
@@ -9218,11 +9259,11 @@ static const struct option {
     {"-n", "--n-predict", "N", "tokens (128) or samples (5 s) to generate; -1: to the end of the text", INTEGER,
      ON(GENERATE), FIELD(settings.n_predict), -1, 1e9},
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
-    {"-o", "--output", "FILE", "write here, not to standard output; sound needs it (- is standard output)", TEXT, ON(GENERATE),
+    {"-o", "--output", "FILE", "write here, not to standard output; sound needs it (- is standard output)", WRITES, ON(GENERATE),
      FIELD(output), 0, 0},
     {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
      ON(GENERATE), FIELD(sound_format), 0, 0},
-    {"-s", "--seed", "N", "seed of the random numbers (one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
+    {"-s", "--seed", "N", "seed of the random numbers (-1: one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
     {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE),
@@ -9233,29 +9274,29 @@ static const struct option {
      FIELD(settings.sampling.min_p), 0, 1},
     {NULL, "--repeat-penalty", "X", "make tokens that came lately less likely (1.0: off)", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.repeat_penalty), 0.01, 100},
-    {NULL, "--repeat-last-n", "N", "how far back the penalty looks (64)", INTEGER, ON(GENERATE),
+    {NULL, "--repeat-last-n", "N", "how far back the penalty looks (64; 4096 at most)", INTEGER, ON(GENERATE),
      FIELD(settings.sampling.repeat_last_n), 0, RECENT_MAX},
     {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(settings.sampling.greedy), 0, 0},
     {NULL, "--stop", "TEXT", "end before this text; may be repeated", STOP_TEXT, ON(GENERATE), 0, 0, 0},
     {NULL, "--ignore-eos", NULL, "never end by the end-of-text token", FLAG, ON(GENERATE), FIELD(ignore_eos), 0, 0},
     {NULL, "--echo", NULL, "print the prompt too", FLAG, ON(GENERATE), FIELD(settings.echo), 0, 0},
     {NULL, "--print-ids", NULL, "print token ids instead of text", FLAG, ON(GENERATE), FIELD(print_ids), 0, 0},
-    {NULL, "--save-state", "FILE", "write the state at the end", TEXT, ON(GENERATE), FIELD(save_state), 0, 0},
-    {NULL, "--load-state", "FILE", "continue from a saved state", TEXT, ON_MODEL, FIELD(load_state), 0, 0},
-    {NULL, "--prefix", "FILE|TEXT", "what comes before every text, read once: a file of this name, else the text", TEXT, ON_MODEL,
+    {NULL, "--save-state", "FILE", "write the state at the end", WRITES, ON(GENERATE), FIELD(save_state), 0, 0},
+    {NULL, "--load-state", "FILE", "continue from a saved state", READS, ON_MODEL, FIELD(load_state), 0, 0},
+    {NULL, "--prefix", "FILE|TEXT", "what comes before every text, read once: a file of this name, else the text", READS, ON_MODEL,
      FIELD(prefix), 0, 0},
     {NULL, "--jsonl", NULL, "requests come as JSON, one a line, and so do the answers", FLAG, ON_MODEL, FIELD(jsonl), 0, 0},
     {NULL, "--unordered", NULL, "--jsonl: each answer as soon as it is there, not in the order of the requests", FLAG, ON_MODEL,
      FIELD(unordered), 0, 0},
     {NULL, "--logprobs", "K", "--jsonl: log-probabilities of the tokens, and of the K likeliest beside each", INTEGER,
      ON(GENERATE) | ON(SCORE), FIELD(settings.logprobs), 0, MAX_TOP},
-    {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", TEXT, ON_RECORDS | ON(GENERATE),
+    {NULL, "--fasta", "FILE", "the records of a FASTA file, each as a text; - is standard input", READS, ON_RECORDS | ON(GENERATE),
      FIELD(fasta), 0, 0},
-    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", TEXT, ON_RECORDS | ON(GENERATE),
+    {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", READS, ON_RECORDS | ON(GENERATE),
      FIELD(bed), 0, 0},
-    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA (standard output, as letters)", TEXT, ON(GENERATE),
-     FIELD(fasta_out), 0, 0},
-    {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF, written with their ratios (INFO/MAMBA_LLR)", TEXT, ON(SCORE),
+    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA; with --fasta standard output has that, too", WRITES,
+     ON(GENERATE), FIELD(fasta_out), 0, 0},
+    {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF, written with their ratios (INFO/MAMBA_LLR)", READS, ON(SCORE),
      FIELD(vcf), 0, 0},
     {NULL, "--tsv", NULL, "--vcf: write a table, a row an allele", FLAG, ON(SCORE), FIELD(tsv), 0, 0},
     {NULL, "--window", "W", "--fasta: windows of W bases, not whole records; --vcf: around a variant (1024)", INTEGER, ON(SCORE),
@@ -9264,23 +9305,23 @@ static const struct option {
      FIELD(window), 1, 1 << 30},
     {NULL, "--stride", "S", "--window: a window begins every S bases (W)", INTEGER, ON_RECORDS, FIELD(stride), 1, 1 << 30},
     {NULL, "--rc-average", NULL, "--fasta: the mean over both strands", FLAG, ON_RECORDS, FIELD(rc_average), 0, 0},
-    {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", TEXT, ON(SCORE), FIELD(track), 0, 0},
+    {NULL, "--track", "FILE", "--fasta: write each base's log-probability as bedGraph", WRITES, ON(SCORE), FIELD(track), 0, 0},
     {NULL, "--case-sensitive", NULL, "nucleotides: lower case is not read as upper case", FLAG, ON_INPUT,
      FIELD(case_sensitive), 0, 0},
     {"-np", "--parallel", "N", "sequences at once (16); results do not depend on it", INTEGER, ON_MODEL,
      FIELD(n_parallel), 1, MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
-    {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", TEXT, ON(SCORE), FIELD(logits), 0, 0},
+    {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", WRITES, ON(SCORE), FIELD(logits), 0, 0},
     {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
     {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", TEXT, ON(CLASSIFY),
      FIELD(pool), 0, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
-    {"-o", "--output", "FILE", "write here, not to standard output", TEXT, ON(EMBED), FIELD(output), 0, 0},
+    {"-o", "--output", "FILE", "write here, not to standard output", WRITES, ON(EMBED), FIELD(output), 0, 0},
     {NULL, "--decode", NULL, "turn ids into text", FLAG, ON(TOKENIZE), FIELD(decode), 0, 0},
     {NULL, "--parse-special", NULL, "names of special tokens in the text mean those tokens", FLAG, ON_INPUT,
      FIELD(parse_special), 0, 0},
-    {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", TEXT, ON_INPUT, FIELD(tokenizer), 0, 0},
+    {NULL, "--tokenizer", "FILE", "take the vocabulary from this file", READS, ON_INPUT, FIELD(tokenizer), 0, 0},
     {"-t", "--threads", "N", "threads (the physical cores this process may use)", INTEGER, ON_MODEL, FIELD(n_threads), 1, 4096},
     {"-p", "--n-prompt", "N,...", "lengths of prompts to read (512); 0: none", TEXT, ON(BENCH), FIELD(bench_prompts), 0, 0},
     {"-n", "--n-gen", "N,...", "numbers of tokens to generate (128); 0: none", TEXT, ON(BENCH), FIELD(bench_gens), 0, 0},
@@ -9357,11 +9398,11 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case FLAG: *(bool *)field = true; break;
     case INTEGER: *(int *)field = (int)parse_number(opt, value); break;
     case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
-    case TEXT: *(const char **)field = value; break;
+    case TEXT: case READS: case WRITES: *(const char **)field = value; break;
     case SEED:
-        if (!parse_u64(str_of(value), &o->settings.sampling.seed))
+        o->seed_given = strcmp(value, "-1") != 0;  // llama.cpp's word for a new one
+        if (o->seed_given && !parse_u64(str_of(value), &o->settings.sampling.seed))
             usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
-        o->seed_given = true;
         break;
     case INPUT: add_input(o, (enum source)opt->field, value); break;
     case STOP_TEXT:
@@ -9430,6 +9471,39 @@ static void default_input(struct options *o) {
         usage_error("%s: no input; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
+// What a path names in its folder, and the folder.
+static const char *name_in_folder(const char *path, struct stat *folder) {
+    const char *slash = strrchr(path, '/');
+    char *name = copy_text((struct str){slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1});
+    if (stat(name, folder) != 0) *folder = (struct stat){0};
+    free(name);
+    return slash ? slash + 1 : path;
+}
+
+// Whether two paths lead to one file, or would: not to a pipe or device, which may well be read and written.
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    const bool exist = stat(a, &x) == 0 && stat(b, &y) == 0;
+    const bool same_name = exist || strcmp(name_in_folder(a, &x), name_in_folder(b, &y)) == 0;
+    return same_name && (!exist || S_ISREG(x.st_mode)) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+// An output may not replace what is read, or another output. A state may: the run goes on from it.
+static void check_written(const struct options *o, const struct option *written) {
+    const char *path = *(const char *const *)((const char *)o + written->field);
+    if (written->kind != WRITES || !(written->on & ON(o->command)) || !path || strcmp(path, "-") == 0) return;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *other = &option_table[i];
+        if ((other->kind != READS && other->kind != WRITES) || !(other->on & ON(o->command)) || other == written) continue;
+        const char *named = *(const char *const *)((const char *)o + other->field);
+        const bool goes_on = path == o->save_state && named == o->load_state;
+        if (named && !goes_on && same_file(path, named)) usage_error("%s and %s name the same file", written->name, other->name);
+    }
+    for (int i = 0; i < o->n_inputs; i++)
+        if ((o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) && same_file(path, o->inputs[i].value))
+            usage_error("%s names an input: %s", written->name, path);
+}
+
 static void check_options(struct options *o) {
     if (!o->model && !o->bench_scan) usage_error("no model file; the first argument names it");
     if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
@@ -9437,7 +9511,9 @@ static void check_options(struct options *o) {
     const bool cuda = wants_cuda(o);
     if (o->device && !cuda && strcmp(o->device, "cpu") != 0) usage_error("--device %s: expected cpu or cuda", o->device);
     if (cuda && o->sandbox) usage_error("--sandbox does not apply with --device cuda: its driver opens other files");
-    if (o->bench_scan && (cuda || o->paper)) usage_error("--op scan does not apply with %s", cuda ? "--device cuda" : "--paper");
+    const char *not_scan = cuda ? "--device cuda" : o->paper ? "--paper" : o->model ? "a model" : o->bench_gens ? "-n"
+                         : o->bench_parallels ? "-np" : NULL;
+    if (o->bench_scan && not_scan) usage_error("--op scan does not apply with %s", not_scan);
     int from_stdin = 0, clips = 0;
     for (int i = 0; i < o->n_inputs; i++) {
         const enum source source = o->inputs[i].source;
@@ -9471,12 +9547,11 @@ static void check_options(struct options *o) {
     if (o->track && (o->window || o->logits)) usage_error("--track does not apply with %s", o->window ? "--window" : "--logits");
     if (o->save_state && (o->fasta || o->fasta_out)) usage_error("--save-state does not apply with --fasta and --fasta-out");
     if (o->print_ids && (o->fasta || o->fasta_out)) usage_error("--print-ids does not apply with --fasta and --fasta-out");
+    if (o->print_ids && o->sound_format) usage_error("--sound-format does not apply with --print-ids");
     if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
     if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
     if (o->sound_format && word_among(str_of(o->sound_format), sound_formats) < 0)
         usage_error("--sound-format %s: expected wav, mulaw or raw", o->sound_format);
-    if (o->output && o->save_state && strcmp(o->output, o->save_state) == 0)
-        usage_error("--output and --save-state name the same file");
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     if (o->logits && o->fasta) usage_error("--logits does not apply with --fasta");
     const bool no_pool = strcmp(o->pool, "none") == 0, each_token = o->per_token || o->logits || no_pool;
@@ -9486,12 +9561,14 @@ static void check_options(struct options *o) {
     if (!o->jsonl && o->unordered) usage_error("--unordered needs --jsonl");
     if (!o->jsonl && o->settings.logprobs >= 0) usage_error("--logprobs needs --jsonl");
     if (o->jsonl && o->per_token && o->settings.logprobs < 0) o->settings.logprobs = 0;
+    for (int i = 0; i < N_OPTIONS; i++) check_written(o, &option_table[i]);
 }
 
 // Fills o from the arguments. Returns false when help or the version was asked for and printed.
 static bool parse_arguments(struct options *o, int argc, char **argv) {
     const char *positional[3];
     const struct option *given[N_OPTIONS];
+    const char *typed[N_OPTIONS];
     int n_positional = 0, n_given = 0;
     o->help = argc > 1 && strcmp(argv[1], "help") == 0;
     int command = argc > 1 + o->help ? find_command(argv[1 + o->help]) : -1;  // options follow it, and depend on it
@@ -9499,6 +9576,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     if (command >= 0) snprintf(usage_hint, sizeof usage_hint, "mamba help %s", command_names[command]);
     for (int i = 1 + o->help; i < argc; i++) {
         const char *value;
+        const int arg = i;
         if (argv[i][0] != '-' || !argv[i][1]) {
             if (n_positional == 3) usage_error("%s: one argument too many", argv[i]);
             positional[n_positional++] = argv[i];
@@ -9513,7 +9591,9 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         }
         bool repeated = false;
         for (int g = 0; g < n_given; g++) repeated |= given[g] == opt;
-        if (!repeated) given[n_given++] = opt;
+        if (repeated && (opt->kind == READS || opt->kind == WRITES))
+            usage_error("%s takes one file, and is given twice", opt->name);
+        if (!repeated) typed[n_given] = argv[arg], given[n_given++] = opt;
         apply_option(o, opt, value ? value : "");
     }
     int next = command >= 0;  // the first positional argument that is not the command
@@ -9525,7 +9605,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         return false;
     }
     for (int g = 0; g < n_given; g++)
-        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", given[g]->name, command_names[o->command]);
+        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", typed[g], command_names[o->command]);
     if (next < n_positional && !o->model) o->model = positional[next++];
     if (next < n_positional) surplus_argument(o->model, positional[next]);
     default_input(o);
@@ -9541,9 +9621,18 @@ static struct options default_options(void) {
                                   .repeat_last_n = 64}}};
 }
 
+// A standard stream that was closed (2>&-) is not to become the next file that is opened, which would get what is said there. What
+// is written to such an output is lost with an error.
+static void open_standard_streams(void) {
+    const char *const paths[] = {"/dev/null", "/dev/full", "/dev/null"};
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open(paths[fd], fd ? O_WRONLY : O_RDONLY) < 0) break;  // the lowest one that is free
+}
+
 #ifndef MAMBA_NO_MAIN
 int main(int argc, char **argv) {
     struct options o = default_options();
+    open_standard_streams();
     if (argc < 2) {
         print_general_help(stderr);
         return 2;

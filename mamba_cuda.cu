@@ -1253,10 +1253,11 @@ DEVICE float4 fma4(float4 a, float4 b, float4 c) {
 // u = silu(convolution of x), a thread for four channels of a token; what pads the channels is zero and stays so. x [tokens][ld], the
 // products of in_proj. Does not move the state, which the first tokens of every span read: scan_tokens does.
 __global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
-    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
+    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y;
     next_may_start();
     inputs_ready();
     if (channel >= c.n) return;
+    const int position = positions[token];
     const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
     float4 sum = load4(c.b + channel);
 #pragma unroll 4
@@ -1344,12 +1345,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_tokens(const scan s, con
     constexpr int STATES = PER_LANE * SCAN_LANES, TOKENS = scan_tile<STATES>::TOKENS;
     DYNAMIC_SHARED(scan_tile<STATES>, tiles);  // [2]
     const int j = (int)threadIdx.x % SCAN_LANES, local = (int)threadIdx.x / SCAN_LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
-    const span sp = spans[blockIdx.y];
     const size_t at = (size_t)blockIdx.x * s.d_state * 16 + local;
-    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
     const float d = s.d[channel];
     next_may_start();
     inputs_ready();
+    const span sp = spans[blockIdx.y];
+    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
     copy_scan_tile<STATES>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -1758,18 +1759,27 @@ static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers
     if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
-// A decoding step is one graph, made when a batch of its size first comes.
-static bool run_graph(struct device *d, int n_tokens, int n_rows, struct error *e) {
+// The graph of a decoding step, made when a batch of its size first comes; NULL where the driver cannot make it.
+static cudaGraphExec_t step_graph(struct device *d, int n_tokens, int n_rows) {
     for (const auto &g : d->graphs)
-        if (g.n_tokens == n_tokens && g.n_rows == n_rows) return ok(cudaGraphLaunch(g.exec, d->stream), "launching a graph", e);
+        if (g.n_tokens == n_tokens && g.n_rows == n_rows) return g.exec;
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
-    if (!ok(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "making a graph", e)) return false;
+    if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return NULL;
     run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
-    bool made = ok(cudaStreamEndCapture(d->stream, &graph), "making a graph", e) && ok(cudaGraphInstantiate(&exec, graph, 0), "making a graph", e);
+    if (cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess)
+        d->graphs.push_back({n_tokens, n_rows, exec});
     if (graph) cudaGraphDestroy(graph);
-    if (exec) d->graphs.push_back({n_tokens, n_rows, exec});
-    return made && ok(cudaGraphLaunch(exec, d->stream), "launching a graph", e);
+    return exec;
+}
+
+// A decoding step. A graph takes memory of the driver's own: where there is none left, this and later steps start kernel by kernel.
+static void run_step(struct device *d, int n_tokens, int n_rows) {
+    const cudaGraphExec_t exec = d->use_graphs ? step_graph(d, n_tokens, n_rows) : NULL;
+    if (exec && cudaGraphLaunch(exec, d->stream) == cudaSuccess) return;
+    if (d->use_graphs) cudaGetLastError();  // forgotten; what is wrong with the GPU itself is said again by the next call
+    d->use_graphs = false;
+    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
 }
 
 static bool fetch_logits(struct device *d, int n_rows, float *logits, int ld_logits, struct error *e) {
@@ -1795,6 +1805,7 @@ extern "C" {
 
 bool device_usable(struct error *e) {
     int n = 0, driver = 0, runtime = 0, major = 0, minor = 0;
+    cudaFuncAttributes kernels;
     const cudaError_t r = cudaGetDeviceCount(&n);
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
@@ -1806,7 +1817,13 @@ bool device_usable(struct error *e) {
     if (!ok(r, "being looked for", e) || !ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e) ||
         !ok(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "being asked for its version", e))
         return false;
-    return 10 * major + minor >= 75 || set_error(e, "the GPU has compute capability %d.%d; 7.5 (Turing) or later is needed", major, minor);
+    if (10 * major + minor < 75)
+        return set_error(e, "the GPU has compute capability %d.%d; 7.5 (Turing) or later is needed", major, minor);
+    const cudaError_t has_code = cudaFuncGetAttributes(&kernels, norm_tokens);
+    if (has_code == cudaErrorNoKernelImageForDevice)
+        return set_error(e, "this program has no code for a GPU of compute capability %d.%d: build it with make cuda ARCHS=%d%d", major, minor,
+                         major, minor);
+    return ok(has_code, "being asked for its kernels", e);
 }
 
 bool device_runs(const struct model *m, struct error *e) {
@@ -1814,7 +1831,8 @@ bool device_runs(const struct model *m, struct error *e) {
     for (int i = 0; i < m->c.n_layer; i++) plain &= !m->layers[i].s4 && !m->layers[i].is_complex;
     if (!plain) return set_error(e, "audio U-Nets run on the CPU alone");
     if (m->c.d_state > 256) return set_error(e, "d_state is %d; the GPU takes up to 256", m->c.d_state);
-    if (m->c.n_vocab > 1000000 || m->c.d_inner > 500000) return set_error(e, "a matrix has more than a million rows, too many for the GPU");
+    if (m->c.n_vocab > 1000000 || m->c.d_inner > 500000 || m->c.dt_rank > 500000 || m->c.d_model > 250000)
+        return set_error(e, "a matrix is too large for the GPU: more than a million rows, or 250000 columns of the residual stream");
     return true;
 }
 
@@ -1834,9 +1852,9 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     const struct config *c = &m->c;
     const auto whole_chunks = [](int n) { return ceil_div(n, CHUNK) * CHUNK; };
     const char *graphs = getenv("MAMBA_CUDA_GRAPHS");  // 0: none, to look for errors
-    int driver = 0, major = 0, clock = 0, width = 0;
+    int driver = 0, clock = 0, width = 0;
     cudaDeviceProp properties;
-    cudaFuncAttributes kernels;  // of what they were compiled for: only code for Hopper and later waits in inputs_ready()
+    cudaFuncAttributes kernels;  // what they were compiled for, which may be older than the GPU
     if (shape.max_tokens > 65535) {  // the y of a grid
         set_error(e, "the GPU takes up to 65535 tokens a pass; use a smaller -ub or -np");
         return NULL;
@@ -1857,11 +1875,10 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
         ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
         ok(cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "being asked for its size", e) &&
-        ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e) &&
-        ok(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "being asked for its version", e)) {
-        d->no_bf16 = major < 8;
+        ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e)) {
+        d->no_bf16 = kernels.ptxVersion < 80;
         cudaDriverGetVersion(&driver);
-        d->early_start = kernels.ptxVersion >= 90 && driver >= 12030;  // graphs of older drivers do not know it
+        d->early_start = kernels.ptxVersion >= 90 && driver >= 12030;  // inputs_ready() waits; graphs of older drivers do not know it
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);
@@ -1902,11 +1919,8 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
         !ok(cudaMemcpyAsync(d->x, d->host_rows, (size_t)n_tokens * d->ld_model * sizeof(float), cudaMemcpyHostToDevice, d->stream),
             "copying a batch", e))
         return false;
-    if (n_tokens == n_segments && d->use_graphs && n_layers == d->m->c.n_layer) {
-        if (!run_graph(d, n_tokens, n_rows, e)) return false;
-    } else {
-        run_layers(d, n_tokens, n_segments, n_layers, n_rows);
-    }
+    if (n_tokens == n_segments && n_layers == d->m->c.n_layer) run_step(d, n_tokens, n_rows);
+    else run_layers(d, n_tokens, n_segments, n_layers, n_rows);
     return fetch_logits(d, logits ? n_rows : 0, logits, ld_logits, e);
 }
 
@@ -1930,6 +1944,7 @@ bool device_ban(struct device *d, const int32_t *tokens, size_t n, struct error 
 
 bool device_logits(struct device *d, const int *tokens, int n, float *logits, int ld_logits, struct error *e) {
     const size_t at = 5 * (size_t)d->shape.max_tokens;
+    if (!ok(cudaStreamSynchronize(d->stream), "running the model", e)) return false;  // as in device_forward
     memcpy(d->host_batch + at, tokens, (size_t)n * sizeof(int));
     if (!ok(cudaMemcpyAsync(d->batch + at, d->host_batch + at, (size_t)n * sizeof(int), cudaMemcpyHostToDevice, d->stream), "copying a batch", e))
         return false;

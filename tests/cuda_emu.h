@@ -16,7 +16,8 @@
 // whatever the schedule; -fsanitize=address knows the fibers' stacks.
 //
 // CUDA_EMU_FAULT=NAME[:N] lets the Nth call of a runtime function fail (kernel: the Nth launch), CUDA_EMU_MEMORY limits
-// the bytes of the device, CUDA_EMU_ARCH is its compute capability (80).
+// the bytes of the device, CUDA_EMU_ARCH is its compute capability (80), for which CUDA_EMU_NO_CODE
+// says that the program has no kernels.
 //
 // It cannot show: speed, fences and weak memory between blocks, bank conflicts, how the GPU rounds exp2 and rsqrt.
 #pragma once
@@ -490,7 +491,7 @@ EMU_UNSEEN inline void emu_mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b
 
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
-    cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
+    cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
@@ -581,8 +582,9 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
 }
 template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {
-    a->ptxVersion = 80;
-    return emu::call("cudaFuncGetAttributes", cudaErrorUnknown);
+    const char *arch = getenv("CUDA_EMU_ARCH");
+    a->ptxVersion = arch ? atoi(arch) : 80;
+    return getenv("CUDA_EMU_NO_CODE") ? cudaErrorNoKernelImageForDevice : emu::call("cudaFuncGetAttributes", cudaErrorUnknown);
 }
 inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = emu::memory_limit();
@@ -638,27 +640,34 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
 }
 inline cudaError_t cudaGetLastError() { return emu::lost; }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-    emu::captured = new std::vector<std::function<void()>>;
-    return emu::call("cudaStreamBeginCapture", cudaErrorUnknown);
-}
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
-    *g = emu::captured;
-    emu::captured = nullptr;
-    return emu::call("cudaStreamEndCapture", cudaErrorUnknown);
-}
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) {
-    *e = new std::vector<std::function<void()>>(*g);
-    return emu::call("cudaGraphInstantiate", cudaErrorMemoryAllocation);
+    cudaError_t e = emu::call("cudaStreamBeginCapture", cudaErrorUnknown);
+    if (e == cudaSuccess) emu::captured = new std::vector<std::function<void()>>;
+    return e;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {
     delete g;
     return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {  // ends it in any case
+    cudaError_t e = emu::call("cudaStreamEndCapture", cudaErrorUnknown);
+    *g = emu::captured;
+    emu::captured = nullptr;
+    if (e == cudaSuccess) return e;
+    cudaGraphDestroy(*g);
+    *g = nullptr;
+    return e;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *to, cudaGraph_t g, unsigned long long) {
+    cudaError_t e = emu::call("cudaGraphInstantiate", cudaErrorMemoryAllocation);
+    if (e == cudaSuccess) *to = new std::vector<std::function<void()>>(*g);
+    return e;
 }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) {
     delete e;
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
-    for (auto &launch : *e) launch();
-    return emu::call("cudaGraphLaunch", cudaErrorUnknown);
+    cudaError_t failed = emu::call("cudaGraphLaunch", cudaErrorMemoryAllocation);
+    if (failed == cudaSuccess) for (auto &launch : *e) launch();
+    return failed;
 }

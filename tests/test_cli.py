@@ -63,12 +63,19 @@ def test_general_help(mamba):
     ([MODEL, "-n", "1.5"], ["--n-predict 1.5", "integer"]),
     ([MODEL, "--top-p", "2"], ["--top-p 2", "0 to 1"]),
     ([MODEL, "--temp", "nan"], ["--temp nan"]),
-    ([MODEL, "-s", "-1"], ["--seed -1"]),
+    ([MODEL, "-s", "-2"], ["--seed -2"]),
     ([MODEL, "-t", "0"], ["--threads 0"]),
     ([MODEL, "--stop", ""], ["--stop"]),
     ([MODEL, "--greedy=yes"], ["--greedy takes no value"]),
     ([MODEL, "--per-token"], ["--per-token does not apply to generate"]),
     (["score", MODEL, "--greedy"], ["--greedy does not apply to score"]),
+    (["score", MODEL, "-n", "5"], ["-n does not apply to score"]),
+    (["inspect", MODEL, "-p", "x"], ["-p does not apply to inspect"]),
+    (["score", MODEL, "--load-state", "a", "--load-state", "b"], ["--load-state takes one file"]),
+    ([MODEL, *IDS, "-o", MODEL], ["--output and --model name the same file"]),
+    ([MODEL, "-f", ROOT / "README.md", "--save-state", FIXTURES / "../../README.md"], ["--save-state names an input"]),
+    ([MODEL, *IDS, "-o", "no-such-file", "--save-state", "./no-such-file"], ["--output and --save-state name the same file"]),
+    ([MODEL, *IDS, "--print-ids", "--sound-format", "raw"], ["--sound-format does not apply with --print-ids"]),
     (["embed", MODEL, "--pool", "max"], ["--pool max", "last, mean or none"]),
     (["--per-tokens"], ["unknown option --per-tokens"]),
     (["score", MODEL, "--per-tokens"], ["unknown option --per-tokens; is it --per-token?"]),
@@ -81,6 +88,8 @@ def test_general_help(mamba):
     (["score", MODEL, "--fasta", "x.fa", "--logits", "x.npy"], ["--logits does not apply with --fasta"]),
     (["bench", MODEL, "-p", "0", "-n", "0"], ["nothing to measure"]),
     (["bench", "--op", "scan", "--paper"], ["--op scan does not apply with --paper"]),
+    (["bench", "--op", "scan", "-n", "7"], ["--op scan does not apply with -n"]),
+    (["bench", "--op", "scan", "x.bin"], ["--op scan does not apply with a model"]),
     (["score"], ["no model file"]),
     (["help", "dance"], ["dance", "no such command"]),
     (["score", MODEL, "-f", "-", "-f", "-"], ["standard input"]),
@@ -383,3 +392,138 @@ def test_the_demo_writes_what_readme_shows(mamba):
     assert len(shown) > 50
     arguments = [ROOT / word if word.startswith("models/") else word for word in shlex.split(command)]
     assert mamba(*arguments, "-q").stdout.decode().split()[:len(shown)] == shown
+
+
+TALES = ROOT / "models" / "tales.bin"
+
+
+def test_an_output_is_no_input(mamba, tmp_path):
+    """Nothing that is read is written over, by whatever name; a state may be continued in its own file, and devices are no files."""
+    text, genome = tmp_path / "t.txt", tmp_path / "g.fa"
+    text.write_text("Once upon")
+    genome.write_text(">a\nACGT\n")
+    (tmp_path / "link").symlink_to(text)
+    dna = ROOT / "models" / "dna.bin"
+    for arguments in (["generate", TALES, "-f", text, "-o", tmp_path / "link"], ["score", dna, "--fasta", genome, "--track", genome],
+                      ["generate", dna, "--fasta", genome, "--fasta-out", tmp_path / "." / "g.fa"]):
+        done = mamba(*arguments, check=False)
+        assert done.returncode == 2 and (b"same file" in done.stderr or b"names an input" in done.stderr)
+    assert text.read_text() == "Once upon" and genome.read_text() == ">a\nACGT\n"
+    state = tmp_path / "s.state"
+    mamba(TALES, "-f", text, "-n", 2, "--save-state", state)
+    mamba(TALES, "--load-state", state, "-n", 2, "--save-state", state)
+    mamba(TALES, "-f", "/dev/null", "-n", 2, "-o", "/dev/null", "--save-state", "/dev/null")
+
+
+def test_rights_of_a_replaced_file_stay(mamba, tmp_path):
+    out = tmp_path / "private"
+    out.write_text("")
+    out.chmod(0o600)
+    mamba(TALES, "-p", "Once", "-n", 2, "-o", out)
+    assert out.stat().st_mode & 0o777 == 0o600 and out.stat().st_size
+    (tmp_path / "dangling").symlink_to("nothing")
+    done = mamba(TALES, "-p", "Once", "-n", 2, "-o", tmp_path / "dangling", check=False)
+    assert done.returncode == 1 and b"a link to nothing" in done.stderr and (tmp_path / "dangling").is_symlink()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(tmp_path, closed):
+    """A stream that was closed does not become an output file's descriptor."""
+    program, state, out = shlex.quote(str(PROGRAM)), tmp_path / "s.state", tmp_path / "out.txt"
+    run = lambda options, closed: subprocess.run(f"{program} {TALES} -p Once -n 5 --greedy {options} {closed}", shell=True).returncode
+    assert run(f"-o {out}", "") == 0
+    expected = out.read_bytes()
+    assert run(f"-o {out}", closed) == 0 and out.read_bytes() == expected
+    status = run(f"--save-state {state}", closed)
+    assert status == (1 if closed.startswith(">") else 0)
+    assert not state.exists() if status else state.read_bytes().startswith(b"MAMBAST")
+
+
+def test_a_prompt_that_cannot_be_read(mamba, tmp_path):
+    """Nothing is drawn after the part that could be read."""
+    for options in ([], ["--print-ids"]):
+        done = mamba(TALES, "-p", "Once upon a time", "-f", tmp_path / "missing", "-n", 5, *options, check=False)
+        one_line(done, 1, "missing")
+
+
+def test_line_ends_of_a_prompt(mamba):
+    """One line end is none of it, be it of Windows."""
+    answers = {mamba(TALES, "-n", 5, "--greedy", input=b"Once upon a time" + end).stdout for end in (b"", b"\n", b"\r\n")}
+    assert len(answers) == 1
+
+
+def test_names_in_tables(mamba, tmp_path):
+    path = tmp_path / "a\tb\nc.txt"
+    path.write_text("Once upon a time")
+    table = mamba("score", TALES, "-f", path).stdout.decode().splitlines()
+    assert len(table) == 2 and table[1].split("\t")[0] == str(tmp_path) + "/a\\tb\\nc.txt" and table[1].count("\t") == 4
+
+
+def test_a_character_that_a_state_left_incomplete(mamba, tmp_path):
+    """Its first byte waits for the second; a prompt that comes between ends the wait, as text or as ids."""
+    waits = tmp_path / "waits.state"
+    for seed in range(400):  # until a draw ends in an incomplete character
+        how = ["-p", "Once", "-n", 1, "-s", seed, "--temp", 1000, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--save-state", waits]
+        if not mamba(TALES, *how).stdout:
+            break
+    else:
+        pytest.fail("no draw ended inside a character")
+    continued = mamba(TALES, "--load-state", waits, "-p", " upon a time", "--greedy", "-n", 4).stdout.decode()
+    assert "\ufffd" not in continued
+    echoed = mamba(TALES, "--load-state", waits, "-p", " upon a time", "--greedy", "-n", 4, "--echo").stdout.decode()
+    assert echoed == "\ufffd upon a time" + continued
+    request = b'{"prompt": " upon a time", "temperature": 0, "max_tokens": 4}\n'
+    assert json.loads(mamba(TALES, "--load-state", waits, "--jsonl", input=request).stdout)["text"] == continued
+    as_ids = tmp_path / "ids.state"
+    how[-1] = as_ids
+    mamba(TALES, *how, "--print-ids")
+    assert as_ids.read_bytes() == waits.read_bytes()
+
+
+def test_decode_of_a_byte_0(mamba):
+    done = mamba("tokenize", TALES, "--decode", input=b"7 8\n9\0\n10\n", check=False)
+    one_line(done, 1, "byte 0")
+
+
+def test_tokenize_goes_on_behind_a_missing_file(mamba, tmp_path):
+    done = mamba("tokenize", TALES, "-p", "Once", "-f", tmp_path / "missing", "-p", "Once", check=False)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 2 and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[TALES, "-p", "2048", "-n", "0", "-r", "50"], ["--op", "scan", "-p", "20000", "-r", "50"]])
+def test_bench_ends_with_a_signal(arguments):
+    bench = subprocess.Popen([PROGRAM, "bench", *arguments, "-t", "1", "-q"], stdout=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        bench.wait(timeout=2)
+    bench.terminate()
+    assert bench.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("option", ["--prefix", "--load-state"])
+def test_a_signal_while_a_pipe_is_waited_for(tmp_path, option):
+    os.mkfifo(tmp_path / "pipe")
+    run = subprocess.Popen([PROGRAM, TALES, option, tmp_path / "pipe", "-p", "x", "-n", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with open(tmp_path / "pipe", "wb"):
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(timeout=1)
+        run.terminate()
+        out, said = run.communicate(timeout=20)
+    assert run.returncode == 128 + signal.SIGTERM and out == b"" and said == b""
+
+
+def test_a_full_disk_under_an_empty_table():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([PROGRAM, "score", ROOT / "models/dna.bin", "--fasta", "/dev/null"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+
+
+def test_a_state_that_generates_nothing_has_no_speed(mamba, tmp_path):
+    state = tmp_path / "s.state"
+    mamba(TALES, "-p", "Once", "-n", 0, "--save-state", state)
+    assert b"nan" not in mamba(TALES, "--load-state", state, "-n", 0).stderr
+
+
+def test_a_vocabulary_of_another_model(mamba, tmp_path):
+    """Far fewer tokens than the embedding has rows are worth a line."""
+    arguments = ["score", TALES, "-p", "ACGT", "--tokenizer", ROOT / "models/dna.bin"]
+    assert b"is it this model's?" in mamba(*arguments).stderr and mamba(*arguments, "-q").stderr == b""

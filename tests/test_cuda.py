@@ -147,6 +147,7 @@ def emulated_only(cuda):
     ({"CUDA_EMU_NO_DEVICE": "1"}, ["no NVIDIA GPU"]),
     ({"CUDA_EMU_FAULT": "driver"}, ["driver knows CUDA 11.8", "needs 13.0", "update"]),
     ({"CUDA_EMU_ARCH": "61"}, ["compute capability 6.1", "7.5"]),
+    ({"CUDA_EMU_ARCH": "87", "CUDA_EMU_NO_CODE": "1"}, ["no code", "compute capability 8.7", "ARCHS=87"]),
 ])
 def test_no_usable_gpu(cuda, environment, words):
     """By default the CPU runs the model, without a word; --device cuda says why it cannot."""
@@ -178,7 +179,7 @@ def test_a_failing_start(cuda, fault):
     assert done.returncode == 1 and done.stdout == b"" and message.count("\n") == 1 and "the GPU failed while " in message, message
 
 
-@pytest.mark.parametrize("fault", ["kernel:90", "cudaStreamSynchronize:40", "cudaGraphLaunch:3", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+@pytest.mark.parametrize("fault", ["kernel:90", "cudaStreamSynchronize:40"])
 def test_a_lost_gpu(cuda, fault):
     """What came before the fault is kept, and one line says what happened."""
     emulated_only(cuda)
@@ -188,4 +189,12 @@ def test_a_lost_gpu(cuda, fault):
     message = done.stderr.decode()
     assert done.returncode == 1 and message.count("\n") == 1 and "the GPU failed while " in message, message
     assert whole.startswith(done.stdout) and len(done.stdout) < len(whole)
-    assert done.stdout or ":" not in fault
+    assert done.stdout
+
+
+@pytest.mark.parametrize("fault", ["cudaGraphLaunch:3", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_steps_without_a_graph(cuda, fault):
+    """A graph takes memory of the driver's own; where there is none, the steps go on without."""
+    emulated_only(cuda)
+    arguments = ["generate", path_of("mamba_tied.f32"), "--ids", "1 2 3", "-n", "30", "--print-ids", "--greedy", "--ignore-eos", "-q"]
+    assert cuda(*arguments, CUDA_EMU_FAULT=fault).stdout == cuda(*arguments).stdout

@@ -19,6 +19,8 @@ def test_vocabulary(mamba, model):
     assert mamba("tokenize", model, "-p", "ACGTN acgtn\nRYswU").stdout == b"7 8 9 10 11 7 8 9 10 11 11 11 11 11 11\n"
     assert mamba("tokenize", model, "-p", "AcX", "--case-sensitive").stdout == b"7 6 6\n"
     assert mamba("tokenize", model, "--ids", "7 8 9 10 11", "--decode").stdout == b"ACGTN\n"
+    assert mamba("tokenize", model, "-p", "[CLS]a c[SEP]", "--parse-special").stdout == b"0 7 8 1\n"
+    assert mamba("tokenize", model, "-p", "a[SEP]").stdout == b"7 6 11 6 6 6\n"  # S is G or C
 
 
 def test_generate_writes_letters(mamba, model):
@@ -51,6 +53,12 @@ def test_generate_writes_fasta(mamba, model, tmp_path):
     regions = letters(mamba(model, "--fasta", path, "--bed", tmp_path / "r.bed", *options).stdout)
     assert regions == {name: mamba(model, "-p", text, *options).stdout.decode() for name, text in
                        (("long:6-90", texts["long"][5:90]), ("one:1-2", "AC"))}
+
+
+def test_fasta_holds_letters(mamba, model):
+    """What the prompt had besides is N there."""
+    (record,) = letters(mamba(model, "-p", "ACGXT", "--echo", "-n", 4, "--fasta-out", "-").stdout).values()
+    assert record.startswith("ACGNT") and set(record) <= set("ACGTN")
 
 
 def test_a_record_that_cannot_be_continued(mamba, model, tmp_path):

@@ -268,7 +268,8 @@ def test_the_file_stays_as_it_is(mamba, model, tmp_path):
 @pytest.mark.parametrize("text, words, status", [
     (b"chr1\t5\t.\tA\tC\t.\t.\t.\n", "no line #CHROM came before it", 1), (b"#CHROM\nchr1\t5\t.\tA\tC\n", "line 2: 5 columns between tabs", 1),
     (b"#CHROM\nchr1\tx\t.\tA\tC\t.\t.\t.\n", 'line 2: POS "x"', 1), (b"#CHROM\nchr1\t5\t.\tA\t\t.\t.\t.\n", "line 2: column 5 is empty", 1),
-    (b"", "", 0), (b"#CHROM\n\n", "", 0)])
+    (b"", "no line #CHROM; expected a VCF", 1), (b"##fileformat=VCFv4.2\n", "no line #CHROM; expected a VCF", 1), (b"#CHROM\n\n", "", 0),
+    (b"\xef\xbb\xbf#CHROM\n\n", "", 0)])
 def test_bad_lines_of_vcf(mamba, model, tmp_path, text, words, status):
     path = fasta(tmp_path, write(GENOME))
     done = mamba("score", model, "-q", "--fasta", path, "--vcf", "-", input=text, check=False)

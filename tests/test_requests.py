@@ -129,6 +129,12 @@ def test_bad_lines(mamba, line, words):
     assert all(word in got[1]["error"] for word in words), got[1]["error"]
 
 
+def test_how_far_the_penalty_looks(mamba):
+    (line,) = answers(mamba, "generate", TALES, [{"prompt": "The dog", "temperature": 0, "repeat_penalty": 2, "repeat_last_n": 3, "max_tokens": 30}])
+    alone = mamba(TALES, "-p", "The dog", "--greedy", "--repeat-penalty", 2, "--repeat-last-n", 3, "-n", 30).stdout.decode()
+    assert line["text"] == alone
+
+
 def test_a_bad_line_keeps_its_id(mamba):
     (answer,) = answers(mamba, "score", TALES, [{"top_p": 7, "prompt": "x", "id": "me"}], status=1)
     assert answer["id"] == "me" and "top_p" in answer["error"]
@@ -152,6 +158,17 @@ def test_nothing_to_do(mamba):
 
 def test_the_last_line_needs_no_end(mamba):
     assert len(mamba("score", TALES, "--jsonl", input=b'{"prompt": "a b"}').stdout.splitlines()) == 1
+
+
+def test_a_byte_order_mark(mamba):
+    request = b'{"prompt": "Once", "max_tokens": 3, "temperature": 0}\n'
+    assert mamba(TALES, "--jsonl", input=b"\xef\xbb\xbf" + request).stdout == mamba(TALES, "--jsonl", input=request).stdout
+
+
+def test_summary(mamba):
+    """The speeds of reading and of generating are two."""
+    said = mamba(TALES, "--jsonl", input=b'{"prompt": "Once upon a time", "max_tokens": 3}\n' * 4).stderr.decode()
+    assert re.fullmatch(r"mamba: 4 requests, 0 failed, [\d.]+ requests/s; prompts 20 tokens, [\d.]+ tokens/s; generated 12 tokens, [\d.]+ tokens/s\n", said)
 
 
 def test_requests_from_a_file(mamba, tmp_path):

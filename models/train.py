@@ -263,7 +263,11 @@ for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C),
 def read_fasta(path):
     """[(first word of the name or "", ids uint8 [bases])] of a file's records."""
     records = []
-    for part in re.split(rb"(?m)^>", pathlib.Path(path).read_bytes())[1:]:
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        sys.exit(f"train.py: {path}: {error.strerror}")
+    for part in re.split(rb"(?m)^>", content)[1:]:
         name, _, sequence = part.partition(b"\n")
         letters = np.frombuffer(sequence.translate(None, b" \t\r\n"), np.uint8)
         records.append(((name.decode(errors="replace").split() or [""])[0], ID_OF_LETTER[letters]))
@@ -295,7 +299,7 @@ def split_genome(sequences, blocks=100):
 
 
 def read_genome(folder):
-    files = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix in (".fa", ".fasta", ".fna"))
+    files = sorted(path for path in pathlib.Path(folder).glob("*") if path.suffix in (".fa", ".fasta", ".fna"))
     if not files:
         sys.exit(f"train.py: {folder}: no FASTA file, expected *.fa, *.fasta or *.fna")
     return split_genome([ids for path in files for _, ids in read_fasta(path)])

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import time
 
+import gguf
+import numpy as np
 import pytest
 
 from conftest import FIXTURES, PROGRAM, ROOT, run_mamba
@@ -251,3 +253,46 @@ def test_a_cgroup_with_a_quota():
     finally:
         for folder in (outer / "inner", outer):
             folder.rmdir()
+
+
+def test_offsets_behind_2_to_the_31(tmp_path):
+    """An embedding of 2.2e9 elements (Q4_0, nearly all of the file is a hole), which is the head, too: its last rows are found."""
+    rows, width, inner, path = 2100, 1 << 20, 16, tmp_path / "large.bin"
+    writer = gguf.GGUFWriter(path, "mamba")
+    for key, value in (("context_length", 1), ("embedding_length", width), ("block_count", 1), ("ssm.conv_kernel", 4), ("ssm.inner_size", inner),
+                       ("ssm.state_size", 1), ("ssm.time_step_rank", 1)):
+        writer.add_uint32(f"mamba.{key}", value)
+    writer.add_float32("mamba.attention.layer_norm_rms_epsilon", 1e-5)
+    floats = {"output_norm.weight": (width,), "blk.0.attn_norm.weight": (width,), "blk.0.ssm_in.weight": (2 * inner, width),
+              "blk.0.ssm_conv1d.weight": (inner, 4), "blk.0.ssm_conv1d.bias": (inner,), "blk.0.ssm_x.weight": (3, inner),
+              "blk.0.ssm_dt.weight": (inner, 1), "blk.0.ssm_dt.bias": (inner,), "blk.0.ssm_a": (inner, 1), "blk.0.ssm_d": (inner,),
+              "blk.0.ssm_out.weight": (width, inner)}
+    writer.add_tensor_info("token_embd.weight", (rows, width // 32 * 18), np.dtype(np.uint8), rows * width // 32 * 18, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    for name, shape in floats.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + rows * width // 32 * 18 + sum(4 * int(np.prod(shape)) for shape in floats.values()) + 4096)
+    tensors = {t.name: t for t in gguf.GGUFReader(path, "r+").tensors}
+    tensors["output_norm.weight"].data[:] = 1
+    nibbles, signs = np.random.default_rng(0).integers(0, 256, (2, width // 32, 16), np.uint8), {}
+    for row, bits in zip((2049, 2099), nibbles):  # each element is 1 or -1: 9 or 7, less 8
+        block = np.zeros((width // 32, 18), np.uint8)
+        block[:, :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+        block[:, 2:] = 0x77 + (bits & 0x22)
+        tensors["token_embd.weight"].data.reshape(rows, -1)[row] = block.reshape(-1)
+        signs[row] = np.concatenate([(block[:, 2:] & 15).astype(int) - 8, (block[:, 2:] >> 4).astype(int) - 8], axis=1).reshape(-1)
+    for t in tensors.values():
+        t.data.base.flush() if hasattr(t.data.base, "flush") else None
+    del tensors
+    for row in signs:
+        run_mamba("embed", path, "--ids", row, "--layer", 0, "-o", tmp_path / "e.npy")
+        assert np.array_equal(np.load(tmp_path / "e.npy")[0], signs[row])
+    run_mamba("score", path, "--ids", 2099, "--logits", tmp_path / "l.npy")
+    logits = np.load(tmp_path / "l.npy")[0]
+    expected = np.zeros(rows)
+    expected[2049], expected[2099] = signs[2049] @ signs[2099], width
+    assert np.abs(logits - expected).max() < 1e-3 * width and np.abs(expected[2049]) < 1e-2 * width and not logits[:2049].any()

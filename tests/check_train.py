@@ -263,8 +263,9 @@ def test_the_program_agrees_about_nucleotides(train, genomes, tmp_path):
     assert np.abs(found - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("words, expected", [(["dna", "--data", "."], "no FASTA file"), (["baselines", "--data", "."], "no FASTA file")])
+@pytest.mark.parametrize("words, expected", [(["dna", "--data", "."], "no FASTA file"), (["baselines", "--data", "."], "no FASTA file"),
+                                             (["dna", "--data", "missing"], "missing: no FASTA file"), (["species", "--data", "missing", "--from", "x"], "missing: No such file")])
 def test_no_data_is_one_line(tmp_path, words, expected):
-    more = ["--out", str(tmp_path / "r")] if words[0] == "dna" else []
+    more = ["--out", str(tmp_path / "r")] if words[0] != "baselines" else []
     result = subprocess.run([sys.executable, str(TRAIN), *words, *more], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and expected in result.stderr

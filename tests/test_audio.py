@@ -1,6 +1,7 @@
 """Audio models: the U-Net against a second definition of it, clips to codes and back, WAV files from anywhere."""
 import io
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -403,6 +404,14 @@ def test_an_interrupted_redirection_is_whole(unet, tmp_path):
         assert run.wait(60) == 128 + signal.SIGTERM
     data = (tmp_path / "out.wav").read_bytes()
     assert len(samples_of(data)) * 2 + 44 == len(data)
+
+
+@pytest.mark.parametrize("how", ["wav", "mulaw"])
+def test_appended_sound_is_one_file(unet, tmp_path, how):
+    """`-o - >> new.wav`: the header is right from the start, and no second one is appended."""
+    program, options = shlex.quote(str(PROGRAM)), f"-n 999 -s 1 -q --sound-format {how}"
+    subprocess.run(f"{program} {unet[0]} {options} -o new.wav; {program} {unet[0]} {options} -o - >> added.wav", shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "added.wav").read_bytes() == (tmp_path / "new.wav").read_bytes()
 
 
 def test_a_loud_clip_is_saved_and_loaded(mamba, unet, tmp_path):

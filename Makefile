@@ -8,7 +8,7 @@
 # make test-cuda  the GPU backend: emulated, and on a GPU where there is one
 # make fuzz       mutated files and requests in every parser, SECONDS=60 each     (clang with libFuzzer)
 # make bench      tokens per second here and in llama.cpp, side by side; plots in tests/bench/results
-# make install    into PREFIX (/usr/local)
+# make install    into PREFIX (/usr/local); make uninstall takes it out again
 
 PREFIX ?= /usr/local
 CFLAGS ?= -O2 -g
@@ -16,6 +16,9 @@ WARNINGS = -Wall -Wextra
 # No contraction: a fused multiply-add happens where it is written and nowhere else, or instruction sets would disagree.
 FLAGS = -std=gnu11 -ffp-contract=off $(WARNINGS) $(OPENMP)
 LIBS = -lm
+ifeq ($(shell uname), Linux)  # where musl gives a thread as much stack as the program says, else 128 KiB: a matrix product takes 240
+STACK = -Wl,-z,stack-size=1048576
+endif
 PYTHON ?= python3
 VENV ?= $(HOME)/.cache/mamba-tests/venv
 
@@ -27,7 +30,7 @@ OPENMP := $(shell printf '$(HASH)include <omp.h>\nint main(void){return omp_get_
 all: mamba
 
 mamba: mamba.c Makefile
-	$(CC) $(CFLAGS) $(FLAGS) $< -o $@ $(LDFLAGS) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) $< -o $@ $(STACK) $(LDFLAGS) $(LIBS)
 
 # Code for every architecture from Turing to Blackwell that nvcc knows (8.9 runs that of 8.6, 10.3 that of 10.0), and PTX, from which
 # the driver makes it for what else there is. cudart is linked statically: the program starts where there is no driver. ARCHS="90"
@@ -43,7 +46,7 @@ cuda: mamba.c mamba_cuda.cu Makefile
 	@major=$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\).*/\1/p'); [ "$${major:-0}" -ge 12 ] || \
 		{ echo "make cuda needs nvcc 12 or later; $(NVCC) is of CUDA $$major" >&2; exit 1; }
 	$(NVCC) $(NVCC_FLAGS) $(NVCC_EXTRA) -c mamba_cuda.cu -o mamba_cuda.o
-	$(CC) $(CFLAGS) $(FLAGS) -DMAMBA_CUDA -c mamba.c -o mamba_main.o
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -DMAMBA_CUDA -c mamba.c -o mamba_main.o
 	$(NVCC) -cudart static -Xcompiler "-static-libstdc++,-static-libgcc$(OPENMP:%=,%)" mamba_main.o mamba_cuda.o -o mamba $(LIBS)
 	rm -f mamba_main.o mamba_cuda.o
 
@@ -68,7 +71,7 @@ test-cuda: mamba $(VENV)/full
 	$(VENV)/bin/python tests/run.py cuda
 
 tests/unit: tests/unit.c mamba.c Makefile
-	$(CC) $(CFLAGS) $(FLAGS) -Wno-unused-function $< -o $@ $(LDFLAGS) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -Wno-unused-function $< -o $@ $(STACK) $(LDFLAGS) $(LIBS)
 
 # The stamps hold the requirements that were installed; other requirements make another installation.
 $(VENV)/quick: tests/requirements.txt
@@ -89,11 +92,14 @@ bench: mamba $(VENV)/full
 	$(VENV)/bin/python tests/bench/plots.py
 
 install: mamba
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/mamba
-	install -m 755 mamba $(DESTDIR)$(PREFIX)/bin/mamba
-	install -m 644 tokenizer.bin $(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/mamba"
+	install -m 755 mamba "$(DESTDIR)$(PREFIX)/bin/mamba"
+	install -m 644 tokenizer.bin "$(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin"
+
+uninstall:
+	rm -f "$(DESTDIR)$(PREFIX)/bin/mamba" "$(DESTDIR)$(PREFIX)/share/mamba/tokenizer.bin"
 
 clean:
 	rm -f mamba digits.wav digits.png tests/unit mamba_main.o mamba_cuda.o
 
-.PHONY: all cuda demo demo-dna demo-audio test check test-cuda fuzz bench install clean
+.PHONY: all cuda demo demo-dna demo-audio test check test-cuda fuzz bench install uninstall clean

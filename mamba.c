@@ -29,6 +29,12 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // sched_getaffinity
 #endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64  // files over 2 GB on 32-bit machines
+#endif
+#ifndef __GNUC__
+#error "gcc or clang is needed"
+#endif
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -37,6 +43,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
@@ -54,7 +61,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __linux__
+#if defined(__linux__) && __has_include(<linux/seccomp.h>)
+#define MAMBA_SANDBOX
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -88,6 +96,9 @@
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "GGUF files and state files are little-endian, and so must the machine be"
+#endif
+#if !defined(MAMBA_HEADER_ONLY) && ((FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16) || defined(__FAST_MATH__))
+#error "results would differ from those of other machines: no -ffast-math, and for 32-bit x86 -msse2 -mfpmath=sse"
 #endif
 
 // ====================================================================================================================
@@ -6725,12 +6736,12 @@ struct request_parse {
 // A number between min and max. A wrong one is an error of the request, but the line can be read on.
 static bool request_number(struct request_parse *q, const struct request_field *f, double *v) {
     struct str digits = {"", 0};
-    char text[64];
+    char text[72];
     if (!json_number(&q->j, &digits)) return false;
     snprintf(text, sizeof text, "%.*s", str_show(digits), digits.p);
     *v = strtod(text, NULL);
     bool whole = f->kind == R_NUMBER || *v == floor(*v);
-    if (digits.n >= sizeof text || !(*v >= f->min && *v <= f->max) || !whole) {
+    if (digits.n > (size_t)str_show(digits) || !(*v >= f->min && *v <= f->max) || !whole) {
         set_error(q->j.error, "%s %s: expected %s from %.10g to %.10g", f->name, text,
                   f->kind == R_NUMBER ? "a number" : "an integer", f->min, f->max);
         *v = f->min;
@@ -8208,7 +8219,7 @@ static void on_bus_error(int signal, siginfo_t *info, void *context) {
     sigaction(signal, &action, NULL);  // and the instruction fails once more
 }
 
-#ifdef __linux__
+#ifdef MAMBA_SANDBOX
 enum {                      // numbers of the kernel's interface, which are the same on every machine
     LANDLOCK_CREATE_RULESET = 444, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF, IO_URING_SETUP = 425,
     FILES_READ = 1 << 2, FILES_READ_DIR = 1 << 3, FILES_REMOVE = 1 << 5, FILES_MAKE = 1 << 8,
@@ -8233,6 +8244,9 @@ static bool sandbox_sockets(void) {
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 5),
 #endif
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+#ifdef SYS_socketcall        // 32-bit machines have two ways
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_socketcall, 4, 0),
+#endif
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_socket, 3, 0),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, IO_URING_SETUP, 2, 0),
         BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, 1, 0),  // and so have x32's
@@ -8277,7 +8291,7 @@ static void sandbox_enter(const struct options *o, const struct outfile *out, co
 #else
 static void sandbox_enter(const struct options *o, const struct outfile *out, const struct outfile *state) {
     (void)o, (void)out, (void)state;
-    die("--sandbox needs Linux");
+    die("--sandbox needs Linux, and this program was built without its headers");
 }
 #endif
 

@@ -31,7 +31,7 @@ static int counted_posix_memalign(void **p, size_t alignment, size_t n) {
 #define posix_memalign counted_posix_memalign
 #define MAMBA_NO_MAIN
 #include "../mamba.c"
-#ifdef __linux__
+#ifdef MAMBA_SANDBOX
 #include <sys/socket.h>
 #endif
 
@@ -607,7 +607,7 @@ static void test_hostile_header(const char *path) {
 
 // ---- the sandbox ----
 
-#ifdef __linux__
+#ifdef MAMBA_SANDBOX
 // What a process can still do inside: one bit for each thing that should have failed, or succeeded.
 static int sandboxed(const char *model, const char *output) {
     struct options o = {.model = model};
@@ -818,7 +818,7 @@ int main(int argc, char **argv) {
     test_state((struct config){.n_layer = 5, .n_blocks = 1, .n_pools = 2, .pool = {2, 3}, .d_model = 3, .d_inner = 5, .d_state = 2,
                                .d_conv = 3, .dt_rank = 1, .n_vocab = 40, .norm_eps = 1e-5f});
     test_hostile_header(fixture);
-#ifdef __linux__
+#ifdef MAMBA_SANDBOX
     test_sandbox(fixture);
 #endif
     test_sampler();

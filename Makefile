@@ -32,13 +32,14 @@ all: mamba
 mamba: mamba.c Makefile
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) $< -o $@ $(STACK) $(LDFLAGS) $(LIBS)
 
-# Code for every architecture from Turing to Blackwell that nvcc knows (8.9 runs that of 8.6, 10.3 that of 10.0), and PTX, from which
-# the driver makes it for what else there is. cudart is linked statically: the program starts where there is no driver. ARCHS="90"
+# Code for every architecture from Turing to Blackwell that nvcc knows (8.9 runs that of 8.6, 10.3 that of 10.0), and two in PTX, from
+# which the driver makes it for what else there is. cudart is linked statically: the program starts where there is no driver. ARCHS="90"
 # builds for one alone, faster.
 NVCC ?= nvcc
 ARCHS ?= $(filter 75 80 86 90 100 120,$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 NVCC_FLAGS = -std=c++17 -O3 -fmad=false -t 2 -Xcompiler "-Wall,-ffp-contract=off$(OPENMP:%=,%)" \
-	$(foreach a,$(ARCHS),-gencode 'arch=compute_$(a),code=[sm_$(a),compute_$(a)]')
+	$(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	$(foreach a,$(filter 80 $(lastword $(ARCHS)),$(ARCHS)),-gencode arch=compute_$(a),code=compute_$(a))
 
 cuda: mamba.c mamba_cuda.cu Makefile
 	@command -v $(NVCC) >/dev/null || { echo "make cuda needs nvcc, of CUDA 12 or later: install NVIDIA's CUDA toolkit" \

@@ -541,6 +541,7 @@ static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
     int fd = mkstemp(o->temporary);
     mode_t mask = umask(0);
     umask(mask);
+    if (fd >= 0 && exists && fchown(fd, st.st_uid, st.st_gid) != 0) errno = 0;  // only root may
     if (fd < 0 || fchmod(fd, exists ? st.st_mode & 0777 : 0666 & ~mask) != 0 || !(o->f = fdopen(fd, "wb"))) {
         set_error(e, "%s: cannot be written: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
@@ -8609,8 +8610,8 @@ static int command_requests(const struct options *o) {
     bool whole = !en->n_failed && !interrupted && !en->reader_gone;
     if (whole && o->fasta && o->command == EMBED) write_array(en);
     if (whole && !o->jsonl && !en->has_header) fputs(table_header(o), stdout);  // of a table without rows
-    if (!en->reader_gone) check_stdout();
     if (s.out.f != stdout && whole && !outfile_commit(&s.out, &e)) die("%s", e.text);
+    if (whole) check_stdout();
     const bool cut_off = en->reader_gone && s.out.f != stdout && s.out.f != output;  // by the reader of something else
     if (s.out.f != stdout && !whole && (cut_off || !en->reader_gone)) say_unwritten(en);
     int status = close_engine(en);
@@ -9277,7 +9278,7 @@ static const struct option {
      FIELD(output), 0, 0},
     {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
      ON(GENERATE), FIELD(sound_format), 0, 0},
-    {"-s", "--seed", "N", "seed of the random numbers (-1: one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
+    {"-s", "--seed", "N", "seed of the random numbers (-1, the default: one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
     {NULL, "--top-k", "K", "choose among the K likeliest tokens (40; of sound 0); 0: all", INTEGER, ON(GENERATE),
@@ -9308,7 +9309,7 @@ static const struct option {
      FIELD(fasta), 0, 0},
     {NULL, "--bed", "FILE", "--fasta: the regions of a BED file instead of whole records", READS, ON_RECORDS | ON(GENERATE),
      FIELD(bed), 0, 0},
-    {NULL, "--fasta-out", "FILE", "write what is generated as FASTA; with --fasta standard output has that, too", WRITES,
+    {NULL, "--fasta-out", "FILE", "write what is generated here, as FASTA (--fasta alone: to standard output)", WRITES,
      ON(GENERATE), FIELD(fasta_out), 0, 0},
     {NULL, "--vcf", "FILE", "--fasta: the variants of a VCF, written with their ratios (INFO/MAMBA_LLR)", READS, ON(SCORE),
      FIELD(vcf), 0, 0},
@@ -9485,36 +9486,51 @@ static void default_input(struct options *o) {
         usage_error("%s: no input; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
-// What a path names in its folder, and the folder.
+static bool is_same(const struct stat *x, const struct stat *y) { return x->st_dev == y->st_dev && x->st_ino == y->st_ino; }
+
+// Whether an output would replace a file that something else names: not a pipe or device, which may well be both. "-" is read.
+static bool replaces(const char *output, const char *named) {
+    struct stat x, y;
+    const bool is_there = (strcmp(named, "-") == 0 ? fstat(STDIN_FILENO, &y) : stat(named, &y)) == 0;
+    return is_there && stat(output, &x) == 0 && S_ISREG(x.st_mode) && is_same(&x, &y);
+}
+
+// What a path names in its folder, and the folder; NULL when that is not there.
 static const char *name_in_folder(const char *path, struct stat *folder) {
     const char *slash = strrchr(path, '/');
     char *name = copy_text((struct str){slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1});
-    if (stat(name, folder) != 0) *folder = (struct stat){0};
+    const bool is_there = stat(name, folder) == 0;
     free(name);
-    return slash ? slash + 1 : path;
+    return !is_there ? NULL : slash ? slash + 1 : path;
 }
 
-// Whether two paths lead to one file, or would: not to a pipe or device, which may well be read and written.
-static bool same_file(const char *a, const char *b) {
+// Whether two outputs are one file that is not there yet.
+static bool same_new_file(const char *a, const char *b) {
     struct stat x, y;
-    const bool exist = stat(a, &x) == 0 && stat(b, &y) == 0;
-    const bool same_name = exist || strcmp(name_in_folder(a, &x), name_in_folder(b, &y)) == 0;
-    return same_name && (!exist || S_ISREG(x.st_mode)) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    const char *a_name = name_in_folder(a, &x), *b_name = name_in_folder(b, &y);
+    return a_name && b_name && strcmp(a_name, b_name) == 0 && is_same(&x, &y) && access(a, F_OK) != 0;
+}
+
+// The file that an option of the command names; NULL: none, or it is no such option.
+static const char *file_of(const struct options *o, const struct option *option) {
+    const bool is_file = option->kind == READS || option->kind == WRITES;
+    return is_file && (option->on & ON(o->command)) ? *(const char *const *)((const char *)o + option->field) : NULL;
 }
 
 // An output may not replace what is read, or another output. A state may: the run goes on from it.
 static void check_written(const struct options *o, const struct option *written) {
-    const char *path = *(const char *const *)((const char *)o + written->field);
-    if (written->kind != WRITES || !(written->on & ON(o->command)) || !path || strcmp(path, "-") == 0) return;
+    const char *path = file_of(o, written);
+    if (written->kind != WRITES || !path || strcmp(path, "-") == 0) return;
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *other = &option_table[i];
-        if ((other->kind != READS && other->kind != WRITES) || !(other->on & ON(o->command)) || other == written) continue;
-        const char *named = *(const char *const *)((const char *)o + other->field);
-        const bool goes_on = path == o->save_state && named == o->load_state;
-        if (named && !goes_on && same_file(path, named)) usage_error("%s and %s name the same file", written->name, other->name);
+        const char *named = file_of(o, other);
+        const bool writes = other->kind == WRITES, goes_on = path == o->save_state && named == o->load_state;
+        if (!named || other == written || goes_on || (writes && strcmp(named, "-") == 0)) continue;
+        if (replaces(path, named) || (writes && same_new_file(path, named)))
+            usage_error("%s and %s name the same file", written->name, other->name);
     }
     for (int i = 0; i < o->n_inputs; i++)
-        if ((o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) && same_file(path, o->inputs[i].value))
+        if ((o->inputs[i].source == FROM_FILE || o->inputs[i].source == FROM_WAV) && replaces(path, o->inputs[i].value))
             usage_error("%s names an input: %s", written->name, path);
 }
 
@@ -9605,8 +9621,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         }
         bool repeated = false;
         for (int g = 0; g < n_given; g++) repeated |= given[g] == opt;
-        if (repeated && (opt->kind == READS || opt->kind == WRITES))
-            usage_error("%s takes one file, and is given twice", opt->name);
+        if (repeated && (opt->kind == READS || opt->kind == WRITES)) usage_error("%s is given twice", opt->name);
         if (!repeated) typed[n_given] = argv[arg], given[n_given++] = opt;
         apply_option(o, opt, value ? value : "");
     }
@@ -9619,7 +9634,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
         return false;
     }
     for (int g = 0; g < n_given; g++)
-        if (!(given[g]->on & ON(o->command))) usage_error("%s does not apply to %s", typed[g], command_names[o->command]);
+        if (!(given[g]->on & ON(o->command)))
+            usage_error("%.*s does not apply to %s", (int)strcspn(typed[g], "="), typed[g], command_names[o->command]);
     if (next < n_positional && !o->model) o->model = positional[next++];
     if (next < n_positional) surplus_argument(o->model, positional[next]);
     default_input(o);

@@ -430,7 +430,7 @@ template <int N> DEVICE void block_max(const float v[N][8], unsigned max_bits[N]
 // q = round(x / scale), scale = max|x| / 127, as the CPU does it.
 template <enum format F> DEVICE void make_bytes(const float v[8], unsigned max_bits, column_block<F> *c) {
     const float largest = __uint_as_float(max_bits), scale = largest / 127.0f;
-    const float inverse = largest > 1e-30f && largest < 1e30f ? 127.0f / largest : 0.0f;
+    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         c->b[h] = 0;
@@ -1819,11 +1819,11 @@ bool device_usable(struct error *e) {
         return false;
     if (10 * major + minor < 75)
         return set_error(e, "the GPU has compute capability %d.%d; 7.5 (Turing) or later is needed", major, minor);
-    const cudaError_t has_code = cudaFuncGetAttributes(&kernels, norm_tokens);
-    if (has_code == cudaErrorNoKernelImageForDevice)
+    const cudaError_t code = cudaFuncGetAttributes(&kernels, norm_tokens);  // other errors come again in device_open()
+    if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction)
         return set_error(e, "this program has no code for a GPU of compute capability %d.%d: build it with make cuda ARCHS=%d%d", major, minor,
                          major, minor);
-    return ok(has_code, "being asked for its kernels", e);
+    return true;
 }
 
 bool device_runs(const struct model *m, struct error *e) {

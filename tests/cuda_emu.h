@@ -491,7 +491,7 @@ EMU_UNSEEN inline void emu_mma_s8(int d[4], uint32_t a0, uint32_t a1, uint32_t b
 
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
-    cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
+    cudaErrorInvalidDeviceFunction = 98, cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {

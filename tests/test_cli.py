@@ -71,7 +71,8 @@ def test_general_help(mamba):
     (["score", MODEL, "--greedy"], ["--greedy does not apply to score"]),
     (["score", MODEL, "-n", "5"], ["-n does not apply to score"]),
     (["inspect", MODEL, "-p", "x"], ["-p does not apply to inspect"]),
-    (["score", MODEL, "--load-state", "a", "--load-state", "b"], ["--load-state takes one file"]),
+    (["inspect", MODEL, "--prompt=x"], ["--prompt does not apply to inspect"]),
+    (["score", MODEL, "--load-state", "a", "--load-state", "b"], ["--load-state is given twice"]),
     ([MODEL, *IDS, "-o", MODEL], ["--output and --model name the same file"]),
     ([MODEL, "-f", ROOT / "README.md", "--save-state", FIXTURES / "../../README.md"], ["--save-state names an input"]),
     ([MODEL, *IDS, "-o", "no-such-file", "--save-state", "./no-such-file"], ["--output and --save-state name the same file"]),
@@ -413,6 +414,12 @@ def test_an_output_is_no_input(mamba, tmp_path):
     mamba(TALES, "-f", text, "-n", 2, "--save-state", state)
     mamba(TALES, "--load-state", state, "-n", 2, "--save-state", state)
     mamba(TALES, "-f", "/dev/null", "-n", 2, "-o", "/dev/null", "--save-state", "/dev/null")
+    with open(text, "rb") as file:
+        done = subprocess.run([PROGRAM, TALES, "-o", text], stdin=file, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and text.read_text() == "Once upon"
+    mamba(TALES, "--prefix", "Once upon", "-p", " a", "-n", 2, "-o", tmp_path / "Once upon")  # a text that names no file yet
+    mamba(TALES, "-f", "-", "-n", 2, "-o", tmp_path / "new.txt", input=b"x")
+    one_line(mamba(TALES, "-p", "x", "-o", "/no/a/x", "--save-state", "/no/b/x", check=False), 1, "/no/a/x")
 
 
 def test_rights_of_a_replaced_file_stay(mamba, tmp_path):
@@ -527,3 +534,10 @@ def test_a_vocabulary_of_another_model(mamba, tmp_path):
     """Far fewer tokens than the embedding has rows are worth a line."""
     arguments = ["score", TALES, "-p", "ACGT", "--tokenizer", ROOT / "models/dna.bin"]
     assert b"is it this model's?" in mamba(*arguments).stderr and mamba(*arguments, "-q").stderr == b""
+
+
+def test_the_reader_of_a_table_leaves_before_its_header(tmp_path):
+    """What is written besides is whole all the same."""
+    (tmp_path / "none.fa").write_text("")
+    subprocess.run(f"{{ sleep 0.5; {shlex.quote(str(PROGRAM))} score {ROOT}/models/dna.bin --fasta none.fa --track t.bg; }} | true", shell=True, cwd=tmp_path)
+    assert (tmp_path / "t.bg").exists()

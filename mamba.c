@@ -515,11 +515,20 @@ static void discard_unfinished(void) {
     while (unfinished) outfile_discard(unfinished);
 }
 
-// path NULL or "-": standard output.
+static bool is_same(const struct stat *x, const struct stat *y) { return x->st_dev == y->st_dev && x->st_ino == y->st_ino; }
+
+// "-", or the file that standard output goes to, which cannot be replaced meanwhile.
+static bool is_stdout(const char *path) {
+    struct stat x, y;
+    if (strcmp(path, "-") == 0) return true;
+    return stat(path, &x) == 0 && fstat(STDOUT_FILENO, &y) == 0 && S_ISREG(x.st_mode) && is_same(&x, &y);
+}
+
+// path NULL: standard output.
 static bool outfile_open(struct outfile *o, const char *path, struct error *e) {
     struct stat st;
     *o = (struct outfile){.path = path};
-    if (!path || strcmp(path, "-") == 0) {
+    if (!path || is_stdout(path)) {
         o->f = stdout;
         o->path = "standard output";
         return true;
@@ -720,6 +729,13 @@ static uint32_t load_u32(const uint8_t *p) {
     uint32_t v;
     memcpy(&v, p, 4);
     return v;
+}
+
+// The finaliser of SplitMix64: every bit of x counts for every bit of the result.
+static uint64_t mix64(uint64_t x) {
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
 }
 
 // Eight bytes at a time; not for enemies, who can forge it, but for accidents. n may be any number.
@@ -4559,7 +4575,7 @@ struct tokenizer {          // owner of everything but the file it was read from
     char *bytes;            // what token[] points to
     int32_t *by_bytes;      // [n_slots] hash table over the bytes of normal tokens: id, or -1
     uint32_t n_slots;       // a power of two
-    uint64_t hash_seed;     // another one in each process, so that no file can hold tokens that all meet in one slot
+    uint64_t hash_seed;     // another one in each process, so that no file can hold tokens or merges that all meet in one slot
     struct merge *merges;   // [n_merge_slots] hash table over pairs
     uint32_t n_merge_slots;
     int32_t byte_token[256];  // token of each single byte, or -1
@@ -4615,8 +4631,8 @@ static int32_t *token_slot(const struct tokenizer *t, struct str s) {
 }
 
 static struct merge *merge_slot(const struct tokenizer *t, int32_t left, int32_t right) {
-    uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    uint32_t i = (uint32_t)(key * UINT64_C(0x9e3779b97f4a7c15) >> 32) & (t->n_merge_slots - 1);
+    const uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    uint32_t i = (uint32_t)(mix64(key ^ t->hash_seed) >> 32) & (t->n_merge_slots - 1);
     while (t->merges[i].rank >= 0 && (t->merges[i].left != left || t->merges[i].right != right))
         i = (i + 1) & (t->n_merge_slots - 1);
     return &t->merges[i];
@@ -4723,7 +4739,9 @@ static size_t last_cut(const struct tokenizer *t, const char *s, size_t from, si
     return 0;
 }
 
-static void collect_added(struct tokenizer *t) {
+enum { MAX_ADDED = 8192 };  // each is looked for wherever its first byte stands in a text
+
+static bool collect_added(struct tokenizer *t, struct error *e) {
     for (int32_t i = 0; i < t->n_tokens; i++) {
         bool added = (t->type[i] == TOKEN_CONTROL || t->type[i] == TOKEN_USER_DEFINED) && t->token[i].n > 0;
         if (!added) continue;
@@ -4732,9 +4750,12 @@ static void collect_added(struct tokenizer *t) {
         t->added_first[(uint8_t)t->token[i].p[0]] = true;
         for (size_t k = 1; k < t->token[i].n; k++) t->added_spaces |= space_begins(t->token[i].p, k);
     }
+    if (t->n_added > MAX_ADDED)
+        return fail(e, "%d control and user-defined tokens; expected at most %d", t->n_added, MAX_ADDED);
     sorting = t;
     if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, longest_first);
     sorting = NULL;
+    return true;
 }
 
 static bool load_special_id(const struct tokenizer *t, const struct gguf *g, const char *key, int32_t *id, struct error *e) {
@@ -4787,9 +4808,8 @@ static bool tokenizer_load(struct tokenizer *t, const struct gguf *g, struct err
     bool ok = load_tokens(t, g, e) && load_merges(t, g, e) &&
               load_special_id(t, g, "tokenizer.ggml.bos_token_id", &t->bos, e) &&
               load_special_id(t, g, "tokenizer.ggml.eos_token_id", &t->eos, e) &&
-              load_special_id(t, g, "tokenizer.ggml.unknown_token_id", &t->unknown, e);
-    if (ok) collect_added(t);
-    else tokenizer_close(t);
+              load_special_id(t, g, "tokenizer.ggml.unknown_token_id", &t->unknown, e) && collect_added(t, e);
+    if (!ok) tokenizer_close(t);
     return ok;
 }
 
@@ -5217,13 +5237,7 @@ struct sampler {            // what drawing a token works on; owner of choices a
 };
 
 // A number in [0, 1) for position t: a function of seed and t alone, so that a resumed or batched sequence draws what an
-// uninterrupted one draws. (The finaliser of SplitMix64 over a Weyl sequence in t, started at a mix of the seed.)
-static uint64_t mix64(uint64_t x) {
-    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-    return x ^ x >> 31;
-}
-
+// uninterrupted one draws. (SplitMix64: mix64() over a Weyl sequence in t, started at a mix of the seed.)
 static double random_at(uint64_t seed, int64_t t) {
     uint64_t start = mix64(seed + UINT64_C(0x9e3779b97f4a7c15));
     return (double)(mix64(start + (uint64_t)t * UINT64_C(0x9e3779b97f4a7c15)) >> 11) * 0x1p-53;
@@ -6819,7 +6833,8 @@ static bool request_value(struct request_parse *q, const struct request_field *f
         return true;
     case R_SEED:
         if (!json_number(&q->j, &s)) return false;
-        if (!parse_u64(s, field)) set_error(q->j.error, "seed %.*s: expected an integer from 0 to 2^64 - 1", str_show(s), s.p);
+        if (!str_is(s, "-1") && !parse_u64(s, field))  // -1: the command line's
+            set_error(q->j.error, "seed %.*s: expected an integer from 0 to 2^64 - 1", str_show(s), s.p);
         return true;
     }
     return false;
@@ -7282,11 +7297,13 @@ static void add_track(struct request *r, int64_t base, double logprob) {
     buffer_printf(&r->track, "%s\t%" PRId64 "\t%" PRId64 "\t%.4f\n", r->record, base, base + 1, logprob);
 }
 
+static bool is_unscored(const struct session *s, int32_t id) { return id == s->unscored[0] || id == s->unscored[1]; }
+
 // The token behind number `at` is known, and so is what the model thought of it.
 static void score_token(struct engine *en, struct request *r, size_t at, const struct token_logprob *next) {
     const struct session *s = en->s;
     const size_t position = at + 1 - r->n_carried;
-    if (next->id == s->unscored[0] || next->id == s->unscored[1]) return;
+    if (is_unscored(s, next->id)) return;
     r->nll -= next->logprob;
     r->n_scored++;
     if (s->o->track && !r->strand) add_track(r, (int64_t)position, next->logprob);
@@ -7461,8 +7478,10 @@ static void add_part_bases(struct buffer *out, const struct variant *v, int alle
         buffer_add(out, reversed ? right.p : left.p, reversed ? right.n : left.n);
     } else {
         if (reversed) buffer_add(out, left.p, left.n);
-        for (size_t i = 0; i < v->alleles[allele].n; i++) {
-            const char base = (char)nucleotide((uint8_t)v->alleles[allele].p[i], keep_case);
+        for (size_t i = 0; i < v->alleles[allele].n; i++) {  // each in the case of the reference's base there
+            const int upper = nucleotide((uint8_t)v->alleles[allele].p[i], false);
+            const size_t there = v->ref + (i < v->alleles[0].n ? i : v->alleles[0].n - 1);
+            const char base = (char)(keep_case && islower(v->bases[there]) ? tolower(upper) : upper);
             buffer_add(out, &base, 1);
         }
         if (!reversed) buffer_add(out, right.p, right.n);
@@ -7947,7 +7966,9 @@ static void engine_take_rows(struct engine *en, int n) {
         check_finite(en->s, row->max, r->n_before + (int64_t)row->at + 1);
         if (en->s->o->logits && fwrite(en->ctx->logits + (size_t)i * ld, sizeof(float), n_vocab, en->s->out.f) != n_vocab)
             die("%s: %s", en->s->o->logits, strerror(errno));
-        if (row->next.id >= 0) keep_logprob(r, row->next, row->top);
+        struct token_logprob kept = row->next;
+        if (en->s->o->command == SCORE && is_unscored(en->s, kept.id)) kept.logprob = (double)NAN;
+        if (kept.id >= 0) keep_logprob(r, kept, row->top);
         if (row->at + 1 < n_tokens_of(r)) score_token(en, r, row->at, &row->next);
         else if (en->s->o->command == GENERATE && row->next.id < 0) die("no token is left to choose from");
         else if (en->s->o->command == GENERATE) generate_token(en, r, row->next.id);
@@ -8549,7 +8570,7 @@ static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
     const char *output = o->fasta_out ? o->fasta_out : o->output;
-    const bool to_file = output && strcmp(output, "-") != 0;
+    const bool to_file = output && !is_stdout(output);
     open_session(&s, o, to_file ? output : NULL);
     if (o->fasta_out) need_letters(&s, "--fasta-out");
     if (s.sound && !to_file && isatty(STDOUT_FILENO)) die("sound is no text for a terminal: use -o FILE, or a pipe");
@@ -9486,8 +9507,6 @@ static void default_input(struct options *o) {
         usage_error("%s: no input; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
-static bool is_same(const struct stat *x, const struct stat *y) { return x->st_dev == y->st_dev && x->st_ino == y->st_ino; }
-
 // Whether an output would replace a file that something else names: not a pipe or device, which may well be both. "-" is read.
 static bool replaces(const char *output, const char *named) {
     struct stat x, y;
@@ -9555,7 +9574,8 @@ static void check_options(struct options *o) {
     if (o->fasta && (o->jsonl || o->n_inputs)) usage_error("--fasta is the input: --jsonl, -p, -f, --ids and --wav do not apply");
     const char *files[] = {o->save_state, o->logits, o->track}, *names[] = {"--save-state", "--logits", "--track"};
     for (int i = 0; i < 3; i++)
-        if (files[i] && strcmp(files[i], "-") == 0) usage_error("%s -: standard output has something else to carry", names[i]);
+        if (files[i] && is_stdout(files[i]))
+            usage_error("%s %s: standard output has something else to carry", names[i], files[i]);
     if (o->command == CLASSIFY && strcmp(o->pool, "none") == 0) usage_error("--pool none does not apply to classify");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file)

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -91,3 +92,17 @@ def write(records, width=60, end="\n", last=True):
     for name, bases in records.items():
         lines += [f">{name} and more words", *(bases[i:i + width] for i in range(0, len(bases), width))]
     return end.join(lines) + end * last
+
+
+def vocabulary(tmp_path, tokens, **more):
+    """A vocabulary-only file of these letters."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.token_type", [2 if t == "<unk>" else 1 for t in tokens])
+    for key, value in more.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return tmp_path / "v.gguf"

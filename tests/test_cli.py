@@ -541,3 +541,16 @@ def test_the_reader_of_a_table_leaves_before_its_header(tmp_path):
     (tmp_path / "none.fa").write_text("")
     subprocess.run(f"{{ sleep 0.5; {shlex.quote(str(PROGRAM))} score {ROOT}/models/dna.bin --fasta none.fa --track t.bg; }} | true", shell=True, cwd=tmp_path)
     assert (tmp_path / "t.bg").exists()
+
+
+def test_an_output_where_standard_output_goes(tmp_path):
+    """One file cannot take both; as the only output it is written as standard output is."""
+    program, dna = shlex.quote(str(PROGRAM)), ROOT / "models/dna.bin"
+    run = lambda line: subprocess.run(line, shell=True, cwd=tmp_path, stderr=subprocess.PIPE)
+    (tmp_path / "g.fa").write_text(">a\nACGT\n")
+    for name in ("both.txt", "/dev/stdout"):
+        done = run(f"{program} score {dna} --fasta g.fa --track {name} > both.txt")
+        assert done.returncode == 2 and b"something else to carry" in done.stderr
+    assert run(f"echo keep > all.txt; {program} {TALES} -p Once -n 3 --greedy -q -o /dev/stdout >> all.txt").returncode == 0
+    lines = (tmp_path / "all.txt").read_text().split("\n", 1)
+    assert lines[0] == "keep" and lines[1]

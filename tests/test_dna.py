@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import FIXTURES, PROGRAM, ROOT
-from nucleotides import ID, checkpoint, fasta, ids, model, own_scores, reverse_complement, rows, some_bases, write  # noqa: F401: model is a fixture
+from nucleotides import ID, checkpoint, fasta, ids, model, own_scores, reverse_complement, rows, some_bases, vocabulary, write  # noqa: F401: model is a fixture
 
 
 def test_vocabulary(mamba, model):
@@ -209,20 +209,6 @@ def test_names(mamba, model, tmp_path):
     """A blank before the name is none of it; a record without a name has its number."""
     path = fasta(tmp_path, "> chr1 more\nAC\n>\nACG\n>\tx\ty\nA\n")
     assert [row[0] for row in rows(mamba("score", model, "--fasta", path).stdout)] == ["chr1", "2", "x"]
-
-
-def vocabulary(tmp_path, tokens, **more):
-    """A vocabulary-only file of these letters."""
-    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_array("tokenizer.ggml.tokens", tokens)
-    writer.add_array("tokenizer.ggml.token_type", [2 if t == "<unk>" else 1 for t in tokens])
-    for key, value in more.items():
-        writer.add_uint32(f"tokenizer.ggml.{key}", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return tmp_path / "v.gguf"
 
 
 def test_five_letters(mamba, model, tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from conftest import PROGRAM, run_mamba
-from nucleotides import fasta, ids, model, own_scores, reverse_complement, rows, some_bases, write  # noqa: F401: model is a fixture
+from nucleotides import fasta, ids, model, own_scores, reverse_complement, rows, some_bases, vocabulary, write  # noqa: F401: model is a fixture
 
 GENOME = {"chr1": some_bases(3000, 1), "chr2": some_bases(101, 2, "ACGTacgtN"), "short": "A", "empty": "", "last": some_bases(240, 3)}
 
@@ -274,6 +274,19 @@ def test_bad_lines_of_vcf(mamba, model, tmp_path, text, words, status):
     path = fasta(tmp_path, write(GENOME))
     done = mamba("score", model, "-q", "--fasta", path, "--vcf", "-", input=text, check=False)
     assert done.returncode == status and words in done.stderr.decode() and done.stderr.count(b"\n") == status
+
+
+def test_variants_in_a_soft_masked_reference(mamba, model, tmp_path):
+    """With --case-sensitive an allele has the case of the base it stands on, whatever the VCF's is."""
+    letters, options = vocabulary(tmp_path, list("ACGTNacgtn")), ["--case-sensitive", "--tokenizer"]
+    path = fasta(tmp_path, write({"a": "ACGTACGTaacgtaacgtACGTAC"}))
+    variants = vcf(tmp_path, *[("a", 12, ref, alt) for ref, alt in (("G", "A"), ("g", "a"), ("G", "ATT"), ("gtA", "c"))])
+    table = rows(mamba("score", model, "--fasta", path, "--vcf", variants, "--tsv", *options, letters).stdout)
+    windows = fasta(tmp_path, write({"ref": "ACGTACGTaacgtaacgtACGTAC", "a": "ACGTACGTaacataacgtACGTAC", "att": "ACGTACGTaacatttaacgtACGTAC",
+                                     "c": "ACGTACGTaaccacgtACGTAC"}), name="w.fa")
+    nll = {row[0]: float(row[2]) for row in rows(mamba("score", model, "--fasta", windows, *options, letters).stdout)}
+    for row, name in zip(table, ("a", "a", "att", "c")):
+        assert abs(float(row[5]) - (nll["ref"] - nll[name])) < 1e-4
 
 
 def test_many_variants(mamba, model, tmp_path):

@@ -105,7 +105,7 @@ def test_ids_and_defaults(mamba):
     ('{"prompt": "a", "max_tokens": "3"}', ["a number"]),
     ('{"prompt": "a", "top_p": 1e999}', ["top_p 1e999"]),
     ('{"prompt": "a", "temperature": NaN}', ["a number"]),
-    ('{"prompt": "a", "seed": -1}', ["seed -1"]),
+    ('{"prompt": "a", "seed": -2}', ["seed -2"]),
     ('{"prompt": "a", "seed": 18446744073709551616}', ["seed 18446744073709551616"]),
     ('{"prompt": "a", "stop": [""]}', ["stop", "empty"]),
     ('{"prompt": "a", "stop": 3}', ["stop: column 25", "a string"]),
@@ -127,6 +127,14 @@ def test_bad_lines(mamba, line, words):
     assert len(got) == 3 and got[0] == got[2] and "text" in got[0]
     assert set(got[1]) == {"id", "error"} and got[1]["id"] == 2
     assert all(word in got[1]["error"] for word in words), got[1]["error"]
+
+
+def test_what_is_not_scored_has_no_logprob(mamba):
+    """N of DNA: the sum of the log-probabilities is -nll."""
+    (line,) = answers(mamba, "score", ROOT / "models" / "dna.bin", [{"prompt": "ACNGT"}], "--per-token")
+    known = [p for p in line["logprobs"]["token_logprobs"] if p is not None]
+    assert len(known) == line["tokens"] == 3 and abs(sum(known) + line["nll"]) < 1e-5
+    assert line["logprobs"]["token_logprobs"][2] is None
 
 
 def test_how_far_the_penalty_looks(mamba):

@@ -79,6 +79,7 @@
 #endif
 #endif
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #endif  // not MAMBA_HEADER_ONLY
@@ -89,6 +90,9 @@
 // program may use it.
 #if defined(__x86_64__) && !defined(MAMBA_PLAIN_C)
 #define MAMBA_X86_KERNELS
+#if __clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)
+#define MAMBA_AVX_VNNI
+#endif
 #elif defined(__aarch64__) && !defined(MAMBA_PLAIN_C) && \
     (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
 #define MAMBA_NEON_KERNELS
@@ -1631,6 +1635,7 @@ struct kernels {
 #define b_join ISA_NAME(b_join)
 #define b_flip ISA_NAME(b_flip)
 #define dot_words ISA_NAME(dot_words)
+#define dot_bytes ISA_NAME(dot_bytes)
 #define add_words ISA_NAME(add_words)
 #define even_dwords ISA_NAME(even_dwords)
 #define odd_dwords ISA_NAME(odd_dwords)
@@ -1696,16 +1701,18 @@ struct kernels {
 #define LANE static inline __attribute__((always_inline, unused))
 #define ROUND 0x1.8p23f  // added to a float, leaves the nearest integer in its lowest bits
 
-// What the registers of an instruction set allow, found by measurement. Each pass defines OF_ISA, which takes its column.
+// What the registers of an instruction set allow, found by measurement. Each pass defines OF_ISA, which takes its column, and
+// OF_VNNI, which takes the first value where x86 has instructions for dot products of bytes (AVX512-VNNI, AVX-VNNI). AVX-512
+// without them, and AVX-VNNI, could not be measured: they have what the numbers of their registers and instructions suggest.
 //                                  AVX-512, AVX2, NEON, plain C
 #define TILE_LANES    OF_ISA(16, 8, 4, 16)            // floats a register
 #define TILE_ROWS     OF_ISA(4, 3, 4, 1)              // of float weights, and tokens, whose sums are in registers together
 #define TILE_TOKENS   OF_ISA(6, 4, 6, 1)
 #define ROW_GROUP     OF_ISA(16, 24, 24, 24)          // rows, and columns of them, that stay in the nearest cache
 #define COLUMN_BLOCK  OF_ISA(512, 1024, 1024, 1024)
-#define Q_TOKENS      OF_ISA(12, 4, 4, 1)             // tokens, and panels of 16 quantised rows, likewise
-#define Q_PANELS      OF_ISA(2, 1, 1, 1)
-#define SIGNED_PANELS OF_ISA(false, true, true, true) // 8-bit weights are multiplied with their sign
+#define Q_TOKENS      OF_ISA(OF_VNNI(12, 8), 4, 4, 1)  // tokens, and panels of 16 quantised rows, likewise
+#define Q_PANELS      OF_ISA(OF_VNNI(2, 1), 1, 1, 1)
+#define SIGNED_PANELS OF_ISA(OF_VNNI(false, true), OF_VNNI(false, true), true, true)  // 8-bit weights keep their sign
 #define SCAN_STATES   OF_ISA(4, 2, 1, 1)              // whose exponentials are computed together
 // In plain C every operation is a loop: copies of these functions take seconds to compile.
 #define MATH          OF_ISA(LANE, LANE, LANE, static __attribute__((noinline)))
@@ -1722,6 +1729,33 @@ struct kernels {
 #define OF_ISA(avx512, avx2, neon, plain) neon
 #else
 #define OF_ISA(avx512, avx2, neon, plain) plain
+#endif
+#if defined(ISA_VNNI)
+#define OF_VNNI(with, without) with
+#else
+#define OF_VNNI(with, without) without
+#endif
+
+// Sums of four products of unsigned and signed bytes. (AVX512-VNNI and AVX-VNNI encode it differently.)
+#if defined(ISA_VNNI) && defined(ISA_AVX512)
+LANE __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+#elif defined(ISA_VNNI)
+LANE __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#endif
+
+// The same without VNNI: in words, whose pairs are added in the end.
+#if (defined(ISA_AVX512) || defined(ISA_AVX2)) && !defined(ISA_VNNI)
+LANE __m256i dot_words(__m256i w, __m256i x, bool is_signed) {
+    // Unsigned q have 6 bits at most and signed ones are at most 128 in magnitude, x at most 127: pairs stay below 2^15.
+    return is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+}
+LANE __m256i add_words(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+// gcc would put an addition off until its sum is used, and keep every product in memory until then.
+#ifndef MAMBA_EMULATE_AVX512
+#define DONE_HERE(v) __asm__("" : "+v"(v))
+#else
+#define DONE_HERE(v) (void)(v)
+#endif
 #endif
 
 // What both x86 vocabularies end in: the trees over lanes, of 8 that are left.
@@ -1787,12 +1821,34 @@ LANE vf v_split_exponent(vf x, vf *e) {
 typedef __m512i vi;
 LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
 LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
+#if defined(ISA_VNNI)
 LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
     int32_t four;
     memcpy(&four, x, 4);
     (void)is_signed;  // panels are not
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
+#else
+typedef __m512i vw;
+LANE vw v_dots_begin(vi sum) { return (void)sum, _mm512_setzero_si512(); }
+LANE vi v_dots_end(vi sum, vw dots) {
+    sum = v_add_int(sum, _mm512_madd_epi16(dots, _mm512_set1_epi16(1)));
+    DONE_HERE(sum);
+    return sum;
+}
+LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(four);
+    if (is_signed) {
+        b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b);
+        a = _mm512_abs_epi8(a);
+    }
+    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(a, b));
+    DONE_HERE(sum);
+    return sum;
+}
+#endif
 LANE vf v_from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 LANE vi v_bits(vi a, int shift, int mask) {
     return _mm512_and_si512(_mm512_srli_epi32(a, (unsigned)shift), _mm512_set1_epi32(mask));
@@ -1857,20 +1913,24 @@ typedef struct {
 } vi;
 LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
 LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-// gcc would put an addition off until its sum is used, and keep every product in memory until then.
-#define DONE_HERE(v) __asm__("" : "+x"(v.lo), "+x"(v.hi))
-LANE __m256i dot_words(__m256i w, __m256i x, bool is_signed) {
-    // Unsigned q have 6 bits at most and signed ones are at most 128 in magnitude, x at most 127: pairs stay below 2^15.
-    return is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+#if defined(ISA_VNNI)
+LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    (void)is_signed;  // panels are not
+    const __m256i b = _mm256_set1_epi32(four);
+    return (vi){dot_bytes(sum.lo, _mm256_loadu_si256((const __m256i *)w), b),
+                dot_bytes(sum.hi, _mm256_loadu_si256((const __m256i *)(w + 32)), b)};
 }
-LANE __m256i add_words(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+#else
 typedef struct {
     __m256i lo, hi;
 } vw;
 LANE vw v_dots_begin(vi sum) { return (void)sum, (vw){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 LANE vi v_dots_end(vi sum, vw dots) {
     sum = v_add_int(sum, (vi){add_words(dots.lo), add_words(dots.hi)});
-    DONE_HERE(sum);
+    DONE_HERE(sum.lo);
+    DONE_HERE(sum.hi);
     return sum;
 }
 LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
@@ -1880,9 +1940,11 @@ LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
     __m256i lo = _mm256_loadu_si256((const __m256i *)w), hi = _mm256_loadu_si256((const __m256i *)(w + 32));
     sum.lo = _mm256_add_epi16(sum.lo, dot_words(lo, b, is_signed));
     sum.hi = _mm256_add_epi16(sum.hi, dot_words(hi, b, is_signed));
-    DONE_HERE(sum);
+    DONE_HERE(sum.lo);
+    DONE_HERE(sum.hi);
     return sum;
 }
+#endif
 LANE vf v_from_int(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 LANE vi v_bits(vi a, int shift, int mask) {
     __m256i bits = _mm256_set1_epi32(mask);
@@ -2150,8 +2212,8 @@ LANE void v_store_n(float *p, vf a, int n) {
 }
 #endif
 
-// Sums of a panel as its products come, for v_dot4; but with AVX2 they have a shape of their own.
-#ifndef ISA_AVX2
+// Sums of a panel as its products come, for v_dot4; but on x86 without VNNI they have a shape of their own.
+#if defined(ISA_VNNI) || !(defined(ISA_AVX512) || defined(ISA_AVX2))
 typedef vi vw;
 LANE vw v_dots_begin(vi sum) { return sum; }
 LANE vi v_dots_end(vi sum, vw dots) { return (void)sum, dots; }
@@ -2427,11 +2489,11 @@ LANE vb odd_dwords(vb a, vb b) {
 LANE vb add_pairs(vb a, vb b) { return _mm256_add_epi32(even_dwords(a, b), odd_dwords(a, b)); }  // as hadd, which is slower
 
 // Dot products of four rows with x: dwords of the lower half over elements 0 to 15, of the upper half over 16 to 31.
-#if defined(ISA_AVX512)
+#if defined(ISA_VNNI)
 LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {
     vb s[4];
     UNROLL for (int i = 0; i < 4; i++)
-        s[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), format == Q8_0 ? _mm256_abs_epi8(w[i]) : w[i],
+        s[i] = dot_bytes(_mm256_setzero_si256(), format == Q8_0 ? _mm256_abs_epi8(w[i]) : w[i],
                                    format == Q8_0 ? _mm256_sign_epi8(x, w[i]) : x);
     return add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
 }
@@ -3244,6 +3306,7 @@ static const struct kernels ISA_NAME(kernels) = {
 #undef ISA_STRING
 #undef ISA_STRING2
 #undef OF_ISA
+#undef OF_VNNI
 #undef FLIPPED
 #undef DONE_HERE
 #undef UNROLL
@@ -3251,54 +3314,73 @@ static const struct kernels ISA_NAME(kernels) = {
 #endif  // --------------------------------------------------------------------------------- ISA PASS: end --------------
 #if !defined(MAMBA_ISA_PASS) && !defined(MAMBA_HEADER_ONLY)
 
-#ifdef MAMBA_X86_KERNELS
-#define MAMBA_ISA_PASS avx512
-#define ISA_AVX512
-#if defined(MAMBA_EMULATE_AVX512)  // tests/emulate_avx512.h has replaced the intrinsics
-#include "mamba.c"
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2"))), \
-                             apply_to = function)
-#include "mamba.c"
-#pragma clang attribute pop
+// A pass is compiled for an instruction set between these two. (tests/emulate_avx512.h replaces the intrinsics of most.)
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
 #else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2")
-#include "mamba.c"
-#pragma GCC pop_options
+#define TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
 #endif
-#undef ISA_AVX512
+#define TARGET_AVX2 "avx2,fma,f16c"
+#ifdef MAMBA_EMULATE_AVX512
+#define TARGET_AVX512 TARGET_AVX2
+#define TARGET_AVX512_VNNI TARGET_AVX2
+#define TARGET_AVX_VNNI TARGET_AVX2
+#else
+#define TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," TARGET_AVX2
+#define TARGET_AVX512_VNNI "avx512vnni," TARGET_AVX512
+#define TARGET_AVX_VNNI "avxvnni," TARGET_AVX2
+#endif
+
+#ifdef MAMBA_X86_KERNELS
+#define ISA_AVX512
+#define ISA_VNNI
+#define MAMBA_ISA_PASS avx512
+TARGET(TARGET_AVX512_VNNI)
+#include "mamba.c"
+END_TARGET
 #undef MAMBA_ISA_PASS
+#undef ISA_VNNI
+
+#define MAMBA_ISA_PASS avx512bw
+TARGET(TARGET_AVX512)
+#include "mamba.c"
+END_TARGET
+#undef MAMBA_ISA_PASS
+#undef ISA_AVX512
+
+#define ISA_AVX2
+#ifdef MAMBA_AVX_VNNI
+#define ISA_VNNI
+#define MAMBA_ISA_PASS avxvnni
+TARGET(TARGET_AVX_VNNI)
+#include "mamba.c"
+END_TARGET
+#undef MAMBA_ISA_PASS
+#undef ISA_VNNI
+#endif
 
 #define MAMBA_ISA_PASS avx2
-#define ISA_AVX2
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+TARGET(TARGET_AVX2)
 #include "mamba.c"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#include "mamba.c"
-#pragma GCC pop_options
-#endif
-#undef ISA_AVX2
+END_TARGET
 #undef MAMBA_ISA_PASS
+#undef ISA_AVX2
 #endif  // x86-64
 
 #ifdef MAMBA_NEON_KERNELS
+#ifdef __clang__
+#define TARGET_NEON "dotprod"
+#else
+#define TARGET_NEON "arch=armv8.2-a+dotprod"
+#endif
 #define MAMBA_ISA_PASS neon
 #define ISA_NEON
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+TARGET(TARGET_NEON)
 #include "mamba.c"
-#pragma clang attribute pop
-#else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
-#include "mamba.c"
-#pragma GCC pop_options
-#endif
+END_TARGET
 #undef ISA_NEON
 #undef MAMBA_ISA_PASS
 #endif
@@ -3307,18 +3389,29 @@ static const struct kernels ISA_NAME(kernels) = {
 #include "mamba.c"
 #undef MAMBA_ISA_PASS
 
+enum { MAX_ISAS = 5 };
+
 // The kernels that this processor runs, the widest first; returns how many.
-static int usable_kernels(const struct kernels *usable[3]) {
+static int usable_kernels(const struct kernels *usable[MAX_ISAS]) {
     int n = 0;
 #ifdef MAMBA_X86_KERNELS
+    unsigned features = 0, unused;
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // all of these have F16C too
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    bool avx_vnni = avx2 && __get_cpuid_count(7, 1, &features, &unused, &unused, &unused) && features & 1 << 4;
 #ifdef MAMBA_EMULATE_AVX512
-    avx512 = true;
+    avx512_vnni = avx512 = avx_vnni = true;
 #endif
-    if (avx512) usable[n++] = &kernels_avx512;
+    if (avx512_vnni) usable[n++] = &kernels_avx512;
+    if (avx512) usable[n++] = &kernels_avx512bw;
+#ifdef MAMBA_AVX_VNNI
+    if (avx_vnni) usable[n++] = &kernels_avxvnni;
+#else
+    (void)avx_vnni;
+#endif
     if (avx2) usable[n++] = &kernels_avx2;
 #endif
 #ifdef MAMBA_NEON_KERNELS
@@ -3334,14 +3427,16 @@ static int usable_kernels(const struct kernels *usable[3]) {
 
 // The widest kernels, or those that MAMBA_ISA names.
 static const struct kernels *choose_kernels(void) {
-    const struct kernels *usable[3];
+    const struct kernels *usable[MAX_ISAS];
     int n = usable_kernels(usable);
     const char *wanted = getenv("MAMBA_ISA");
     if (!wanted || !*wanted) return usable[0];
-    for (int i = 0; i < n; i++)
-        if (strcmp(usable[i]->name, wanted) == 0) return usable[i];
-    die("MAMBA_ISA=%s: this processor offers %s%s%s%s%s", wanted, usable[0]->name, n > 1 ? ", " : "",
-        n > 1 ? usable[1]->name : "", n > 2 ? ", " : "", n > 2 ? usable[2]->name : "");
+    struct buffer names = {0};
+    for (int i = 0; i < n; i++) {
+        if (strcmp(usable[i]->name, wanted) == 0) return free(names.p), usable[i];
+        buffer_printf(&names, i ? ", %s" : "%s", usable[i]->name);
+    }
+    die("MAMBA_ISA=%s: this processor offers %s", wanted, names.p);
 }
 
 // ====================================================================================================================

@@ -61,7 +61,7 @@ def test_cppcheck():
 
 @pytest.mark.xdist_group("avx512")
 def test_avx512_emulated(tmp_path):
-    """The unit tests with AVX-512 computed by AVX2: the kernels are tested on machines that cannot run them."""
+    """The unit tests with AVX-512 and AVX-VNNI computed by AVX2: the kernels are tested on machines that cannot run them."""
     if platform.machine() != "x86_64" or "avx2" not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip("emulated with AVX2, which this machine lacks")
     if not pathlib.Path("/usr/include/simde").exists():

@@ -1,5 +1,5 @@
-// The AVX-512 intrinsics that mamba.c uses, computed with AVX2: so that its AVX-512 kernels can be tested, bit by bit, on a
-// machine without that instruction set. SIMDe (Debian's libsimde-dev) does most of it; the others are here.
+// The intrinsics of AVX-512 and AVX-VNNI that mamba.c uses, computed with AVX2: so that its kernels for them can be tested, bit by bit,
+// on a machine without those instruction sets. SIMDe (Debian's libsimde-dev) does most of it; the others are here.
 //
 //   cc -D_GNU_SOURCE -DMAMBA_EMULATE_AVX512 -mavx2 -mfma -mf16c -include tests/emulate_avx512.h ... tests/unit.c
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -80,3 +80,7 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_extractf32x8_ps emulated_extractf32x8_ps
 #define _mm512_srai_epi32 emulated_srai_epi32
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#undef _mm512_madd_epi16  // whose alias has the arguments of another function
+#define _mm512_madd_epi16 simde_mm512_madd_epi16

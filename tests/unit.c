@@ -55,7 +55,7 @@ static float normal(void) {  // Box and Muller
     return (float)(sqrt(-2 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()));
 }
 
-static const struct kernels *isa[3];
+static const struct kernels *isa[MAX_ISAS];
 static int n_isa;
 
 // ---- half floats ----
@@ -268,9 +268,9 @@ static void test_largest_sums(enum format format, uint8_t byte) {
 }
 
 static void test_quantize(void) {
-    float x[96], scale[3][3];
-    int8_t q[3][96];
-    int32_t sum[3][6];
+    float x[96], scale[MAX_ISAS][3];
+    int8_t q[MAX_ISAS][96];
+    int32_t sum[MAX_ISAS][6];
     for (int i = 0; i < 96; i++) x[i] = i < 32 ? 0 : normal() * (i < 64 ? 1e-3f : 1e3f);
     for (int i = 0; i < n_isa; i++) {
         isa[i]->quantize(x, 96, q[i], scale[i], sum[i]);

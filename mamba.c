@@ -8939,7 +8939,7 @@ static struct bench_list parse_list(const char *name, const char *text, int min,
 // value could be merged by a hypervisor and then be read faster than memory is, so each number differs from its neighbours.
 static double read_bandwidth(int n_threads) {
     const size_t n = (size_t)1 << 27, block = 16384;  // floats: 512 MiB, larger than caches
-    const struct kernels *usable[3];
+    const struct kernels *usable[MAX_ISAS];
     float *x = xcalloc(n, sizeof *x), max = 0;
     double best = 0;
     usable_kernels(usable);

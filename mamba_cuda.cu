@@ -1253,11 +1253,10 @@ DEVICE float4 fma4(float4 a, float4 b, float4 c) {
 // u = silu(convolution of x), a thread for four channels of a token; what pads the channels is zero and stays so. x [tokens][ld], the
 // products of in_proj. Does not move the state, which the first tokens of every span read: scan_tokens does.
 __global__ void __launch_bounds__(128) conv_tokens(const conv c, const float *x, const int *slots, const int *positions, float *u, int ld) {
-    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y;
+    const int channel = 4 * (int)(blockIdx.x * 128 + threadIdx.x), token = (int)blockIdx.y, position = positions[token];
     next_may_start();
     inputs_ready();
     if (channel >= c.n) return;
-    const int position = positions[token];
     const float *state = c.state + (size_t)slots[token] * c.slot_floats + channel, *now = x + (size_t)token * ld + channel;
     float4 sum = load4(c.b + channel);
 #pragma unroll 4
@@ -1345,12 +1344,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_tokens(const scan s, con
     constexpr int STATES = PER_LANE * SCAN_LANES, TOKENS = scan_tile<STATES>::TOKENS;
     DYNAMIC_SHARED(scan_tile<STATES>, tiles);  // [2]
     const int j = (int)threadIdx.x % SCAN_LANES, local = (int)threadIdx.x / SCAN_LANES, channel = (int)blockIdx.x * SCAN_CHANNELS + local;
+    const span sp = spans[blockIdx.y];
     const size_t at = (size_t)blockIdx.x * s.d_state * 16 + local;
+    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
     const float d = s.d[channel];
     next_may_start();
     inputs_ready();
-    const span sp = spans[blockIdx.y];
-    float *state = s.state + (size_t)sp.slot * s.slot_floats + at, h[PER_LANE], a2[PER_LANE];
     copy_scan_tile<STATES>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {

@@ -521,11 +521,16 @@ static void discard_unfinished(void) {
 
 static bool is_same(const struct stat *x, const struct stat *y) { return x->st_dev == y->st_dev && x->st_ino == y->st_ino; }
 
+// Whether a path leads to this file: not to a pipe or device, which may well have several uses.
+static bool leads_to(const char *path, const struct stat *file) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode) && is_same(&st, file);
+}
+
 // "-", or the file that standard output goes to, which cannot be replaced meanwhile.
 static bool is_stdout(const char *path) {
-    struct stat x, y;
-    if (strcmp(path, "-") == 0) return true;
-    return stat(path, &x) == 0 && fstat(STDOUT_FILENO, &y) == 0 && S_ISREG(x.st_mode) && is_same(&x, &y);
+    struct stat st;
+    return strcmp(path, "-") == 0 || (fstat(STDOUT_FILENO, &st) == 0 && leads_to(path, &st));
 }
 
 // path NULL: standard output.
@@ -8440,7 +8445,7 @@ static void fill_defaults(struct session *s) {
         s->sound_format = (enum sound_format)word_among(str_of(o->sound_format), sound_formats);
 }
 
-// output: the file that the command writes besides standard output; NULL: none.
+// output: the file that the command writes, besides standard output or in its place; NULL: none.
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
     *s = (struct session){.own = *o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
@@ -8664,12 +8669,11 @@ static void say_generated(const struct engine *en) {
 static int command_generate(const struct options *o) {
     struct session s;
     struct error e = {""};
-    const char *output = o->fasta_out ? o->fasta_out : o->output;
-    const bool to_file = output && !is_stdout(output);
-    open_session(&s, o, to_file ? output : NULL);
+    open_session(&s, o, o->fasta_out ? o->fasta_out : o->output);
+    const bool to_file = s.out.f != stdout;
     if (o->fasta_out) need_letters(&s, "--fasta-out");
     if (s.sound && !to_file && isatty(STDOUT_FILENO)) die("sound is no text for a terminal: use -o FILE, or a pipe");
-    struct engine *en = open_engine(&s, to_file ? s.out.f : stdout);
+    struct engine *en = open_engine(&s, s.out.f);
     engine_run(en);
     struct request *r = en->first;  // not ended: a signal came, or the reader left. What it has so far is kept
     bool cut = !o->jsonl && !o->fasta && r && r->resume && r->n_fed == r->n_feed && !r->streams;
@@ -9602,11 +9606,10 @@ static void default_input(struct options *o) {
         usage_error("%s: no input; use -p TEXT, -f FILE or a pipe", command_names[o->command]);
 }
 
-// Whether an output would replace a file that something else names: not a pipe or device, which may well be both. "-" is read.
+// Whether an output would replace a file that something else names. "-" is read.
 static bool replaces(const char *output, const char *named) {
-    struct stat x, y;
-    const bool is_there = (strcmp(named, "-") == 0 ? fstat(STDIN_FILENO, &y) : stat(named, &y)) == 0;
-    return is_there && stat(output, &x) == 0 && S_ISREG(x.st_mode) && is_same(&x, &y);
+    struct stat st;
+    return (strcmp(named, "-") == 0 ? fstat(STDIN_FILENO, &st) : stat(named, &st)) == 0 && leads_to(output, &st);
 }
 
 // What a path names in its folder, and the folder; NULL when that is not there.

@@ -94,12 +94,12 @@ def write(records, width=60, end="\n", last=True):
     return end.join(lines) + end * last
 
 
-def vocabulary(tmp_path, tokens, **more):
-    """A vocabulary-only file of these letters."""
+def vocabulary(tmp_path, tokens, types=None, **more):
+    """A vocabulary-only file of these letters, or of tokens of any types."""
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_array("tokenizer.ggml.tokens", tokens)
-    writer.add_array("tokenizer.ggml.token_type", [2 if t == "<unk>" else 1 for t in tokens])
+    writer.add_array("tokenizer.ggml.token_type", types or [2 if t == "<unk>" else 1 for t in tokens])
     for key, value in more.items():
         writer.add_uint32(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()

@@ -6,10 +6,10 @@ import random
 import resource
 import unicodedata
 
-import gguf
 import pytest
 
 from conftest import ROOT
+from nucleotides import vocabulary
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CASES = json.loads((FIXTURES / "tokenizer_cases.json").read_text())
@@ -175,12 +175,6 @@ def test_time_on_hostile_text(mamba, tmp_path, file, name):
 def test_added_tokens_are_bounded(mamba, tmp_path):
     """Each is looked for wherever its first byte stands: a file may not ask for tens of thousands."""
     for n in (8192, 8193):
-        writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
-        writer.add_string("tokenizer.ggml.model", "gpt2")
-        writer.add_array("tokenizer.ggml.tokens", ["a", *(f"<{i}>" for i in range(n))])
-        writer.add_array("tokenizer.ggml.token_type", [1] + [4] * n)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        done = mamba("tokenize", tmp_path / "v.gguf", "-p", "a<7>", check=False)
+        file = vocabulary(tmp_path, ["a", *(f"<{i}>" for i in range(n))], types=[1] + [4] * n)
+        done = mamba("tokenize", file, "-p", "a<7>", check=False)
         assert done.stdout == (b"0 8\n" if n == 8192 else b"") and (b"8193 control and user-defined tokens" in done.stderr) == (n == 8193)

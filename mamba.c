@@ -611,7 +611,8 @@ static double now_seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+static int ceil_div(int n, int by) { return (n + by - 1) / by; }
+static int round_up(int n, int multiple) { return ceil_div(n, multiple) * multiple; }
 
 // A whole number in decimal digits.
 static bool parse_u64(struct str s, uint64_t *out) {
@@ -790,6 +791,8 @@ static const struct {
     [Q5_K] = {"Q5_K", 256, 176, 13, 32, 5, 0, true},
     [Q6_K] = {"Q6_K", 256, 210, 14, 16, 6, 32, false},
 };
+
+static bool is_quantized(const struct matrix *m) { return formats[m->format].block > 1; }
 
 static const struct {
     const char *name;
@@ -1521,8 +1524,10 @@ enum {
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SCAN_TOKENS = 16,       // so many at most go through a few states of 16 channels, then through the next
-    TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
+    TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part,
+    Q_TOKEN_BLOCK = 192,    // and with quantised ones, which are unpacked each time
     ROW_BLOCK = 96,         // so many rows are one item of work, when tokens are many; or a third of it, for the threads' sake
+    NARROW_COLUMNS = 64,    // up to so many columns of floats have products of their own
 };
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
@@ -1666,6 +1671,13 @@ struct kernels {
 #define panel_dot ISA_NAME(panel_dot)
 #define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
+#define wide_product ISA_NAME(wide_product)
+#define narrow_panel ISA_NAME(narrow_panel)
+#define narrow_fill ISA_NAME(narrow_fill)
+#define narrow_dot ISA_NAME(narrow_dot)
+#define narrow_product ISA_NAME(narrow_product)
+#define fetch_sums ISA_NAME(fetch_sums)
+#define quantized_product ISA_NAME(quantized_product)
 #define operands ISA_NAME(operands)
 #define tiles ISA_NAME(tiles)
 #define row_by_row ISA_NAME(row_by_row)
@@ -1715,6 +1727,7 @@ struct kernels {
 #define TILE_TOKENS   OF_ISA(6, 4, 6, 1)
 #define ROW_GROUP     OF_ISA(16, 24, 24, 24)          // rows, and columns of them, that stay in the nearest cache
 #define COLUMN_BLOCK  OF_ISA(512, 1024, 1024, 1024)
+#define NARROW_TOKENS OF_ISA(6, 5, 4, 1)              // tokens likewise, of few columns
 #define Q_TOKENS      OF_ISA(OF_VNNI(12, 8), 4, 4, 1)  // tokens, and panels of 16 quantised rows, likewise
 #define Q_PANELS      OF_ISA(OF_VNNI(2, 1), 1, 1, 1)
 #define SIGNED_PANELS OF_ISA(OF_VNNI(false, true), OF_VNNI(false, true), true, true)  // 8-bit weights keep their sign
@@ -2425,7 +2438,7 @@ LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
 
 // At most TOKEN_BLOCK tokens. Of many tokens COLUMN_BLOCK columns at a time, that they may stay in the nearest cache; weights of 16
 // bits become floats once for all of these tokens.
-LANE void matmul_float(enum format format, const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int tokens,
+LANE void wide_product(enum format format, const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int tokens,
                        float *y, int ldy, bool add) {
     float sums[TOKEN_BLOCK][ROW_GROUP][16], floats[ROW_GROUP][COLUMN_BLOCK];
     const size_t bytes = (size_t)formats[format].bytes;
@@ -2626,9 +2639,9 @@ LANE const uint8_t *chunk_block(enum format format, const struct chunk *c, int r
     return c->row[row] + c->at + (size_t)(i * 32 / formats[format].block * formats[format].bytes);
 }
 
-// to[16 * column + row] = dword `column` of row `row`, of eight rows.
+// to[ld * column + row] = dword `column` of row `row`, of eight rows.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
-LANE void transpose_dwords(vb row[8], int32_t *to) {
+LANE void transpose_dwords(vb row[8], int32_t *to, int ld) {
     vb pair[8], four[8];
     UNROLL for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
@@ -2640,16 +2653,16 @@ LANE void transpose_dwords(vb row[8], int32_t *to) {
             four[i + 2 * j + 1] = _mm256_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
         }
     UNROLL for (int i = 0; i < 4; i++) {
-        b_store(to + 16 * i, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
-        b_store(to + 16 * (i + 4), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
+        b_store(to + ld * i, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
+        b_store(to + ld * (i + 4), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
     }
 }
 #else
-LANE void transpose_dwords(vb row[8], int32_t *to) {
+LANE void transpose_dwords(vb row[8], int32_t *to, int ld) {
     for (int r = 0; r < 8; r++) {
         int32_t column[8];
         b_store(column, row[r]);
-        for (int c = 0; c < 8; c++) to[16 * c + r] = column[c];
+        for (int c = 0; c < 8; c++) to[ld * c + r] = column[c];
     }
 }
 #endif
@@ -2903,7 +2916,7 @@ LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *a
                 row[j] = unpack(format, chunk_block(format, c, r + j, i), i % (formats[format].block / 32));
                 if (FLIPPED(format)) row[j] = b_flip(row[j]);
             }
-            transpose_dwords(row, (int32_t *)p->w[8 * i][r]);
+            transpose_dwords(row, (int32_t *)p->w[8 * i][r], 16);
         }
     }
 }
@@ -2945,22 +2958,31 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
     }
 }
 
-// The same for any number of tokens.
+// Fetches the places in y of n_rows rows of a few tokens: lines that have left the caches, in an order that the processor does not
+// see through. Storing the sums would wait for each.
+LANE void fetch_sums(const float *y, int ldy, int n_rows, int tokens) {
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < n_rows; r += 16) __builtin_prefetch(y + (size_t)t * (size_t)ldy + r, 1);
+}
+
+// The same for any number of tokens. y is where the sums will go.
 LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
-                         const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16]) {
+                         const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
     for (int left = n_tokens, step; left > 0; left -= step) {
         if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, q, scale, sum, ld, sums);
         else if (left >= few) panel_dot(format, p, n, step = few, q, scale, sum, ld, sums);
         else panel_dot(format, p, n, step = 1, q, scale, sum, ld, sums);
+        fetch_sums(y, ldy, 16 * Q_PANELS, step);
+        y += (size_t)step * (size_t)ldy;
         q += (size_t)step * ld, scale += (size_t)step * (ld / 32), sum += (size_t)step * (ld / 16), sums += step;
     }
 }
 
 // Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
-// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes.
+// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go.
 LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
-                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16]) {
+                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16], const float *y, int ldy) {
     const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
     struct panel p[Q_PANELS];
     if (n_tokens <= Q_ROW_TOKENS) {
@@ -2973,12 +2995,13 @@ LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ah
         chunk_scales(format, c + i, p + i);
         panel_fill(format, c + i, ahead + i * bytes, p + i);
     }
-    panel_multiply(format, p, c->n, n_tokens, q, scale, sum, ld, (float (*)[Q_PANELS][16])sums);
+    panel_multiply(format, p, c->n, n_tokens, q, scale, sum, ld, (float (*)[Q_PANELS][16])sums, y, ldy);
 }
 
-static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
-                             float *y, int ldy, bool add) {
-    float sums[TOKEN_BLOCK * Q_PANELS][16];
+// At most Q_TOKEN_BLOCK tokens.
+static void quantized_product(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                              float *y, int ldy, bool add) {
+    float sums[Q_TOKEN_BLOCK * Q_PANELS][16];
     const int n_panels = n_tokens <= Q_ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
     for (int r = 0; r < n_rows; r += together) {
@@ -2995,20 +3018,20 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
             for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
 #if (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)) && !defined(MAMBA_ROLLED)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
-            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, q, scale, sum, ld, sums); break;
+            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, c, ahead, n_tokens, q, scale, sum, ld, sums);
+            chunk_dot(m->format, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy);
 #endif
         }
         for (int t = 0; t < n_tokens; t++)
@@ -3018,20 +3041,85 @@ static void matmul_quantized(const struct matrix *m, int row0, int n_rows, const
     }
 }
 
-static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
-                             float *y, int ldy, bool add) {
-    for (int t = 0; t < n_tokens; t += TOKEN_BLOCK) {
-        const int tokens = min_int(TOKEN_BLOCK, n_tokens - t);
-        const float *xf = x->f + (size_t)(token0 + t) * (size_t)x->ld;
-        float *to = y + (size_t)t * (size_t)ldy;
-        switch (m->format) {
-        case F32: matmul_float(F32, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
-        case F16: matmul_float(F16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
-        case BF16: matmul_float(BF16, m, row0, n_rows, xf, (size_t)x->ld, tokens, to, ldy, add); break;
-        default: matmul_quantized(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
+// ---- Float weights of few columns, for many tokens: there the sums of lanes would take longer than the products ----
+
+// 16 rows as floats: a vector is a column, whose lane r belongs to row r. Columns that one lane of the sums adds up are together.
+struct narrow_panel {
+    int steps;                    // of such columns
+    float w[NARROW_COLUMNS][16];  // [column % 16 * steps + column / 16][row]; 0 behind the last column
+};
+
+static void narrow_fill(const struct matrix *m, int row0, struct narrow_panel *p) {
+    float rows[16][NARROW_COLUMNS];
+    p->steps = ceil_div(m->cols, 16);
+    for (int r = 0; r < 16; r++)  // rows that do not exist are the last one that does: they are not stored later
+        floats_of(m->format, m->data + (size_t)min_int(row0 + r, m->rows - 1) * m->row_bytes, m->cols, rows[r]);
+    for (int k = 0; k < 16 * p->steps; k += 8)
+        for (int r = 0; r < 16; r += 8) {
+            vb part[8];
+            for (int i = 0; i < 8; i++) part[i] = b_load(rows[r + i] + k);
+            transpose_dwords(part, (int32_t *)&p->w[k % 16 * p->steps + k / 16][r], 16 * p->steps);
+        }
+}
+
+// sums [tokens][16] = a panel times some tokens, a constant at every call. Lanes of the sums have their turn in the order 0, 8, 4,
+// 12, 2, 10 ..., so that the tree over lanes grows as they come: each one bit at the end of `turn` is a branch that is complete.
+LANE void narrow_dot(const struct narrow_panel *p, int tokens, const float *x, size_t ldx, float (*sums)[16]) {
+    float branch[4][NARROW_TOKENS][16];  // of each level the last one that waits for its other half
+    for (int turn = 0; turn < 16; turn++) {
+        const int lane = (turn & 1) << 3 | (turn & 2) << 1 | (turn & 4) >> 1 | (turn & 8) >> 3;
+        const float *w = p->w[lane * p->steps], *column = x + lane;
+        vf sum[NARROW_TOKENS];
+        UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_set(0.0f);
+        NO_UNROLL for (int i = 0; i < p->steps; i++, w += 16, column += 16) {
+            const vf wv = v_load(w);
+            UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_fma(wv, v_set(column[(size_t)t * ldx]), sum[t]);
+        }
+        int level = 0;
+        NO_UNROLL for (; turn >> level & 1; level++)
+            UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_add(v_load(branch[level][t]), sum[t]);
+        UNROLL for (int t = 0; t < tokens; t++) v_store(level < 4 ? branch[level][t] : sums[t], sum[t]);
+    }
+}
+
+static void narrow_product(const struct matrix *m, int row0, int n_rows, const float *x, size_t ldx, int n_tokens, float *y,
+                           int ldy, bool add) {
+    struct narrow_panel p;
+    float sums[NARROW_TOKENS][16];
+    for (int r = 0; r < n_rows; r += 16) {
+        narrow_fill(m, row0 + r, &p);
+        for (int t = 0, n; t < n_tokens; t += n) {
+            const float *xt = x + (size_t)t * ldx;
+            float *to = y + (size_t)t * (size_t)ldy + r;
+            n = n_tokens - t < NARROW_TOKENS ? 1 : NARROW_TOKENS;
+            fetch_sums(to + (size_t)n * (size_t)ldy, ldy, 16, n);
+            if (n == 1) narrow_dot(&p, 1, xt, ldx, sums);
+            else narrow_dot(&p, NARROW_TOKENS, xt, ldx, sums);
+            for (int i = 0; i < n; i++) v_put(to + (size_t)i * (size_t)ldy, v_load(sums[i]), min_int(16, n_rows - r), add);
         }
     }
 }
+
+// ---- Products of any format ----
+
+static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                             float *y, int ldy, bool add) {
+    const bool quantized = is_quantized(m), narrow = !quantized && n_tokens > ROW_TOKENS && m->cols <= NARROW_COLUMNS;
+    const int most = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
+    const size_t ldx = (size_t)x->ld;
+    for (int t = 0; t < n_tokens; t += most) {
+        const int tokens = min_int(most, n_tokens - t);
+        const float *xf = x->f + (size_t)(token0 + t) * ldx;
+        float *to = y + (size_t)t * (size_t)ldy;
+        if (narrow) narrow_product(m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
+        else if (m->format == F32) wide_product(F32, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
+        else if (m->format == F16) wide_product(F16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
+        else if (m->format == BF16) wide_product(BF16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
+        else quantized_product(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
+    }
+}
+
+// ---- Activations ----
 
 // Sum of 16 bytes.
 LANE int32_t sum_16(const int8_t *q) {
@@ -3518,14 +3606,16 @@ static int decode_block(const struct context *ctx, int rows, int n_tokens) {
 // the bias, or to nothing.
 static void matmul_phase(struct team *t, const struct matrix *w, const float *bias, const struct act *x, int n_tokens, float *y,
                          int ldy, bool add) {
-    const int n_token_blocks = (n_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    const bool enough = w->rows / ROW_BLOCK * n_token_blocks >= 4 * t->ctx->n_threads;
+    const int row_parts = w->rows / ROW_BLOCK, wanted = 4 * t->ctx->n_threads;
+    const bool large = is_quantized(w) && row_parts * ceil_div(n_tokens, Q_TOKEN_BLOCK) >= wanted;
+    const int token_block = large ? Q_TOKEN_BLOCK : TOKEN_BLOCK, n_token_blocks = ceil_div(n_tokens, token_block);
+    const bool enough = row_parts * n_token_blocks >= wanted;
     const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
-    const int n_row_blocks = (w->rows + row_block - 1) / row_block;
+    const int n_row_blocks = ceil_div(w->rows, row_block);
     int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
-        const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * TOKEN_BLOCK;
-        const int n_rows = min_int(row_block, w->rows - r), n = min_int(TOKEN_BLOCK, n_tokens - token);
+        const int r = item % n_row_blocks * row_block, token = item / n_row_blocks * token_block;
+        const int n_rows = min_int(row_block, w->rows - r), n = min_int(token_block, n_tokens - token);
         float *to = y + (size_t)token * (size_t)ldy + r;
         for (int i = 0; bias && i < n; i++) memcpy(to + (size_t)i * (size_t)ldy, bias + r, (size_t)n_rows * sizeof *to);
         t->ctx->k->matmul(w, r, n_rows, x, token, n, to, ldy, add || bias);
@@ -3571,7 +3661,7 @@ static int channel_block(const struct context *ctx, const struct level *v, int *
     const int d_inner = v->size.d_inner;
     const int of_many = d_inner >= 256 * ctx->n_threads ? 64 : 32;
     const int block = v->n_tokens > ROW_TOKENS ? of_many : round_up(decode_block(ctx, d_inner, v->n_tokens), 32);
-    *n_blocks = (d_inner + block - 1) / block;
+    *n_blocks = ceil_div(d_inner, block);
     return block;
 }
 
@@ -3773,7 +3863,6 @@ static void unet(struct team *t, int i, int layer) {
 
 enum { PHASES_A_LAYER = 6, PHASES_A_POOL = 5, PHASES_BESIDE = 4 };  // embedding, final norm, gathering rows, head
 
-static bool is_quantized(const struct matrix *m) { return formats[m->format].block > 1; }
 
 // Floats from row to row: an odd multiple of 32, or one column of many rows, as a block of channels goes through it, would fall on
 // a few sets of the caches: widths are multiples of large powers of two.

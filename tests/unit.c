@@ -214,7 +214,7 @@ static void check_product(struct matrix m, struct act x, int tokens) {
             int n_rows = 1 + (int)(random_bits() % 20), token = 0;
             if (n_rows > rows - r) n_rows = rows - r;
             while (token < tokens) {
-                int n_tokens = 1 + (int)(random_bits() % (tokens > 100 ? 150 : 9));
+                int n_tokens = 1 + (int)(random_bits() % (tokens > 100 ? 250 : 9));
                 if (n_tokens > tokens - token) n_tokens = tokens - token;
                 k->matmul(&m, r, n_rows, &x, token, n_tokens, y + token * rows + r, rows, false);
                 token += n_tokens;
@@ -791,7 +791,9 @@ int main(int argc, char **argv) {
         test_products((enum format)f, 33, 7 * block, 13);
         test_products((enum format)f, 1, block, 1);
         test_products((enum format)f, 19, round_up(96 * 5 + 11, block), 6);
-        test_products((enum format)f, 40, round_up(96, block), 200);  // more tokens than a call of matmul keeps sums of
+        test_products((enum format)f, 40, round_up(96, block), 300);  // more tokens than a call of matmul keeps sums of
+        test_products((enum format)f, 21, round_up(NARROW_COLUMNS + 45, block), 300);
+        test_products((enum format)f, 17, round_up(NARROW_COLUMNS - 3, block), 29);
     }
     if (argc > 2 && strcmp(argv[2], "kernels") == 0) {  // under an emulator the rest takes minutes
         printf("%s: %d passed, %d failed\n", isa[0]->name, n_passed, n_failed);

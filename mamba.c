@@ -1524,10 +1524,10 @@ enum {
     FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SCAN_TOKENS = 16,       // so many at most go through a few states of 16 channels, then through the next
-    TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part,
-    Q_TOKEN_BLOCK = 192,    // and with quantised ones, which are unpacked each time
+    TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
+    Q_TOKEN_BLOCK = 192,    // likewise of quantised weights, which are unpacked for each block
     ROW_BLOCK = 96,         // so many rows are one item of work, when tokens are many; or a third of it, for the threads' sake
-    NARROW_COLUMNS = 64,    // up to so many columns of floats have products of their own
+    NARROW_COLUMNS = 64,    // float matrices of at most so many columns have products of their own
 };
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
@@ -1684,8 +1684,6 @@ struct kernels {
 #define floats_of ISA_NAME(floats_of)
 #define prefetch ISA_NAME(prefetch)
 #define fetch_token ISA_NAME(fetch_token)
-#define matmul_float ISA_NAME(matmul_float)
-#define matmul_quantized ISA_NAME(matmul_quantized)
 #define conv_4_taps ISA_NAME(conv_4_taps)
 #define conv_any_taps ISA_NAME(conv_any_taps)
 #define v_exp2_minus_1 ISA_NAME(v_exp2_minus_1)
@@ -1727,7 +1725,7 @@ struct kernels {
 #define TILE_TOKENS   OF_ISA(6, 4, 6, 1)
 #define ROW_GROUP     OF_ISA(16, 24, 24, 24)          // rows, and columns of them, that stay in the nearest cache
 #define COLUMN_BLOCK  OF_ISA(512, 1024, 1024, 1024)
-#define NARROW_TOKENS OF_ISA(6, 5, 4, 1)              // tokens likewise, of few columns
+#define NARROW_TOKENS OF_ISA(6, 5, 4, 1)              // tokens whose sums are in registers together, of few columns
 #define Q_TOKENS      OF_ISA(OF_VNNI(12, 8), 4, 4, 1)  // tokens, and panels of 16 quantised rows, likewise
 #define Q_PANELS      OF_ISA(OF_VNNI(2, 1), 1, 1, 1)
 #define SIGNED_PANELS OF_ISA(OF_VNNI(false, true), OF_VNNI(false, true), true, true)  // 8-bit weights keep their sign
@@ -2641,7 +2639,7 @@ LANE const uint8_t *chunk_block(enum format format, const struct chunk *c, int r
 
 // to[ld * column + row] = dword `column` of row `row`, of eight rows.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
-LANE void transpose_dwords(vb row[8], int32_t *to, int ld) {
+LANE void transpose_dwords(vb row[8], void *to, int ld) {
     vb pair[8], four[8];
     UNROLL for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
@@ -2653,16 +2651,16 @@ LANE void transpose_dwords(vb row[8], int32_t *to, int ld) {
             four[i + 2 * j + 1] = _mm256_unpackhi_epi64(pair[i + j], pair[i + j + 2]);
         }
     UNROLL for (int i = 0; i < 4; i++) {
-        b_store(to + ld * i, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
-        b_store(to + ld * (i + 4), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
+        b_store((int32_t *)to + ld * i, _mm256_permute2x128_si256(four[i], four[i + 4], 0x20));
+        b_store((int32_t *)to + ld * (i + 4), _mm256_permute2x128_si256(four[i], four[i + 4], 0x31));
     }
 }
 #else
-LANE void transpose_dwords(vb row[8], int32_t *to, int ld) {
+LANE void transpose_dwords(vb row[8], void *to, int ld) {
     for (int r = 0; r < 8; r++) {
         int32_t column[8];
         b_store(column, row[r]);
-        for (int c = 0; c < 8; c++) to[ld * c + r] = column[c];
+        for (int c = 0; c < 8; c++) memcpy((int32_t *)to + ld * c + r, &column[c], sizeof *column);
     }
 }
 #endif
@@ -2916,9 +2914,16 @@ LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *a
                 row[j] = unpack(format, chunk_block(format, c, r + j, i), i % (formats[format].block / 32));
                 if (FLIPPED(format)) row[j] = b_flip(row[j]);
             }
-            transpose_dwords(row, (int32_t *)p->w[8 * i][r], 16);
+            transpose_dwords(row, p->w[8 * i][r], 16);
         }
     }
+}
+
+// Fetches the places in y of n_rows rows of a few tokens: lines that have left the caches, in an order that the processor does not
+// see through. Storing the sums would wait for each.
+LANE void fetch_sums(const float *y, int ldy, int n_rows, int tokens) {
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < n_rows; r += 16) __builtin_prefetch(y + (size_t)t * (size_t)ldy + r, 1);
 }
 
 // Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at
@@ -2958,14 +2963,7 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
     }
 }
 
-// Fetches the places in y of n_rows rows of a few tokens: lines that have left the caches, in an order that the processor does not
-// see through. Storing the sums would wait for each.
-LANE void fetch_sums(const float *y, int ldy, int n_rows, int tokens) {
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < n_rows; r += 16) __builtin_prefetch(y + (size_t)t * (size_t)ldy + r, 1);
-}
-
-// The same for any number of tokens. y is where the sums will go.
+// panel_dot() for any number of tokens. y is where the sums will go.
 LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
                          const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
@@ -3058,22 +3056,23 @@ static void narrow_fill(const struct matrix *m, int row0, struct narrow_panel *p
         for (int r = 0; r < 16; r += 8) {
             vb part[8];
             for (int i = 0; i < 8; i++) part[i] = b_load(rows[r + i] + k);
-            transpose_dwords(part, (int32_t *)&p->w[k % 16 * p->steps + k / 16][r], 16 * p->steps);
+            transpose_dwords(part, &p->w[k % 16 * p->steps + k / 16][r], 16 * p->steps);
         }
 }
 
-// sums [tokens][16] = a panel times some tokens, a constant at every call. Lanes of the sums have their turn in the order 0, 8, 4,
-// 12, 2, 10 ..., so that the tree over lanes grows as they come: each one bit at the end of `turn` is a branch that is complete.
+// sums [tokens][16] = a panel times the tokens, whose number is a constant at every call. The lanes of the sums have their turns in
+// the order 0, 8, 4, 12, 2, 10 ..., and the tree over them is added as it grows, like a binary counter: a turn whose number ends in
+// `level` ones completes as many branches.
 LANE void narrow_dot(const struct narrow_panel *p, int tokens, const float *x, size_t ldx, float (*sums)[16]) {
-    float branch[4][NARROW_TOKENS][16];  // of each level the last one that waits for its other half
+    float branch[4][NARROW_TOKENS][16];  // [level] waits for its other half
     for (int turn = 0; turn < 16; turn++) {
         const int lane = (turn & 1) << 3 | (turn & 2) << 1 | (turn & 4) >> 1 | (turn & 8) >> 3;
-        const float *w = p->w[lane * p->steps], *column = x + lane;
+        const float *w = p->w[lane * p->steps], *xk = x + lane;
         vf sum[NARROW_TOKENS];
         UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_set(0.0f);
-        NO_UNROLL for (int i = 0; i < p->steps; i++, w += 16, column += 16) {
+        NO_UNROLL for (int i = 0; i < p->steps; i++, w += 16, xk += 16) {
             const vf wv = v_load(w);
-            UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_fma(wv, v_set(column[(size_t)t * ldx]), sum[t]);
+            UNROLL for (int t = 0; t < tokens; t++) sum[t] = v_fma(wv, v_set(xk[(size_t)t * ldx]), sum[t]);
         }
         int level = 0;
         NO_UNROLL for (; turn >> level & 1; level++)
@@ -3092,7 +3091,7 @@ static void narrow_product(const struct matrix *m, int row0, int n_rows, const f
             const float *xt = x + (size_t)t * ldx;
             float *to = y + (size_t)t * (size_t)ldy + r;
             n = n_tokens - t < NARROW_TOKENS ? 1 : NARROW_TOKENS;
-            fetch_sums(to + (size_t)n * (size_t)ldy, ldy, 16, n);
+            fetch_sums(to, ldy, 16, n);
             if (n == 1) narrow_dot(&p, 1, xt, ldx, sums);
             else narrow_dot(&p, NARROW_TOKENS, xt, ldx, sums);
             for (int i = 0; i < n; i++) v_put(to + (size_t)i * (size_t)ldy, v_load(sums[i]), min_int(16, n_rows - r), add);
@@ -3104,11 +3103,12 @@ static void narrow_product(const struct matrix *m, int row0, int n_rows, const f
 
 static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
                              float *y, int ldy, bool add) {
-    const bool quantized = is_quantized(m), narrow = !quantized && n_tokens > ROW_TOKENS && m->cols <= NARROW_COLUMNS;
-    const int most = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
+    const bool quantized = is_quantized(m), many = n_tokens > ROW_TOKENS && n_tokens >= NARROW_TOKENS;
+    const bool narrow = !quantized && many && m->cols <= NARROW_COLUMNS;
+    const int block = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
     const size_t ldx = (size_t)x->ld;
-    for (int t = 0; t < n_tokens; t += most) {
-        const int tokens = min_int(most, n_tokens - t);
+    for (int t = 0; t < n_tokens; t += block) {
+        const int tokens = min_int(block, n_tokens - t);
         const float *xf = x->f + (size_t)(token0 + t) * ldx;
         float *to = y + (size_t)t * (size_t)ldy;
         if (narrow) narrow_product(m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
@@ -3606,10 +3606,11 @@ static int decode_block(const struct context *ctx, int rows, int n_tokens) {
 // the bias, or to nothing.
 static void matmul_phase(struct team *t, const struct matrix *w, const float *bias, const struct act *x, int n_tokens, float *y,
                          int ldy, bool add) {
-    const int row_parts = w->rows / ROW_BLOCK, wanted = 4 * t->ctx->n_threads;
-    const bool large = is_quantized(w) && row_parts * ceil_div(n_tokens, Q_TOKEN_BLOCK) >= wanted;
-    const int token_block = large ? Q_TOKEN_BLOCK : TOKEN_BLOCK, n_token_blocks = ceil_div(n_tokens, token_block);
-    const bool enough = row_parts * n_token_blocks >= wanted;
+    // Items are smaller where there would be too few for all threads to be done at about the same time.
+    const int whole_rows = w->rows / ROW_BLOCK, wanted = 4 * t->ctx->n_threads;
+    const bool unpack_less = is_quantized(w) && whole_rows * (n_tokens / Q_TOKEN_BLOCK) >= wanted;
+    const int token_block = unpack_less ? Q_TOKEN_BLOCK : TOKEN_BLOCK, n_token_blocks = ceil_div(n_tokens, token_block);
+    const bool enough = whole_rows * n_token_blocks >= wanted;
     const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
     const int n_row_blocks = ceil_div(w->rows, row_block);
     int item;
@@ -3862,7 +3863,6 @@ static void unet(struct team *t, int i, int layer) {
 // ====================================================================================================================
 
 enum { PHASES_A_LAYER = 6, PHASES_A_POOL = 5, PHASES_BESIDE = 4 };  // embedding, final norm, gathering rows, head
-
 
 // Floats from row to row: an odd multiple of 32, or one column of many rows, as a block of channels goes through it, would fall on
 // a few sets of the caches: widths are multiples of large powers of two.
@@ -9413,6 +9413,7 @@ static int command_bench(const struct options *o) {
     if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
     int n_tests = bench_tests(o, &tests);
     if (!n_tests) usage_error("nothing to measure: the lists of -p and -n hold only 0");
+    catch_signals(end_at_once);
     if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
     else bench_open(&b);
     for (int i = 0; i < n_tests && !wants_cuda(o); i++) {

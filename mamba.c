@@ -1530,6 +1530,17 @@ enum {
     NARROW_COLUMNS = 64,    // float matrices of at most so many columns have products of their own
 };
 
+// Row r of a matrix, or its last one: products take 16 rows at once, and what is behind the last is not stored.
+static inline const uint8_t *row_or_last(const struct matrix *m, int r) {
+    return m->data + (size_t)min_int(r, m->rows - 1) * m->row_bytes;
+}
+
+// What starts at a token and a column, which is a multiple of 16, of quantised activations.
+static inline struct act act_from(struct act x, int token, int column) {
+    const size_t at = (size_t)token * (size_t)x.ld + (size_t)column;
+    return (struct act){x.f + at, x.q + at, x.scale + at / 32, x.sum + at / 16, x.ld};
+}
+
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]
     float *state;           // [d_conv-1][ld_w], the oldest first
@@ -2883,20 +2894,20 @@ LANE void prefetch(enum format format, const uint8_t *rows, int i) {
 // Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16
 // streams, more than the processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in
 // between, in file order.
-LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const int8_t *q, const float *scale,
-                   const int32_t *sum, const struct panel *p, float *sums) {
+LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, struct act x, const struct panel *p,
+                   float *sums) {
     const bool has_min = formats[format].has_min;
     const int zero = formats[format].zero, group = formats[format].group;
     vf s = v_load(sums);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         prefetch(format, ahead, i);
-        dot_16_rows(format, c, i, q + 32 * i, &first, &second);
+        dot_16_rows(format, c, i, x.q + 32 * i, &first, &second);
         UNROLL for (int h = 0; h < 32 / group; h++) {
             const vi dot = group == 32 ? v_add_int(first, second) : h ? second : first;
-            const int x_sum = group == 32 ? sum[2 * i] + sum[2 * i + 1] : sum[2 * i + h];
-            s = add_group(p, has_min, 32 / group * i + h, v_add_int(dot, v_set_int(-zero * x_sum)), scale[i],
-                          scale[i] * (float)x_sum, s);
+            const int x_sum = group == 32 ? x.sum[2 * i] + x.sum[2 * i + 1] : x.sum[2 * i + h];
+            s = add_group(p, has_min, 32 / group * i + h, v_add_int(dot, v_set_int(-zero * x_sum)), x.scale[i],
+                          x.scale[i] * (float)x_sum, s);
         }
     }
     v_store(sums, s);
@@ -2927,9 +2938,8 @@ LANE void fetch_sums(const float *y, int ldy, int n_rows, int tokens) {
 }
 
 // Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at
-// every call. q, scale and sum: activations of the first token at the panels' first column; ld as in struct act.
-LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, const int8_t *q, const float *scale,
-                    const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16]) {
+// every call. x: from the first token and the panels' first column on.
+LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, struct act x, float (*sums)[Q_PANELS][16]) {
     const int group = formats[format].group, zero = FLIPPED(format) ? 128 : formats[format].zero;
     const bool is_signed = format == Q8_0 && SIGNED_PANELS;
     const int together = min_int(group / 4, format == Q8_0 ? 1 : 1 << (7 - formats[format].bits));  // products in a vw
@@ -2938,8 +2948,9 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
         vi dot[Q_TOKENS][Q_PANELS];
         float x_scale[Q_TOKENS], x_min[Q_TOKENS];
         UNROLL for (int t = 0; t < tokens; t++) {
-            const int32_t *s = sum + (size_t)t * (ld / 16) + (size_t)(g * group / 16), x_sum = group == 32 ? s[0] + s[1] : s[0];
-            x_scale[t] = scale[(size_t)t * (ld / 32) + (size_t)(g * group / 32)];
+            const struct act xt = act_from(x, t, g * group);
+            const int32_t x_sum = group == 32 ? xt.sum[0] + xt.sum[1] : xt.sum[0];
+            x_scale[t] = *xt.scale;
             x_min[t] = x_scale[t] * (float)x_sum;
             UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_set_int(-zero * x_sum);
         }
@@ -2952,7 +2963,7 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
                     UNROLL for (int t = t0; t < t0 + abreast; t++)
                         UNROLL for (int i = 0; i < Q_PANELS; i++)
                             dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0],
-                                                q + (size_t)t * ld + g * group + 4 * j, is_signed);
+                                                act_from(x, t, g * group).q + 4 * j, is_signed);
                 UNROLL for (int t = t0; t < t0 + abreast; t++)
                     UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_dots_end(dot[t][i], dots[t][i]);
             }
@@ -2964,72 +2975,69 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
 }
 
 // panel_dot() for any number of tokens. y is where the sums will go.
-LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, const int8_t *q, const float *scale,
-                         const int32_t *sum, size_t ld, float (*sums)[Q_PANELS][16], const float *y, int ldy) {
+LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, struct act x,
+                         float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
     for (int left = n_tokens, step; left > 0; left -= step) {
-        if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, q, scale, sum, ld, sums);
-        else if (left >= few) panel_dot(format, p, n, step = few, q, scale, sum, ld, sums);
-        else panel_dot(format, p, n, step = 1, q, scale, sum, ld, sums);
+        if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, x, sums);
+        else if (left >= few) panel_dot(format, p, n, step = few, x, sums);
+        else panel_dot(format, p, n, step = 1, x, sums);
         fetch_sums(y, ldy, 16 * Q_PANELS, step);
+        x = act_from(x, step, 0);
         y += (size_t)step * (size_t)ldy;
-        q += (size_t)step * ld, scale += (size_t)step * (ld / 32), sum += (size_t)step * (ld / 16), sums += step;
+        sums += step;
     }
 }
 
 // Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
 // tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go.
-LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const int8_t *q,
-                    const float *scale, const int32_t *sum, size_t ld, float (*sums)[16], const float *y, int ldy) {
+LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+                    float (*sums)[16], const float *y, int ldy) {
     const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
     struct panel p[Q_PANELS];
     if (n_tokens <= Q_ROW_TOKENS) {
         chunk_scales(format, c, p);
-        for (int t = 0; t < n_tokens; t++)
-            rows_dot(format, c, ahead, q + (size_t)t * ld, scale + (size_t)t * (ld / 32), sum + (size_t)t * (ld / 16), p, sums[t]);
+        for (int t = 0; t < n_tokens; t++) rows_dot(format, c, ahead, act_from(x, t, 0), p, sums[t]);
         return;
     }
     for (int i = 0; i < Q_PANELS; i++) {
         chunk_scales(format, c + i, p + i);
         panel_fill(format, c + i, ahead + i * bytes, p + i);
     }
-    panel_multiply(format, p, c->n, n_tokens, q, scale, sum, ld, (float (*)[Q_PANELS][16])sums, y, ldy);
+    panel_multiply(format, p, c->n, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
 }
 
 // At most Q_TOKEN_BLOCK tokens.
-static void quantized_product(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
-                              float *y, int ldy, bool add) {
+static void quantized_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
+                              bool add) {
     float sums[Q_TOKEN_BLOCK * Q_PANELS][16];
     const int n_panels = n_tokens <= Q_ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
-    const size_t ld = (size_t)x->ld, chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
+    const size_t chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
     for (int r = 0; r < n_rows; r += together) {
         struct chunk c[Q_PANELS] = {{.at = 0}};
         for (int i = 0; i < together; i++)
-            c[i / 16].row[i % 16] = m->data + (size_t)min_int(row0 + r + i, m->rows - 1) * m->row_bytes;
+            c[i / 16].row[i % 16] = row_or_last(m, row0 + r + i);
         const uint8_t *ahead = c->row[0] + (size_t)together * m->row_bytes;  // only fetched: it may lie behind the matrix
         memset(sums, 0, (size_t)(n_tokens * n_panels) * sizeof sums[0]);
         for (int k = 0; k < m->cols; k += 256, ahead += (size_t)together * chunk_bytes) {
-            const size_t at = (size_t)token0 * ld + (size_t)k;
-            const int8_t *q = x->q + at;
-            const float *scale = x->scale + at / 32;
-            const int32_t *sum = x->sum + at / 16;
+            const struct act xk = act_from(x, 0, k);
             for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
 #if (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)) && !defined(MAMBA_ROLLED)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
-            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy); break;
+            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, c, ahead, n_tokens, q, scale, sum, ld, sums, y + r, ldy);
+            chunk_dot(m->format, c, ahead, n_tokens, xk, sums, y + r, ldy);
 #endif
         }
         for (int t = 0; t < n_tokens; t++)
@@ -3050,8 +3058,7 @@ struct narrow_panel {
 static void narrow_fill(const struct matrix *m, int row0, struct narrow_panel *p) {
     float rows[16][NARROW_COLUMNS];
     p->steps = ceil_div(m->cols, 16);
-    for (int r = 0; r < 16; r++)  // rows that do not exist are the last one that does: they are not stored later
-        floats_of(m->format, m->data + (size_t)min_int(row0 + r, m->rows - 1) * m->row_bytes, m->cols, rows[r]);
+    for (int r = 0; r < 16; r++) floats_of(m->format, row_or_last(m, row0 + r), m->cols, rows[r]);
     for (int k = 0; k < 16 * p->steps; k += 8)
         for (int r = 0; r < 16; r += 8) {
             vb part[8];
@@ -3106,16 +3113,16 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
     const bool quantized = is_quantized(m), many = n_tokens > ROW_TOKENS && n_tokens >= NARROW_TOKENS;
     const bool narrow = !quantized && many && m->cols <= NARROW_COLUMNS;
     const int block = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
-    const size_t ldx = (size_t)x->ld;
     for (int t = 0; t < n_tokens; t += block) {
         const int tokens = min_int(block, n_tokens - t);
+        const size_t ldx = (size_t)x->ld;
         const float *xf = x->f + (size_t)(token0 + t) * ldx;
         float *to = y + (size_t)t * (size_t)ldy;
         if (narrow) narrow_product(m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == F32) wide_product(F32, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == F16) wide_product(F16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == BF16) wide_product(BF16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
-        else quantized_product(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
+        else quantized_product(m, row0, n_rows, act_from(*x, token0 + t, 0), tokens, to, ldy, add);
     }
 }
 

@@ -10,9 +10,9 @@
 //   dt_proj     product, softplus, selective scan, skip and gate
 //   out_proj    product, added to the residual stream
 //
-// While one sequence decodes, each line is a kernel (product_few); while some do, the scan is one of its own. Prompts, and more
-// sequences, have the columns of a product prepared once (prepare) and multiplied in tiles (product_tiles, add_slices), and
-// the convolution and the scan are kernels of their own, which do the same operations in the same order. From Hopper on, a kernel starts
+// While one sequence decodes, each line is a kernel (product_few); while several do, the scan is one of its own (scan_steps). Many columns
+// of a product are prepared once (prepare) and multiplied in tiles (product_tiles, add_slices). In prompts the convolution and the scan
+// are kernels of their own (conv_tokens, scan_tokens), which do the same operations in the same order. From Hopper on, a kernel starts
 // while the one before it ends: it loads weights, and then waits for its inputs.
 //
 // The promise: on one GPU the same tokens give the same bits whatever the batch, the chunks of a prompt and the kernels' shapes,
@@ -505,52 +505,61 @@ template <enum format F, int N> struct fragment {
 enum { EXACT = 0x4b400000 };
 DEVICE float exact_float(int sum) { return __uint_as_float((unsigned)sum) - 12582912.0f; }
 
-// dot += the n-th loaded block (of its half h, where groups of 16 have scales) times a column's. A tensor core takes several steps:
-// tiles go side by side, so that none waits for its own last one.
-template <enum format F, int N, int R, class T>
-DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> &c, T dot[R][4]) {
+// dot += the n-th loaded block of R tiles (of its half h, where groups of 16 have scales) times those of C times 8 columns. A tensor core
+// takes several steps: all tiles and columns go side by side, so that none waits for its own last one.
+template <enum format F, int N, int R, int C, class T>
+DEVICE void multiply_block(const fragment<F, N> a[R], int n, int h, const operand<F> x[C], T dot[R][C][4]) {
     if constexpr (is_quantized(F)) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const loaded<F, N> &w = a[r].weights;
             const uint32_t words[4] = {w.q(n, 0, h), w.q(n, 1, h), w.q(n, 0, 1), w.q(n, 1, 1)};
-            if constexpr (group_of(F) == 16) mma_s8(dot[r], words[0], words[1], c.b[h]);
-            else mma_s8_block(dot[r], words, c.b);
+#pragma unroll
+            for (int c = 0; c < C; c++) {
+                if constexpr (group_of(F) == 16) mma_s8(dot[r][c], words[0], words[1], x[c].b[h]);
+                else mma_s8_block(dot[r][c], words, x[c].b);
+            }
         }
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++)  // both halves of 16, high and low parts
 #pragma unroll
-            for (int r = 0; r < R; r++) {
+            for (int k = 0; k < R * C; k++) {
+                const int r = k / C, c = k % C;
                 const uint32_t *words = a[r].weights.words + 8 * n + i / 2 * 4;
-                if constexpr (F == F16) mma_f16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
-                else mma_bf16(dot[r], words, c.b + i % 2 * 4 + i / 2 * 2);
+                if constexpr (F == F16) mma_f16(dot[r][c], words, x[c].b + i % 2 * 4 + i / 2 * 2);
+                else mma_bf16(dot[r][c], words, x[c].b + i % 2 * 4 + i / 2 * 2);
             }
     }
 }
 
-// sums[r] += the n-th loaded block of R tiles times a column's block.
-template <enum format F, int N, int R> DEVICE void multiply(const fragment<F, N> a[R], int n, const operand<F> &c, float *const sums[R]) {
+// sums[r][c] += the n-th loaded block of R tiles times those of C times 8 columns.
+template <enum format F, int N, int R, int C>
+DEVICE void multiply(const fragment<F, N> a[R], int n, const operand<F> x[C], float *const sums[R][C]) {
     if constexpr (is_quantized(F)) {
 #pragma unroll
         for (int h = 0; h < BLOCK / group_of(F); h++) {
-            int dot[R][4];
+            int dot[R][C][4];
 #pragma unroll
-            for (int i = 0; i < 4 * R; i++) dot[i / 4][i % 4] = EXACT;
-            multiply_block<F, N, R>(a, n, h, c, dot);
+            for (int i = 0; i < 4 * R * C; i++) dot[i / 4 / C][i / 4 % C][i % 4] = EXACT;
+            multiply_block<F, N, R, C>(a, n, h, x, dot);
 #pragma unroll
-            for (int i = 0; i < 4 * R; i++) {
-                const group_scales<F, N> &row = a[i / 4].scales[i % 4 / 2];
-                float *sum = &sums[i / 4][i % 4];
-                *sum = fmaf(row.scale(n, h) * c.factors[0][i % 2], exact_float(dot[i / 4][i % 4]), *sum);
-                if constexpr (has_min(F)) *sum = fmaf(row.min(n, h), c.factors[1 + h][i % 2], *sum);
+            for (int i = 0; i < 4 * R * C; i++) {
+                const int r = i / 4 / C, c = i / 4 % C, k = i % 4;
+                const group_scales<F, N> &row = a[r].scales[k / 2];
+                float *sum = &sums[r][c][k];
+                *sum = fmaf(row.scale(n, h) * x[c].factors[0][k % 2], exact_float(dot[r][c][k]), *sum);
+                if constexpr (has_min(F)) *sum = fmaf(row.min(n, h), x[c].factors[1 + h][k % 2], *sum);
             }
         }
     } else {
-        float dot[R][4] = {};
-        multiply_block<F, N, R>(a, n, 0, c, dot);
+        float dot[R][C][4] = {};
+        multiply_block<F, N, R, C>(a, n, 0, x, dot);
 #pragma unroll
-        for (int i = 0; i < 4 * R; i++) sums[i / 4][i % 4] = fmaf(c.factors[0][i % 2], dot[i / 4][i % 4], sums[i / 4][i % 4]);
+        for (int i = 0; i < 4 * R * C; i++) {
+            const int r = i / 4 / C, c = i / 4 % C, k = i % 4;
+            sums[r][c][k] = fmaf(x[c].factors[0][k % 2], dot[r][c][k], sums[r][c][k]);
+        }
     }
 }
 
@@ -737,7 +746,7 @@ DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int fir
     constexpr int N = blocks_at_once(F);
     fragment<F, N> a, next;
     column_block<F> c[2];
-    float *sums[1] = {s->v}, square = 0;
+    float *sums[1][1] = {{s->v}}, square = 0;
     load_fragment<F, N>(w, tile, first, &a);
     next = a;
     if (first + N < end) load_fragment<F, N>(w, tile, first + N, &next);
@@ -747,7 +756,8 @@ DEVICE void slice_of_blocks(const weights &w, const input &in, int tile, int fir
 #pragma unroll
         for (int i = 0; i < N; i++) {
             if (COLUMNS > 1 && i % 2 == 0) blocks_of_columns<F>(in, block + i, c, &square);
-            multiply<F, N, 1>(&a, i, COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 2]), sums);
+            const operand<F> x = COLUMNS == 1 ? operand_of_one_column<F>(c[0], (block + i) % BLOCKS) : operand_of<F>(c[i % 2]);
+            multiply<F, N, 1, 1>(&a, i, &x, sums);
         }
         if (in.norm) {
             const float sum = sum_of_four(square);
@@ -828,23 +838,58 @@ DEVICE float scan_part(const scan &s, int slot, int token, int channel, int j, f
     return part;
 }
 
-// A token of a channel, by its SCAN_LANES lanes: what they add is summed as a tree. All lanes of a warp come here, also those without a channel.
-DEVICE void scan_step(const scan &s, const int *slots, int token, int channel, bool exists, float dt) {
-    const int j = (int)threadIdx.x % SCAN_LANES;
+// Skip and gate of a token of a channel.
+DEVICE void store_scanned(const scan &s, int token, int channel, float y) {
     const size_t at = (size_t)token * s.ld_u + channel;
-    float y = exists ? scan_part(s, slots[token], token, channel, j, dt) : 0.0f;
-#pragma unroll
-    for (int distance = 1; distance < SCAN_LANES; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
-    if (exists && j == 0) s.y[at] = fmaf(s.d[channel], s.u[at], y) * s.gate[at];
+    s.y[at] = fmaf(s.d[channel], s.u[at], y) * s.gate[at];
 }
 
-// Of several sequences; blockIdx.x: 16 channels, blockIdx.y: token.
-__global__ void __launch_bounds__(16 * SCAN_LANES) scan_steps(const scan s, const float *dt, const int *slots) {
-    const int token = (int)blockIdx.y, channel = (int)blockIdx.x * 16 + (int)threadIdx.x / SCAN_LANES;
+// A token of a channel, by its SCAN_LANES lanes: what they add is summed as a tree. All lanes of a warp come here, also those without a channel.
+DEVICE void scan_step(const scan &s, int slot, int token, int channel, bool exists, float dt) {
+    const int j = (int)threadIdx.x % SCAN_LANES;
+    float y = exists ? scan_part(s, slot, token, channel, j, dt) : 0.0f;
+#pragma unroll
+    for (int distance = 1; distance < SCAN_LANES; distance *= 2) y += __shfl_xor_sync(WHOLE_WARP, y, distance);
+    if (exists && j == 0) store_scanned(s, token, channel, y);
+}
+
+// The same by one thread, which keeps memory busier where there are sequences enough: 16 states are loaded before the first is stored.
+// blockIdx.x: channels, y: token.
+enum { STEP_THREADS = 128 };
+template <int PER_LANE> __global__ void __launch_bounds__(STEP_THREADS) scan_steps(const scan s, const float *dt, const int *slots) {
+    const int token = (int)blockIdx.y, channel = (int)(blockIdx.x * STEP_THREADS + threadIdx.x);
+    const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16, token_at = (size_t)token * s.ld_u + channel;
+    const float *bc = s.bc + (size_t)token * 2 * s.d_state;
+    float *state = s.state + (size_t)slots[token] * s.slot_floats + at, h[16], a2[16], b[16], c[16], parts[SCAN_LANES] = {};
+    const auto load_states = [&](int n0) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            h[i] = n0 + i < s.d_state ? state[16 * (n0 + i)] : 0.0f;
+            a2[i] = n0 + i < s.d_state ? s.a2[at + 16 * (n0 + i)] : 0.0f;
+        }
+    };
     next_may_start();
-    prefetch_scan_state(s, slots[token], (int)blockIdx.x, (int)threadIdx.x, 16 * SCAN_LANES);
+    if (channel >= s.n) return;
+    load_states(0);  // which this forward has not written, and the last one has ended
     inputs_ready();
-    scan_step(s, slots, token, channel, channel < s.n, channel < s.n ? dt[(size_t)token * s.ld_u + channel] : 0.0f);
+    const float step = dt[token_at], step_u = step * s.u[token_at];
+#pragma unroll
+    for (int n0 = 0; n0 < SCAN_LANES * PER_LANE; n0 += 16) {
+        if (n0) load_states(n0);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            b[i] = n0 + i < s.d_state ? bc[n0 + i] : 0.0f;
+            c[i] = n0 + i < s.d_state ? bc[s.d_state + n0 + i] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (n0 + i < s.d_state) state[16 * (n0 + i)] = scan_state(h[i], step, step_u, a2[i], b[i], c[i], &parts[(n0 + i) / PER_LANE]);
+    }
+#pragma unroll
+    for (int distance = 1; distance < SCAN_LANES; distance *= 2)
+#pragma unroll
+        for (int lane = 0; lane < SCAN_LANES; lane += 2 * distance) parts[lane] += parts[lane + distance];
+    store_scanned(s, token, channel, parts[0]);
 }
 
 enum epilogue {             // what becomes of the products v of a row
@@ -872,7 +917,10 @@ DEVICE void store(const output &out, int row, int column, float v) {
         return;
     }
     float *y = &out.y[(size_t)column * out.ld_y + row];
-    *y = out.kind == ADD ? *y + v : out.kind == STEP ? softplus(v + out.s.dt_b[row]) : v;
+    if (out.kind == ADD) v += *y;
+    else if (out.kind == CONV) v = conv_token(out.c, out.slots[column], row, v);
+    else if (out.kind == STEP) v = softplus(v + out.s.dt_b[row]);
+    *y = v;
 }
 
 // States that a tile's end will read are on their way to the second-level cache while the block waits for its inputs.
@@ -916,12 +964,10 @@ template <enum format F, int COLUMNS> __global__ void __launch_bounds__(256, 1) 
         float v = 0;
         for (int s = 0; s < n_slices && exists; s++) v += parts[s * FEW_COLUMNS * TILE + i];
         if (exists) v *= norm_factor(in, squares + local, FEW_COLUMNS, w.n_chunks);
-        if (out.kind == SCAN) {
-            scan_step(out.s, out.slots, column, row, exists, exists ? softplus(v + out.s.dt_b[row]) : 0.0f);
-        } else if (exists && out.kind == CONV && row < out.split) {
-            out.y[(size_t)column * out.ld_y + row] = conv_token(out.c, out.slots[column], row, v);
-        } else if (exists) {
-            store(out, row, column, v);
+        if (out.kind != SCAN) {
+            if (exists) store(out, row, column, v);
+        } else {
+            scan_step(out.s, exists ? out.slots[column] : 0, column, row, exists, exists ? softplus(v + out.s.dt_b[row]) : 0.0f);
         }
     }
 }
@@ -989,92 +1035,94 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
     if (q == 0) to.squares[(size_t)chunk * to.ld + column] = square;
 }
 
-// A block's tile of the result: 8 warps, 2 of rows by 4 of columns; a warp has R tiles of 16 rows and C times 8 columns.
+enum { AT_ONCE = 2 };       // blocks of a multiprocessor: one computes while the other waits
+
+// A block's tile of the result: WR warps of rows by WC of columns; a warp has R tiles of 16 rows and C times 8 columns.
 // What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
-enum { TILES_WARPS = 8, MAX_STAGES = 5 };
-
-// Blocks that a multiprocessor has registers for: two of small tiles, where a lane holds few sums and scales.
-static constexpr __host__ __device__ int tiles_at_once(enum format f, int r, int c) { return r * c > 4 || is_k(f) || f == F32 ? 1 : 2; }
-
-template <enum format F, int R, int C> struct stage {
-    static constexpr int TILES = 2 * R, GROUPS = 4 * C, COLUMNS = 8 * GROUPS;
+template <enum format FORMAT, int R_, int C_, int WR_, int WC_> struct stage {
+    static constexpr enum format F = FORMAT;
+    static constexpr int R = R_, C = C_, WR = WR_, WC = WC_, WARPS = WR * WC, TILES = WR * R, GROUPS = WC * C, COLUMNS = 8 * GROUPS;
     static constexpr int TILE_WORDS = unit_weights(F) + unit_scales(F), OPERANDS = TILES * TILE_WORDS, FACTORS = OPERANDS + GROUPS * unit_operands(F);
     static constexpr int WORDS = FACTORS + unit_blocks(F) * factor_count(F) * COLUMNS / 4;
-    // At the end, results [4 groups of 8 columns][LD] and factors [COLUMNS] stand there; LD is so that lanes write to different banks.
-    static constexpr int LD = TILES * TILE + 4, RESULT_BYTES = (32 * LD + COLUMNS) * 4;
-    static_assert(2 * WORDS * 16 <= 64 << 10, "one stage is copied while another one is used, on Turing too");
+    static constexpr int STAGES = R * C >= 8 ? 3 : 5;  // small tiles are done before the next one but one is there
+    // At the end, results [WC groups of 8 columns][LD] and factors [COLUMNS] stand there; LD is so that lanes write to different banks.
+    static constexpr int LD = TILES * TILE + 4, RESULT_BYTES = (8 * WC * LD + COLUMNS) * 4;
+    static constexpr int BYTES = STAGES * WORDS * 16 > RESULT_BYTES ? STAGES * WORDS * 16 : RESULT_BYTES;
+    static_assert(BYTES <= 64 << 10, "Turing has so much");
 };
-
-// Waits for all of a thread's groups of copies but n.
-DEVICE void copies_wait_but(int n) {
-    if (n == 0) copies_wait<0>();
-    else if (n == 1) copies_wait<1>();
-    else if (n == 2) copies_wait<2>();
-    else copies_wait<3>();
-}
 
 // Two blocks of a plane, its lanes' words side by side; a lane's bytes are 4 BITS.
 template <int BITS> DEVICE void copy_plane(uint4 *to, const uint4 *plane, int pair) {
     const int lane = threadIdx.x;
-    if constexpr (BITS == 1) copy_async<4>((unsigned *)to + lane, (const unsigned *)(plane + lane) + pair);
-    else if constexpr (BITS == 2) copy_async<8>((uint2 *)to + lane, (const uint2 *)(plane + pair / 2 * 32 + lane) + pair % 2);
+    if constexpr (BITS == 1) copy_async<4>((unsigned *)to + lane, (const unsigned *)plane + pair);
+    else if constexpr (BITS == 2) copy_async<8>((uint2 *)to + lane, (const uint2 *)(plane + pair / 2 * 32) + pair % 2);
     else
 #pragma unroll
-        for (int i = 0; i < BITS / 4; i++) copy_async<16>(to + 32 * i + lane, plane + (pair * BITS / 4 + i) * 32 + lane);
+        for (int i = 0; i < BITS / 4; i++) copy_async<16>(to + 32 * i + lane, plane + (pair * BITS / 4 + i) * 32);
 }
 
 // Where a thread copies from: everything that does not depend on the unit. A warp copies a tile and some groups of columns.
-template <enum format F, int R, int C> struct source {
-    using S = stage<F, R, C>;
-    const uint4 *tile, *scales, *operands;
+template <class S> struct source {
+    static constexpr enum format F = S::F;
+    static constexpr int OWN_TILES = (S::TILES + S::WARPS - 1) / S::WARPS;
+    const uint4 *tile[OWN_TILES], *scales[OWN_TILES], *operands;
     const float *factors;
     int n_units;
     unsigned ld;
 
     __device__ __forceinline__ source(const weights &w, const prepared &x, int tile0, int group0) : n_units(x.n_units), ld((unsigned)x.ld) {
         const int last = ceil_div(w.rows, TILE) - 1, thread = (int)(threadIdx.y * 32 + threadIdx.x), lane = threadIdx.x;
-        const size_t first = (size_t)min(tile0 + (int)threadIdx.y, last) * w.n_chunks;  // behind the last tile: computed, not stored
-        tile = w.data + first * chunk_words(F);
-        scales = (const uint4 *)(w.scales + first * scale_words(F) * TILE) + lane % 4;
+#pragma unroll
+        for (int i = 0; i < OWN_TILES; i++) {
+            // Behind the last tile: computed, not stored.
+            const size_t first = (size_t)min(tile0 + (int)threadIdx.y + i * S::WARPS, last) * w.n_chunks;
+            tile[i] = w.data + first * chunk_words(F) + lane;
+            scales[i] = (const uint4 *)(w.scales + first * scale_words(F) * TILE) + lane % 4;
+        }
         operands = x.operands + (size_t)group0 * x.n_units * unit_operands(F) + lane;
         factors = x.factors + group0 * 8 + thread % (S::COLUMNS / 4) * 4;
     }
 
     // A unit's weights, which are there from the start.
-    __device__ __forceinline__ void copy_tile(uint4 *to, int unit) const {
+    __device__ __forceinline__ void copy_tiles(uint4 *to, int unit) const {
         constexpr int PER_CHUNK = CHUNK / unit_columns(F);
         const int lane = threadIdx.x, pair = unit % PER_CHUNK, chunk = unit / PER_CHUNK;
-        static_assert(S::TILES <= TILES_WARPS, "a warp copies a tile");
-        if ((int)threadIdx.y >= S::TILES) return;
-        to += threadIdx.y * S::TILE_WORDS;
-        if constexpr (is_quantized(F)) {
-            const uint4 *from = tile + chunk * chunk_words(F);
-            copy_plane<low_bits(F)>(to, from, pair);
-            if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(to + 8 * low_bits(F), from + 32 * low_bits(F), pair);
-            // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
-            constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
-            const int i = lane / 4, row = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
-            if (lane < unit_scales(F)) copy_async<16>(to + unit_weights(F) + lane, scales + (chunk * scale_words(F) + row) * (TILE / 4));
-        } else {
 #pragma unroll
-            for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(to + i + lane, tile + unit * unit_weights(F) + i + lane);
+        for (int t = 0; t < OWN_TILES; t++) {
+            const int own = (int)threadIdx.y + t * S::WARPS;
+            if (S::TILES % S::WARPS && own >= S::TILES) continue;
+            uint4 *tile_to = to + own * S::TILE_WORDS;
+            if constexpr (is_quantized(F)) {
+                const uint4 *from = tile[t] + chunk * chunk_words(F);
+                copy_plane<low_bits(F)>(tile_to, from, pair);
+                if constexpr (high_bits(F) > 0) copy_plane<high_bits(F)>(tile_to + 8 * low_bits(F), from + 32 * low_bits(F), pair);
+                // Rows of the chunk's scales: (K formats) the two of the block of 256, then the word with this unit's scales, and minima.
+                constexpr int per_word = group_scales<F, 2>::per_word, K = is_k(F);
+                const int i = lane / 4, row = i < K ? 0 : K + (i - K) * (BLOCKS / per_word) + 2 * pair / per_word;
+                if (lane < unit_scales(F))
+                    copy_async<16>(tile_to + unit_weights(F) + lane, scales[t] + (chunk * scale_words(F) + row) * (TILE / 4));
+            } else {
+#pragma unroll
+                for (int i = 0; i < unit_weights(F); i += 32) copy_async<16>(tile_to + i + lane, tile[t] + unit * unit_weights(F) + i);
+            }
         }
     }
 
-    // Its columns; ends the group of copies.
+    // Its columns.
     __device__ __forceinline__ void copy_columns(uint4 *to, int unit) const {
         const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < (S::GROUPS + TILES_WARPS - 1) / TILES_WARPS; i++) {
-            const int group = TILES_WARPS - 1 - (int)threadIdx.y + i * TILES_WARPS;  // first the warps that may have no tile
-            if (S::GROUPS % TILES_WARPS && group >= S::GROUPS) continue;
+        for (int i = 0; i < (S::GROUPS + S::WARPS - 1) / S::WARPS; i++) {
+            const int group = S::WARPS - 1 - (int)threadIdx.y + i * S::WARPS;  // first the warps that may have no tile
+            if (S::GROUPS % S::WARPS && group >= S::GROUPS) continue;
             const uint4 *from = operands + (group * n_units + unit) * unit_operands(F);
 #pragma unroll
             for (int k = 0; k < unit_operands(F); k += 32) copy_async<16>(to + S::OPERANDS + group * unit_operands(F) + k + threadIdx.x, from + k);
         }
         constexpr int FOURS = S::COLUMNS / 4, N = S::WORDS - S::FACTORS;
-        if (thread < N) copy_async<16>(to + S::FACTORS + thread, factors + (size_t)(unsigned)(unit * (N / FOURS) + thread / FOURS) * ld);
-        copies_end();
+#pragma unroll
+        for (int i = 0; i < N; i += 32 * S::WARPS)
+            if (i + thread < N) copy_async<16>(to + S::FACTORS + i + thread, factors + (size_t)(unsigned)(unit * (N / FOURS) + (i + thread) / FOURS) * ld);
     }
 };
 
@@ -1101,9 +1149,10 @@ template <enum format F> DEVICE void load_unit(const uint4 *tile, int unit, frag
     }
 }
 
-template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *shared, int unit, sums<F> part[R][C]) {
-    using S = stage<F, R, C>;
-    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, tile0 = (int)threadIdx.y % 2 * R, group0 = (int)threadIdx.y / 2 * C;
+template <class S> DEVICE void multiply_unit(const uint4 *shared, int unit, sums<S::F> part[S::R][S::C]) {
+    constexpr enum format F = S::F;
+    constexpr int R = S::R, C = S::C;
+    const int lane = threadIdx.x, g = lane / 4, q = lane % 4, tile0 = (int)threadIdx.y % S::WR * R, group0 = (int)threadIdx.y / S::WR * C;
     const uint4 *tiles = shared + tile0 * S::TILE_WORDS, *operands = shared + S::OPERANDS + group0 * unit_operands(F);
     if constexpr (F == F32) {
         float4 a[R][2];
@@ -1119,107 +1168,122 @@ template <enum format F, int R, int C> DEVICE void multiply_unit(const uint4 *sh
             }
         }
     } else {
-        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8;
+        // P groups of 8 columns are multiplied side by side, where the formats with most planes and scales leave registers for that.
+        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8, P = C == 1 || F == Q5_K || F == Q6_K ? 1 : 2;
         fragment<F, N> a[R];
 #pragma unroll
         for (int r = 0; r < R; r++) load_unit<F>(tiles + r * S::TILE_WORDS, unit, &a[r]);
 #pragma unroll
-        for (int c = 0; c < C; c++) {
-            uint32_t words[N * WORDS];
+        for (int c0 = 0; c0 < C; c0 += P) {
+            uint32_t words[P][N * WORDS];
 #pragma unroll
-            for (int i = 0; i < N * WORDS / 4; i++) {
-                const uint4 four = operands[c * unit_operands(F) + 32 * i + lane];
-                words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+            for (int i = 0; i < P * N * WORDS / 4; i++) {
+                const int c = i / (N * WORDS / 4), k = i % (N * WORDS / 4);
+                const uint4 four = operands[(c0 + c) * unit_operands(F) + 32 * k + lane];
+                words[c][4 * k] = four.x, words[c][4 * k + 1] = four.y, words[c][4 * k + 2] = four.z, words[c][4 * k + 3] = four.w;
             }
 #pragma unroll
             for (int b = 0; b < N; b++) {
-                const float *factors = (const float *)(shared + S::FACTORS) + b * K * S::COLUMNS + (group0 + c) * 8 + 2 * q;
-                operand<F> x;
+                operand<F> x[P];
+                float *sums[R][P];
 #pragma unroll
-                for (int i = 0; i < WORDS; i++) x.b[i] = words[b * WORDS + i];
+                for (int c = 0; c < P; c++) {
+                    const float *factors = (const float *)(shared + S::FACTORS) + b * K * S::COLUMNS + (group0 + c0 + c) * 8 + 2 * q;
 #pragma unroll
-                for (int i = 0; i < K; i++) {
-                    const float2 two = *(const float2 *)(factors + i * S::COLUMNS);
-                    x.factors[i][0] = two.x, x.factors[i][1] = two.y;
+                    for (int i = 0; i < WORDS; i++) x[c].b[i] = words[c][b * WORDS + i];
+#pragma unroll
+                    for (int i = 0; i < K; i++) {
+                        const float2 two = *(const float2 *)(factors + i * S::COLUMNS);
+                        x[c].factors[i][0] = two.x, x[c].factors[i][1] = two.y;
+                    }
+#pragma unroll
+                    for (int r = 0; r < R; r++) sums[r][c] = part[r][c0 + c].v;
                 }
-                float *sums[R];
-#pragma unroll
-                for (int r = 0; r < R; r++) sums[r] = part[r][c].v;
-                multiply<F, N, R>(a, b, x, sums);
+                multiply<F, N, R, P>(a, b, x, sums);
             }
         }
     }
 }
 
-// blockIdx.x: columns, y: rows, z: slices. Shared: n_stages, of which all but one are on their way. parts: NULL, or where blocks that
+// blockIdx.x: columns, y: rows, z: slices. Shared: stages, of which all but one are on their way. parts: NULL, or where blocks that
 // have not all slices leave the sums of each one, [slices][columns][tiles * TILE].
-template <enum format F, int R, int C>
-__global__ void __launch_bounds__(256, tiles_at_once(F, R, C)) product_tiles(const weights w, const prepared x, const input in, const output out,
-                                                                             float *parts, int n_stages) {
-    using S = stage<F, R, C>;
+template <class S>
+__global__ void __launch_bounds__(32 * S::WARPS, AT_ONCE)
+    product_tiles(const weights w, const prepared x, const input in, const output out, float *parts) {
+    constexpr enum format F = S::F;
+    constexpr int R = S::R, C = S::C, WR = S::WR, WC = S::WC;
     DYNAMIC_SHARED(uint4, shared);
     const int n_slices = slice_count(w.n_chunks), per = slice_chunks(w.n_chunks) * (CHUNK / unit_columns(F));
     const int slice0 = n_slices * (int)blockIdx.z / (int)gridDim.z, slice1 = n_slices * ((int)blockIdx.z + 1) / (int)gridDim.z;
     const int tile0 = (int)blockIdx.y * S::TILES, group0 = (int)blockIdx.x * S::GROUPS, end = min(slice1 * per, x.n_units);
-    const int g = threadIdx.x / 4, q = threadIdx.x % 4, row0 = (tile0 + (int)threadIdx.y % 2 * R) * TILE + g;
-    const int column0 = (group0 + (int)threadIdx.y / 2 * C) * 8 + 2 * q;
-    const size_t ld_parts = (size_t)(ceil_div(w.rows, TILE) * TILE);
-    const source<F, R, C> from(w, x, tile0, group0);
-    sums<F> part[R][C] = {};
-    float total[R][C][4] = {};
+    const int g = threadIdx.x / 4, q = threadIdx.x % 4, warp_row = (int)threadIdx.y % WR, warp_column = (int)threadIdx.y / WR;
+    const source<S> from(w, x, tile0, group0);
+    volatile float total[R][C][4];  // in memory: it is used once a slice, and registers are few
+#pragma unroll
+    for (int i = 0; i < R * C * 4; i++) total[i / 4 / C][i / 4 % C][i % 4] = 0;
+    int unit = slice0 * per;
     next_may_start();
-    for (int i = 0; i < n_stages - 1 && slice0 * per + i < end; i++) from.copy_tile(shared + i * S::WORDS, slice0 * per + i);
+#pragma unroll
+    for (int i = 0; i < S::STAGES - 1; i++)
+        if (unit + i < end) from.copy_tiles(shared + i * S::WORDS, unit + i);
     inputs_ready();
-    for (int i = 0; i < n_stages - 1; i++) {
-        if (slice0 * per + i < end) from.copy_columns(shared + i * S::WORDS, slice0 * per + i);
-        else copies_end();
+#pragma unroll
+    for (int i = 0; i < S::STAGES - 1; i++) {
+        if (unit + i < end) from.copy_columns(shared + i * S::WORDS, unit + i);
+        copies_end();
     }
-    int now = 0;
-    for (int unit = slice0 * per, left = per; unit < end; unit++) {
-        copies_wait_but(n_stages - 2);
-        __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
-        if (unit + n_stages - 1 < end) {
-            uint4 *last = shared + (now ? now - 1 : n_stages - 1) * S::WORDS;
-            from.copy_tile(last, unit + n_stages - 1);
-            from.copy_columns(last, unit + n_stages - 1);
-        } else {
-            copies_end();
-        }
-        multiply_unit<F, R, C>(shared + now * S::WORDS, unit, part);
-        now = now + 1 == n_stages ? 0 : now + 1;
-        if (--left && unit + 1 < end) continue;
-#pragma unroll
-        for (int i = 0; i < R * C; i++) {
-            const int r = i / C, c = i % C;
-            float own[4];
-            own_sums<F>(part[r][c], own);
-            part[r][c] = {};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int row = row0 + r * TILE + k / 2 * 8, column = column0 + c * 8 + k % 2;
-                total[r][c][k] += own[k];
-                if (parts && row < w.rows && column < in.n) parts[((size_t)(unit / per) * in.n + column) * ld_parts + row] = own[k];
+    uint4 *now = shared, *last = shared + (S::STAGES - 1) * S::WORDS;
+    for (int slice = slice0; slice < slice1; slice++) {
+        sums<F> part[R][C] = {};
+        for (const int slice_end = min(unit + per, end); unit < slice_end; unit++) {
+            copies_wait<S::STAGES - 2>();
+            __syncthreads();  // this unit is there, and nobody uses the stage of the last one any more
+            if (unit + S::STAGES - 1 < end) {
+                from.copy_tiles(last, unit + S::STAGES - 1);
+                from.copy_columns(last, unit + S::STAGES - 1);
             }
+            copies_end();
+            multiply_unit<S>(now, unit, part);
+            last = now;
+            now = now == shared + (S::STAGES - 1) * S::WORDS ? shared : now + S::WORDS;
         }
-        left = per;
+        float own[R][C][4];
+#pragma unroll
+        for (int i = 0; i < R * C; i++) own_sums<F>(part[i / C][i % C], own[i / C][i % C]);
+        if (!parts) {
+#pragma unroll
+            for (int i = 0; i < R * C * 4; i++) {
+                const int r = i / 4 / C, c = i / 4 % C, k = i % 4;
+                total[r][c][k] = total[r][c][k] + own[r][c][k];
+            }
+            continue;
+        }
+        const int ld = ceil_div(w.rows, TILE) * TILE, row = (tile0 + warp_row * R) * TILE + g, column = (group0 + warp_column * C) * 8 + 2 * q;
+        float *to = parts + ((size_t)slice * in.n + column) * ld + row;
+#pragma unroll
+        for (int i = 0; i < R * C * 4; i++) {
+            const int r = i / 4 / C * TILE + i % 4 / 2 * 8, c = i / 4 % C * 8 + i % 2;
+            if (row + r < w.rows && column + c < in.n) to[(size_t)c * ld + r] = own[i / 4 / C][i / 4 % C][i % 4];
+        }
     }
     if (parts) return;
-    // Results go through shared memory, each warp's groups of columns in turn, and from there row after row.
-    constexpr int ROWS = S::TILES * TILE, LD = S::LD;
-    float *results = (float *)shared, *factors = results + 32 * LD;
-    const int warp = threadIdx.y, thread = warp * 32 + (int)threadIdx.x;
+    // Results go through shared memory, each warp's groups of columns in turn, and from there row after row: a thread has one row.
+    constexpr int ROWS = S::TILES * TILE, LD = S::LD, STEP = 32 * S::WARPS / ROWS;
+    static_assert(32 * S::WARPS % ROWS == 0, "a thread has one row");
+    float *results = (float *)shared, *factors = results + 8 * WC * LD;
+    const int thread = (int)threadIdx.y * 32 + (int)threadIdx.x, own_row = thread % ROWS, row = tile0 * TILE + own_row;
     __syncthreads();
     if (thread < S::COLUMNS && group0 * 8 + thread < in.n) factors[thread] = norm_factor(in, x.squares + group0 * 8 + thread, x.ld, w.n_chunks);
 #pragma unroll
     for (int c = 0; c < C; c++) {
 #pragma unroll
         for (int i = 0; i < R * 4; i++)
-            results[(warp / 2 * 8 + 2 * q + i % 2) * LD + (warp % 2 * R + i / 4) * TILE + g + i % 4 / 2 * 8] = total[i / 4][c][i % 4];
+            results[(warp_column * 8 + 2 * q + i % 2) * LD + (warp_row * R + i / 4) * TILE + g + i % 4 / 2 * 8] = total[i / 4][c][i % 4];
         __syncthreads();
 #pragma unroll 2
-        for (int i = thread; i < 32 * ROWS; i += 32 * TILES_WARPS) {
-            const int row = tile0 * TILE + i % ROWS, local = i / ROWS, own = (local / 8 * C + c) * 8 + local % 8, column = group0 * 8 + own;
-            if (row < w.rows && column < in.n) store(out, row, column, results[local * LD + i % ROWS] * factors[own]);
+        for (int i = thread / ROWS; i < 8 * WC && row < w.rows; i += STEP) {
+            const int local = (i / 8 * C + c) * 8 + i % 8, column = group0 * 8 + local;
+            if (column < in.n) store(out, row, column, results[i * LD + own_row] * factors[local]);
         }
         __syncthreads();
     }
@@ -1350,6 +1414,11 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan_tokens(const scan s, con
     const float d = s.d[channel];
     next_may_start();
     inputs_ready();
+    if (sp.n == 1) {  // a sequence that decodes beside a prompt
+        scan_step(s, sp.slot, sp.token0, channel, channel < s.n, channel < s.n ? dt[(size_t)sp.token0 * s.ld_u + channel] : 0.0f);
+        if (j == 0) move_conv_state(cv, conv_in, s.ld_u, sp, channel);
+        return;
+    }
     copy_scan_tile<STATES>(tiles, s, dt, sp.token0, min(sp.n, (int)TOKENS));
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -1475,6 +1544,8 @@ struct device_layer {
     weights in, x, dt, out;
 };
 
+enum { MAX_GRAPHS = 256 };
+
 struct device {             // owner of all memory on the GPU, of staging and of graphs
     const struct model *m;
     struct device_shape shape;
@@ -1483,7 +1554,7 @@ struct device {             // owner of all memory on the GPU, of staging and of
     bool no_bf16;           // Turing: such weights are uploaded as F32
     bool use_graphs;
     bool early_start;       // from Hopper on: kernels are started before the last one has ended
-    int n_processors, max_shared;  // bytes of a block
+    int n_processors;
     std::vector<device_layer> layers;
     weights head;
     float *norm;            // [ld_model]
@@ -1503,8 +1574,8 @@ struct device {             // owner of all memory on the GPU, of staging and of
     int *batch;             // [max_tokens] slots, [max_tokens] positions, [max_tokens] spans, [max_rows] rows
     int *host_batch;        // pinned, and so are
     float *host_rows, *host_logits;  // [max_tokens][ld_model], [max_rows][n_vocab]
-    struct graph { int n_tokens, n_rows; cudaGraphExec_t exec; };
-    std::vector<graph> graphs;  // of decoding steps
+    struct graph { int n_tokens, n_spans, n_rows, n_seen; cudaGraphExec_t exec; };  // exec: NULL until it pays
+    std::vector<graph> graphs;  // at most MAX_GRAPHS
     int n_tokens;           // of the last forward
     bool counting;          // memory is being counted, not taken
     size_t bytes, weight_bytes;
@@ -1597,7 +1668,7 @@ static bool take_buffers(struct device *d, struct error *e) {
     // Operands take at most 4 bytes a float, and are whole tiles of columns. What is added up later has at most so many tiles.
     const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 127) / 128 * 128 : 0;
     const size_t ld = (size_t)(d->ld_model > d->ld_inner ? d->ld_model : d->ld_inner), longest = ld > (size_t)d->ld_dt ? ld : (size_t)d->ld_dt;
-    const size_t few_tiles = (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
+    const size_t few_tiles = (size_t)d->n_processors * 128 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
     d->max_parts = MAX_SLICES * (few_tiles < outputs ? few_tiles : outputs);
     return reserve(d, &d->conv, slots * d->slot_conv + 1, e) && reserve(d, &d->ssm, slots * d->slot_ssm, e) && reserve(d, &d->x, model, e) &&
            reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->gate, inner, e) &&
@@ -1651,41 +1722,39 @@ template <enum format F> static void launch_few(struct device *d, const weights 
 }
 
 // Slices of their own where there are fewer blocks than the GPU's multiprocessors take.
-template <enum format F, int R, int C> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
-    using S = stage<F, R, C>;
+template <class S> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
+    constexpr enum format F = S::F;
     const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
-    const int most = d->max_shared / (S::WORDS * 16), n_stages = most < MAX_STAGES ? most : MAX_STAGES;
-    const size_t units = (size_t)n_stages * S::WORDS * 16, shared = units > S::RESULT_BYTES ? units : S::RESULT_BYTES;
     const size_t n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
-    int z = n_parts <= d->max_parts ? d->n_processors / (x * y) : 1;
+    int z = n_parts <= d->max_parts ? AT_ONCE * d->n_processors / (x * y) : 1;
     z = z < 1 ? 1 : z > n_slices ? n_slices : z;
     prepared columns = d->columns;
     columns.ld = x * S::COLUMNS;
     columns.n_units = ceil_div(w.cols, unit_columns(F));
-    ALLOW_SHARED((product_tiles<F, R, C>), d->max_shared);
+    ALLOW_SHARED((product_tiles<S>), S::BYTES);
     LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8, (unsigned)w.n_chunks), dim3(32), 0, d, in, columns);
-    LAUNCH((product_tiles<F, R, C>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, TILES_WARPS), shared, d, w, columns, in, out,
-           z > 1 ? d->parts : NULL, n_stages);
+    LAUNCH((product_tiles<S>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, S::WARPS), S::BYTES, d, w, columns, in, out,
+           z > 1 ? d->parts : NULL);
     if (z > 1)
         LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
                w.rows, n_slices, w.n_chunks);
 }
 
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
-    constexpr int R = is_quantized(F) ? 2 : 4;  // of the largest tiles; scales take registers, too
-    const int large = ceil_div(in.n, stage<F, R, 4>::COLUMNS) * ceil_div(w.rows, stage<F, R, 4>::TILES * TILE);
+    constexpr int R = is_quantized(F) ? 2 : 4;  // scales take registers: then a warp has fewer rows
+    using large = stage<F, R, 4, 8 / R, 2>;
     if (are_few(d, in.n, w.rows)) {
         launch_few<F>(d, w, in, out);
         return;
     }
     if constexpr (F != F32) {  // whose sums take four times the registers
-        if (in.n > 32 && 2 * large >= d->n_processors) {
-            launch_tiles<F, R, 4>(d, w, in, out);
+        if (in.n > 32 && ceil_div(in.n, large::COLUMNS) * ceil_div(w.rows, large::TILES * TILE) >= AT_ONCE * d->n_processors) {
+            launch_tiles<large>(d, w, in, out);  // there are enough of them for all multiprocessors
             return;
         }
     }
-    if (in.n > 32) launch_tiles<F, 2, 2>(d, w, in, out);
-    else launch_tiles<F, 2, 1>(d, w, in, out);
+    if (in.n > 32) launch_tiles<stage<F, 2, 2, 2, 4>>(d, w, in, out);
+    else launch_tiles<stage<F, 2, 1, 2, 4>>(d, w, in, out);
 }
 
 static void product(struct device *d, const weights &w, const input &in, const output &out) {
@@ -1720,7 +1789,15 @@ static void launch_scan(struct device *d, const scan &s, const conv &c, int n_sp
     else LAUNCH(scan_tokens<16>, grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
 }
 
-// x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token, and they are few
+// One token of each sequence.
+static void launch_steps(struct device *d, const scan &s, int n_tokens) {
+    const dim3 grid((unsigned)ceil_div(s.n, STEP_THREADS), (unsigned)n_tokens), threads(STEP_THREADS);
+    if (s.d_state <= 16) LAUNCH(scan_steps<1>, grid, threads, 0, d, s, d->dt, slots_of(d));
+    else if (s.d_state <= 64) LAUNCH(scan_steps<4>, grid, threads, 0, d, s, d->dt, slots_of(d));
+    else LAUNCH(scan_steps<16>, grid, threads, 0, d, s, d->dt, slots_of(d));
+}
+
+// x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token
 static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool one_each) {
     const struct config *c = &d->m->c;
     const device_layer *l = &d->layers[(size_t)i];
@@ -1741,8 +1818,7 @@ static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool o
         LAUNCH(norm_dt_b_c, dim3((unsigned)n_tokens, 3), dim3(32), 0, d, d->dt_low, d->bc, c->dt_rank, c->d_state, d->ld_dt, c->dt_b_c_eps);
     product(d, l->dt, dt_low, output{one_each && n_tokens == 1 ? SCAN : STEP, d->dt, NULL, c->d_inner, d->ld_inner, 0, slots_of(d), cv, sc});
     if (!one_each) launch_scan(d, sc, cv, n_spans);
-    else if (n_tokens > 1)
-        LAUNCH(scan_steps, dim3((unsigned)ceil_div(c->d_inner, 16), (unsigned)n_tokens), dim3(16 * SCAN_LANES), 0, d, sc, d->dt, slots_of(d));
+    else if (n_tokens > 1) launch_steps(d, sc, n_tokens);
     product(d, l->out, y, output{ADD, d->x, NULL, c->d_model, d->ld_model, 0, NULL, cv, sc});
 }
 
@@ -1754,31 +1830,41 @@ static void run_head(struct device *d, int n_rows) {
 }
 
 static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans && are_few(d, n_tokens, 2 * d->m->c.d_inner));
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans);
     if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
-// The graph of a decoding step, made when a batch of its size first comes; NULL where the driver cannot make it.
-static cudaGraphExec_t step_graph(struct device *d, int n_tokens, int n_rows) {
-    for (const auto &g : d->graphs)
-        if (g.n_tokens == n_tokens && g.n_rows == n_rows) return g.exec;
-    cudaGraph_t graph = NULL;
-    cudaGraphExec_t exec = NULL;
+// The graph of a forward, which takes less of the CPU than its kernels one by one: made when a step of decoding first comes in this
+// size, and when a prompt comes for the third time, as the chunks of a long text do. NULL: there is none, or the driver cannot make it.
+static cudaGraphExec_t forward_graph(struct device *d, int n_tokens, int n_spans, int n_rows) {
+    cudaGraph_t captured = NULL;
+    device::graph *g = NULL;
+    for (auto &other : d->graphs)
+        if (other.n_tokens == n_tokens && other.n_spans == n_spans && other.n_rows == n_rows) g = &other;
+    if (g && g->exec) return g->exec;
+    if (!g) {
+        if (d->graphs.size() == MAX_GRAPHS) return NULL;
+        d->graphs.push_back({n_tokens, n_spans, n_rows, 0, NULL});
+        g = &d->graphs.back();
+    }
+    if (++g->n_seen < 3 && n_tokens > n_spans) return NULL;
     if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return NULL;
-    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
-    if (cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess)
-        d->graphs.push_back({n_tokens, n_rows, exec});
-    if (graph) cudaGraphDestroy(graph);
-    return exec;
+    run_layers(d, n_tokens, n_spans, d->m->c.n_layer, n_rows);
+    if (cudaStreamEndCapture(d->stream, &captured) != cudaSuccess || cudaGraphInstantiate(&g->exec, captured, 0) != cudaSuccess) {
+        g->exec = NULL;
+        d->use_graphs = false;
+    }
+    if (captured) cudaGraphDestroy(captured);
+    return g->exec;
 }
 
-// A decoding step. A graph takes memory of the driver's own: where there is none left, this and later steps start kernel by kernel.
-static void run_step(struct device *d, int n_tokens, int n_rows) {
-    const cudaGraphExec_t exec = d->use_graphs ? step_graph(d, n_tokens, n_rows) : NULL;
+// A whole forward. A graph takes memory of the driver's own: where there is none left, this and later ones start kernel by kernel.
+static void run_forward(struct device *d, int n_tokens, int n_spans, int n_rows) {
+    const cudaGraphExec_t exec = d->use_graphs ? forward_graph(d, n_tokens, n_spans, n_rows) : NULL;
     if (exec && cudaGraphLaunch(exec, d->stream) == cudaSuccess) return;
-    if (d->use_graphs) cudaGetLastError();  // forgotten; what is wrong with the GPU itself is said again by the next call
-    d->use_graphs = false;
-    run_layers(d, n_tokens, n_tokens, d->m->c.n_layer, n_rows);
+    if (exec) d->use_graphs = false;
+    if (!d->use_graphs) cudaGetLastError();  // forgotten; what is wrong with the GPU itself is said again by the next call
+    run_layers(d, n_tokens, n_spans, d->m->c.n_layer, n_rows);
 }
 
 static bool fetch_logits(struct device *d, int n_rows, float *logits, int ld_logits, struct error *e) {
@@ -1837,7 +1923,8 @@ bool device_runs(const struct model *m, struct error *e) {
 
 void device_close(struct device *d) {
     if (!d) return;
-    for (const auto &g : d->graphs) cudaGraphExecDestroy(g.exec);
+    for (const auto &g : d->graphs)
+        if (g.exec) cudaGraphExecDestroy(g.exec);
     for (void *p : d->memory) cudaFree(p);
     cudaFreeHost(d->host_batch);
     cudaFreeHost(d->host_rows);
@@ -1873,7 +1960,6 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
     if (ok(cudaSetDevice(0), "being started", e) && ok(cudaStreamCreate(&d->stream), "being started", e) &&
         ok(cudaGetDeviceProperties(&properties, 0), "being asked for its name", e) &&
         ok(cudaDeviceGetAttribute(&d->n_processors, cudaDevAttrMultiProcessorCount, 0), "being asked for its size", e) &&
-        ok(cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "being asked for its size", e) &&
         ok(cudaFuncGetAttributes(&kernels, norm_tokens), "being asked for its kernels", e)) {
         d->no_bf16 = kernels.ptxVersion < 80;
         cudaDriverGetVersion(&driver);
@@ -1918,7 +2004,7 @@ bool device_forward(struct device *d, const struct segment *segments, int n_segm
         !ok(cudaMemcpyAsync(d->x, d->host_rows, (size_t)n_tokens * d->ld_model * sizeof(float), cudaMemcpyHostToDevice, d->stream),
             "copying a batch", e))
         return false;
-    if (n_tokens == n_segments && n_layers == d->m->c.n_layer) run_step(d, n_tokens, n_rows);
+    if (n_layers == d->m->c.n_layer) run_forward(d, n_tokens, n_segments, n_rows);
     else run_layers(d, n_tokens, n_segments, n_layers, n_rows);
     return fetch_logits(d, logits ? n_rows : 0, logits, ld_logits, e);
 }

@@ -4,6 +4,7 @@ Emulated: every schedule of threads, every format and odd shape, ThreadSanitizer
 noticed. Compiled by nvcc for every architecture: no spilled register, stated numbers of them, and the instructions that the kernels
 are about. On a GPU: compute-sanitizer and the bench."""
 import concurrent.futures
+import json
 import os
 import pathlib
 import re
@@ -91,6 +92,11 @@ def test_shapes(cuda, shape, kind, tmp_path):
     assert distance(found, logits_of(cuda, path, ids, tmp_path, "--device", "cpu")) <= (1e-4 if kind == "F32" else 2e-3)
     for chunk in (1, 2, 33) if shape != "several slices" else (2,):  # shorter than the convolution, and between the kernels' shapes
         assert logits_of(cuda, path, ids, tmp_path, "--device", "cuda", "-ub", chunk).tobytes() == found.tobytes()
+    lines = b"".join(json.dumps({"ids": [i, 3 * i], "max_tokens": 2 + i % 2, "seed": i, "logprobs": 1}).encode() + b"\n" for i in range(10))
+    arguments = ["generate", path, "--jsonl", "--print-ids", "--ignore-eos", "-q", "--device", "cuda"]
+    alone = cuda(*arguments, "-np", "1", input=lines).stdout
+    assert b"error" not in alone and len(alone.splitlines()) == 10
+    assert cuda(*arguments, "-np", "10", input=lines).stdout == alone
 
 
 def test_too_many_states(cuda, tmp_path):

@@ -134,7 +134,7 @@ inline char *aligned_memory(size_t n) {
     return (char *)p;
 }
 
-inline size_t shared_limit = 48 << 10;    // of a launch; ALLOW_SHARED raises it
+inline std::map<std::string, size_t> shared_limits;  // of kernels that may have more shared memory than 48 KB (ALLOW_SHARED)
 
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 enum { MAX_WORDS = 12, MAX_THREADS = 1024, MAX_COPIES = 256 };  // words that a lane gives to its warp; copies of a thread under way
@@ -381,7 +381,7 @@ EMU_UNSEEN inline void run_grid(const char *name, dim3 grid, dim3 threads, size_
     block.block = threads;
     block.n = threads.x * threads.y * threads.z;
     EMU_TSAN(main_shadow = __tsan_get_current_fiber();)
-    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535 || shared_bytes > shared_limit) fault("a launch that CUDA refuses");
+    if (!block.n || block.n > MAX_THREADS || !n_blocks || grid.y > 65535) fault("a launch that CUDA refuses");
     order_of(&s, blocks.data(), n_blocks);
     std::vector<char *> memories;  // kept to the end: to free one would order its block before the next, for ThreadSanitizer
     for (unsigned b : blocks) {
@@ -496,7 +496,7 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth,
-    cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin
+    cudaDevAttrMultiProcessorCount
 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp { char name[256]; };
@@ -536,6 +536,9 @@ inline void check_allocations() {
 }
 
 template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t shared_bytes, F kernel) {
+    const auto limit = shared_limits.find(name);
+    kernel_name = name;
+    if (shared_bytes > (limit == shared_limits.end() ? 48 << 10 : limit->second)) fault("a launch with more shared memory than it asked for");
     auto run = [=] {
         if (call("kernel", cudaErrorLaunchFailure, true) == cudaSuccess) run_grid(name, grid, threads, shared_bytes, kernel);
     };
@@ -545,7 +548,7 @@ template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t
 
 }  // namespace emu
 
-#define ALLOW_SHARED(kernel, bytes) (emu::shared_limit = (size_t)(bytes))
+#define ALLOW_SHARED(kernel, bytes) (emu::shared_limits[#kernel] = (size_t)(bytes))
 #define LAUNCH(kernel, grid, threads, shared_bytes, device, ...) \
     ((void)(device), emu::launch(#kernel, grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 
@@ -577,8 +580,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     const char *arch = getenv("CUDA_EMU_ARCH");
     const int capability = arch ? atoi(arch) : 80;
     *v = a == cudaDevAttrComputeCapabilityMajor ? capability / 10 : a == cudaDevAttrComputeCapabilityMinor ? capability % 10
-         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4
-         : a == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (capability < 80 ? 64 << 10 : 99 << 10) : 256;
+         : a == cudaDevAttrMemoryClockRate ? 1000000 : a == cudaDevAttrMultiProcessorCount ? 4 : 256;
     return emu::call("cudaDeviceGetAttribute", cudaErrorUnknown);
 }
 template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, K) {

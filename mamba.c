@@ -3113,9 +3113,9 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
     const bool quantized = is_quantized(m), many = n_tokens > ROW_TOKENS && n_tokens >= NARROW_TOKENS;
     const bool narrow = !quantized && many && m->cols <= NARROW_COLUMNS;
     const int block = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
+    const size_t ldx = (size_t)x->ld;
     for (int t = 0; t < n_tokens; t += block) {
         const int tokens = min_int(block, n_tokens - t);
-        const size_t ldx = (size_t)x->ld;
         const float *xf = x->f + (size_t)(token0 + t) * ldx;
         float *to = y + (size_t)t * (size_t)ldy;
         if (narrow) narrow_product(m, row0, n_rows, xf, ldx, tokens, to, ldy, add);

@@ -856,7 +856,7 @@ DEVICE void scan_step(const scan &s, int slot, int token, int channel, bool exis
 // The same by one thread, which keeps memory busier where there are sequences enough: 16 states are loaded before the first is stored.
 // blockIdx.x: channels, y: token.
 enum { STEP_THREADS = 128 };
-template <int PER_LANE> __global__ void __launch_bounds__(STEP_THREADS) scan_steps(const scan s, const float *dt, const int *slots) {
+template <int PER_LANE> __global__ void __launch_bounds__(STEP_THREADS, 4) scan_steps(const scan s, const float *dt, const int *slots) {
     const int token = (int)blockIdx.y, channel = (int)(blockIdx.x * STEP_THREADS + threadIdx.x);
     const size_t at = (size_t)(channel / 16) * s.d_state * 16 + channel % 16, token_at = (size_t)token * s.ld_u + channel;
     const float *bc = s.bc + (size_t)token * 2 * s.d_state;
@@ -1035,7 +1035,7 @@ template <enum format F> __global__ void __launch_bounds__(32, 16) prepare(const
     if (q == 0) to.squares[(size_t)chunk * to.ld + column] = square;
 }
 
-enum { AT_ONCE = 2 };       // blocks of a multiprocessor: one computes while the other waits
+enum { AT_ONCE = 2 };       // blocks of a multiprocessor whose shared memory is enough: one computes while the other waits
 
 // A block's tile of the result: WR warps of rows by WC of columns; a warp has R tiles of 16 rows and C times 8 columns.
 // What it holds of a unit in shared memory, in 16-byte words: for each tile weights and scales, operands, factors.
@@ -1168,8 +1168,8 @@ template <class S> DEVICE void multiply_unit(const uint4 *shared, int unit, sums
             }
         }
     } else {
-        // P groups of 8 columns are multiplied side by side, where the formats with most planes and scales leave registers for that.
-        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8, P = C == 1 || F == Q5_K || F == Q6_K ? 1 : 2;
+        // P groups of 8 columns are multiplied side by side.
+        constexpr int N = unit_blocks(F), K = factor_count(F), WORDS = is_quantized(F) ? 2 : 8, P = C > 1 ? 2 : 1;
         fragment<F, N> a[R];
 #pragma unroll
         for (int r = 0; r < R; r++) load_unit<F>(tiles + r * S::TILE_WORDS, unit, &a[r]);
@@ -1544,7 +1544,7 @@ struct device_layer {
     weights in, x, dt, out;
 };
 
-enum { MAX_GRAPHS = 256 };
+enum { MAX_PROMPTS = 64 };  // graphs of prompts
 
 struct device {             // owner of all memory on the GPU, of staging and of graphs
     const struct model *m;
@@ -1575,7 +1575,7 @@ struct device {             // owner of all memory on the GPU, of staging and of
     int *host_batch;        // pinned, and so are
     float *host_rows, *host_logits;  // [max_tokens][ld_model], [max_rows][n_vocab]
     struct graph { int n_tokens, n_spans, n_rows, n_seen; cudaGraphExec_t exec; };  // exec: NULL until it pays
-    std::vector<graph> graphs;  // at most MAX_GRAPHS
+    std::vector<graph> graphs;
     int n_tokens;           // of the last forward
     bool counting;          // memory is being counted, not taken
     size_t bytes, weight_bytes;
@@ -1666,9 +1666,9 @@ static bool take_buffers(struct device *d, struct error *e) {
     const size_t tokens = (size_t)d->shape.max_tokens, rows = (size_t)d->shape.max_rows, slots = (size_t)d->shape.max_sequences;
     const size_t model = tokens * (size_t)d->ld_model, inner = tokens * (size_t)d->ld_inner;
     // Operands take at most 4 bytes a float, and are whole tiles of columns. What is added up later has at most so many tiles.
-    const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 127) / 128 * 128 : 0;
+    const size_t most = tokens > rows ? tokens : rows, columns = most > FEW_COLUMNS ? (most + 63) / 64 * 64 : 0;
     const size_t ld = (size_t)(d->ld_model > d->ld_inner ? d->ld_model : d->ld_inner), longest = ld > (size_t)d->ld_dt ? ld : (size_t)d->ld_dt;
-    const size_t few_tiles = (size_t)d->n_processors * 128 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
+    const size_t few_tiles = (size_t)d->n_processors * 64 * 64, outputs = columns * (2 * (size_t)c->d_inner + TILE);
     d->max_parts = MAX_SLICES * (few_tiles < outputs ? few_tiles : outputs);
     return reserve(d, &d->conv, slots * d->slot_conv + 1, e) && reserve(d, &d->ssm, slots * d->slot_ssm, e) && reserve(d, &d->x, model, e) &&
            reserve(d, &d->normed, model, e) && reserve(d, &d->u_in, inner, e) && reserve(d, &d->u, inner, e) && reserve(d, &d->gate, inner, e) &&
@@ -1721,35 +1721,42 @@ template <enum format F> static void launch_few(struct device *d, const weights 
     else LAUNCH((product_few<F, FEW_COLUMNS>), grid, threads, shared, d, w, in, out);
 }
 
+// Blocks of a product's columns and rows.
+template <class S> static dim3 tile_grid(const weights &w, int n) {
+    return dim3((unsigned)ceil_div(n, S::COLUMNS), (unsigned)ceil_div(w.rows, S::TILES * TILE));
+}
+
 // Slices of their own where there are fewer blocks than the GPU's multiprocessors take.
 template <class S> static void launch_tiles(struct device *d, const weights &w, const input &in, const output &out) {
     constexpr enum format F = S::F;
-    const int n_slices = slice_count(w.n_chunks), x = ceil_div(in.n, S::COLUMNS), y = ceil_div(w.rows, S::TILES * TILE);
+    const int n_slices = slice_count(w.n_chunks);
+    dim3 grid = tile_grid<S>(w, in.n);
     const size_t n_parts = (size_t)n_slices * (size_t)in.n * (size_t)ceil_div(w.rows, TILE) * TILE;
-    int z = n_parts <= d->max_parts ? AT_ONCE * d->n_processors / (x * y) : 1;
-    z = z < 1 ? 1 : z > n_slices ? n_slices : z;
+    const int z = n_parts <= d->max_parts ? AT_ONCE * d->n_processors / (int)(grid.x * grid.y) : 1;
+    grid.z = (unsigned)(z < 1 ? 1 : z > n_slices ? n_slices : z);
     prepared columns = d->columns;
-    columns.ld = x * S::COLUMNS;
+    columns.ld = (int)grid.x * S::COLUMNS;
     columns.n_units = ceil_div(w.cols, unit_columns(F));
     ALLOW_SHARED((product_tiles<S>), S::BYTES);
     LAUNCH(prepare<F>, dim3((unsigned)columns.ld / 8, (unsigned)w.n_chunks), dim3(32), 0, d, in, columns);
-    LAUNCH((product_tiles<S>), dim3((unsigned)x, (unsigned)y, (unsigned)z), dim3(32, S::WARPS), S::BYTES, d, w, columns, in, out,
-           z > 1 ? d->parts : NULL);
-    if (z > 1)
+    LAUNCH((product_tiles<S>), grid, dim3(32, S::WARPS), S::BYTES, d, w, columns, in, out, grid.z > 1 ? d->parts : NULL);
+    if (grid.z > 1)
         LAUNCH(add_slices, dim3((unsigned)ceil_div(w.rows, 128), (unsigned)in.n), dim3(128), 0, d, d->parts, columns.squares, columns.ld, in, out,
                w.rows, n_slices, w.n_chunks);
 }
 
 template <enum format F> static void launch_product(struct device *d, const weights &w, const input &in, const output &out) {
-    constexpr int R = is_quantized(F) ? 2 : 4;  // scales take registers: then a warp has fewer rows
-    using large = stage<F, R, 4, 8 / R, 2>;
+    // Scales take registers: then a warp has fewer rows; and those of K formats and Q5_1 so many that a block has fewer warps.
+    constexpr int R = is_quantized(F) ? 2 : 4;
+    using large = stage<F, R, 4, is_k(F) || F == Q5_1 ? 2 : 8 / R, 2>;
     if (are_few(d, in.n, w.rows)) {
         launch_few<F>(d, w, in, out);
         return;
     }
     if constexpr (F != F32) {  // whose sums take four times the registers
-        if (in.n > 32 && ceil_div(in.n, large::COLUMNS) * ceil_div(w.rows, large::TILES * TILE) >= AT_ONCE * d->n_processors) {
-            launch_tiles<large>(d, w, in, out);  // there are enough of them for all multiprocessors
+        const dim3 grid = tile_grid<large>(w, in.n);
+        if (in.n > 32 && (int)(grid.x * grid.y) >= AT_ONCE * d->n_processors) {  // enough for all multiprocessors
+            launch_tiles<large>(d, w, in, out);
             return;
         }
     }
@@ -1784,17 +1791,21 @@ static const int *rows_of(const struct device *d) { return d->batch + 5 * (size_
 static void launch_scan(struct device *d, const scan &s, const conv &c, int n_spans) {
     const dim3 grid((unsigned)ceil_div(s.n, SCAN_CHANNELS), (unsigned)n_spans);
     const dim3 threads(SCAN_THREADS);
-    if (s.d_state <= 16) LAUNCH(scan_tokens<1>, grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d));
-    else if (s.d_state <= 64) LAUNCH(scan_tokens<4>, grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d));
-    else LAUNCH(scan_tokens<16>, grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d));
+    switch (scan_states(s.d_state)) {
+    case 1: LAUNCH(scan_tokens<1>, grid, threads, 2 * sizeof(scan_tile<16>), d, s, d->dt, c, d->u_in, spans_of(d)); break;
+    case 4: LAUNCH(scan_tokens<4>, grid, threads, 2 * sizeof(scan_tile<64>), d, s, d->dt, c, d->u_in, spans_of(d)); break;
+    case 16: LAUNCH(scan_tokens<16>, grid, threads, 2 * sizeof(scan_tile<256>), d, s, d->dt, c, d->u_in, spans_of(d)); break;
+    }
 }
 
 // One token of each sequence.
 static void launch_steps(struct device *d, const scan &s, int n_tokens) {
     const dim3 grid((unsigned)ceil_div(s.n, STEP_THREADS), (unsigned)n_tokens), threads(STEP_THREADS);
-    if (s.d_state <= 16) LAUNCH(scan_steps<1>, grid, threads, 0, d, s, d->dt, slots_of(d));
-    else if (s.d_state <= 64) LAUNCH(scan_steps<4>, grid, threads, 0, d, s, d->dt, slots_of(d));
-    else LAUNCH(scan_steps<16>, grid, threads, 0, d, s, d->dt, slots_of(d));
+    switch (scan_states(s.d_state)) {
+    case 1: LAUNCH(scan_steps<1>, grid, threads, 0, d, s, d->dt, slots_of(d)); break;
+    case 4: LAUNCH(scan_steps<4>, grid, threads, 0, d, s, d->dt, slots_of(d)); break;
+    case 16: LAUNCH(scan_steps<16>, grid, threads, 0, d, s, d->dt, slots_of(d)); break;
+    }
 }
 
 // x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token
@@ -1834,36 +1845,56 @@ static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers
     if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
+// What is known of forwards of this size. NULL: it is a prompt, and there are MAX_PROMPTS graphs of prompts.
+static device::graph *graph_entry(struct device *d, int n_tokens, int n_spans, int n_rows) {
+    const bool is_prompt = n_tokens > n_spans;
+    int prompts = 0, oldest = -1;  // of prompts, that without a graph which came first
+    for (size_t i = 0; i < d->graphs.size(); i++) {
+        device::graph &g = d->graphs[i];
+        if (g.n_tokens == n_tokens && g.n_spans == n_spans && g.n_rows == n_rows) return &g;
+        if (g.n_tokens == g.n_spans) continue;
+        prompts++;
+        if (!g.exec && oldest < 0) oldest = (int)i;
+    }
+    if (is_prompt && prompts == MAX_PROMPTS) {
+        if (oldest < 0) return NULL;
+        d->graphs.erase(d->graphs.begin() + oldest);
+    }
+    d->graphs.push_back({n_tokens, n_spans, n_rows, 0, NULL});
+    return &d->graphs.back();
+}
+
+// A graph takes memory of the driver's own: where there is none left, this and later forwards start kernel by kernel. What is wrong with
+// the GPU itself is said again by the next call.
+static void give_up_graphs(struct device *d) {
+    d->use_graphs = false;
+    cudaGetLastError();
+}
+
 // The graph of a forward, which takes less of the CPU than its kernels one by one: made when a step of decoding first comes in this
 // size, and when a prompt comes for the third time, as the chunks of a long text do. NULL: there is none, or the driver cannot make it.
 static cudaGraphExec_t forward_graph(struct device *d, int n_tokens, int n_spans, int n_rows) {
+    device::graph *g = graph_entry(d, n_tokens, n_spans, n_rows);
+    if (!g || g->exec || (++g->n_seen < 3 && n_tokens > n_spans)) return g ? g->exec : NULL;
     cudaGraph_t captured = NULL;
-    device::graph *g = NULL;
-    for (auto &other : d->graphs)
-        if (other.n_tokens == n_tokens && other.n_spans == n_spans && other.n_rows == n_rows) g = &other;
-    if (g && g->exec) return g->exec;
-    if (!g) {
-        if (d->graphs.size() == MAX_GRAPHS) return NULL;
-        d->graphs.push_back({n_tokens, n_spans, n_rows, 0, NULL});
-        g = &d->graphs.back();
-    }
-    if (++g->n_seen < 3 && n_tokens > n_spans) return NULL;
-    if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess) return NULL;
-    run_layers(d, n_tokens, n_spans, d->m->c.n_layer, n_rows);
-    if (cudaStreamEndCapture(d->stream, &captured) != cudaSuccess || cudaGraphInstantiate(&g->exec, captured, 0) != cudaSuccess) {
-        g->exec = NULL;
-        d->use_graphs = false;
+    bool made = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
+    if (made) {
+        run_layers(d, n_tokens, n_spans, d->m->c.n_layer, n_rows);
+        made = cudaStreamEndCapture(d->stream, &captured) == cudaSuccess && cudaGraphInstantiate(&g->exec, captured, 0) == cudaSuccess;
     }
     if (captured) cudaGraphDestroy(captured);
-    return g->exec;
+    if (made) return g->exec;
+    give_up_graphs(d);
+    return g->exec = NULL;
 }
 
-// A whole forward. A graph takes memory of the driver's own: where there is none left, this and later ones start kernel by kernel.
+// A whole forward.
 static void run_forward(struct device *d, int n_tokens, int n_spans, int n_rows) {
     const cudaGraphExec_t exec = d->use_graphs ? forward_graph(d, n_tokens, n_spans, n_rows) : NULL;
-    if (exec && cudaGraphLaunch(exec, d->stream) == cudaSuccess) return;
-    if (exec) d->use_graphs = false;
-    if (!d->use_graphs) cudaGetLastError();  // forgotten; what is wrong with the GPU itself is said again by the next call
+    if (exec) {
+        if (cudaGraphLaunch(exec, d->stream) == cudaSuccess) return;
+        give_up_graphs(d);
+    }
     run_layers(d, n_tokens, n_spans, d->m->c.n_layer, n_rows);
 }
 

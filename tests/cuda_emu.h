@@ -30,6 +30,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
@@ -507,6 +508,7 @@ typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
 namespace emu {
 
 inline cudaError_t lost = cudaSuccess;    // an error that stays, as that of a kernel does
+inline cudaError_t last = cudaSuccess;    // one that cudaGetLastError() says once
 inline cudaGraph_t captured;              // launches go here while a graph is captured
 inline std::map<char *, size_t> allocations;
 inline size_t allocated;
@@ -526,7 +528,7 @@ inline cudaError_t call(const char *name, cudaError_t error, bool stays = false)
     int n = colon == std::string::npos ? 1 : atoi(w.c_str() + colon + 1);
     if (w.substr(0, colon) == name && ++calls[name] == n) {
         if (stays) lost = error;
-        return error;
+        return last = error;
     }
     return lost;
 }
@@ -538,6 +540,7 @@ inline void check_allocations() {
 template <class F> void launch(const char *name, dim3 grid, dim3 threads, size_t shared_bytes, F kernel) {
     const auto limit = shared_limits.find(name);
     kernel_name = name;
+    block.at = dim3(0, 0, 0);
     if (shared_bytes > (limit == shared_limits.end() ? 48 << 10 : limit->second)) fault("a launch with more shared memory than it asked for");
     auto run = [=] {
         if (call("kernel", cudaErrorLaunchFailure, true) == cudaSuccess) run_grid(name, grid, threads, shared_bytes, kernel);
@@ -640,7 +643,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     emu::check_allocations();
     return emu::call("cudaStreamSynchronize", cudaErrorLaunchFailure, true);
 }
-inline cudaError_t cudaGetLastError() { return emu::lost; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::last, emu::lost); }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
     cudaError_t e = emu::call("cudaStreamBeginCapture", cudaErrorUnknown);
     if (e == cudaSuccess) emu::captured = new std::vector<std::function<void()>>;

@@ -1544,7 +1544,7 @@ struct device_layer {
     weights in, x, dt, out;
 };
 
-enum { MAX_PROMPTS = 64 };  // graphs of prompts
+enum { MAX_PROMPTS = 16 };  // graphs of prompts: a long text has chunks of one or two sizes
 
 struct device {             // owner of all memory on the GPU, of staging and of graphs
     const struct model *m;

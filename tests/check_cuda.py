@@ -298,7 +298,7 @@ def test_registers(compiled):
     for mangled, arch, stack, stores, loads, registers in found:
         base, name, values = kernel_name(mangled)
         sums = 16 * int(values[1]) * int(values[2]) if base == "product_tiles" else 0
-        assert (int(stores), int(loads), int(stack)) == (0, 0, sums), f"{name} spills on sm_{arch}"
+        assert (int(stores), int(loads)) == (0, 0) and int(stack) in (0, sums), f"{name} spills on sm_{arch}"
         assert int(registers) <= CEILINGS[base], f"{name} has {registers} registers on sm_{arch}"
 
 

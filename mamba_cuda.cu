@@ -1808,8 +1808,9 @@ static void launch_steps(struct device *d, const scan &s, int n_tokens) {
     }
 }
 
-// x += out_proj(scan(conv(in_proj(norm(x))))); one_each: every sequence has one token
-static void run_layer(struct device *d, int i, int n_tokens, int n_spans, bool one_each) {
+// x += out_proj(scan(conv(in_proj(norm(x)))))
+static void run_layer(struct device *d, int i, int n_tokens, int n_spans) {
+    const bool one_each = n_tokens == n_spans;  // every sequence has one token
     const struct config *c = &d->m->c;
     const device_layer *l = &d->layers[(size_t)i];
     const size_t layer = (size_t)i;
@@ -1841,7 +1842,7 @@ static void run_head(struct device *d, int n_rows) {
 }
 
 static void run_layers(struct device *d, int n_tokens, int n_spans, int n_layers, int n_rows) {
-    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans, n_tokens == n_spans);
+    for (int i = 0; i < n_layers; i++) run_layer(d, i, n_tokens, n_spans);
     if (n_layers == d->m->c.n_layer && n_rows) run_head(d, n_rows);
 }
 
@@ -1875,7 +1876,8 @@ static void give_up_graphs(struct device *d) {
 // size, and when a prompt comes for the third time, as the chunks of a long text do. NULL: there is none, or the driver cannot make it.
 static cudaGraphExec_t forward_graph(struct device *d, int n_tokens, int n_spans, int n_rows) {
     device::graph *g = graph_entry(d, n_tokens, n_spans, n_rows);
-    if (!g || g->exec || (++g->n_seen < 3 && n_tokens > n_spans)) return g ? g->exec : NULL;
+    if (!g) return NULL;
+    if (g->exec || (++g->n_seen < 3 && n_tokens > n_spans)) return g->exec;
     cudaGraph_t captured = NULL;
     bool made = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
     if (made) {

@@ -92,6 +92,9 @@
 #define MAMBA_X86_KERNELS
 #if __clang_major__ >= 12 || (!defined(__clang__) && __GNUC__ >= 11)
 #define MAMBA_AVX_VNNI
+#ifdef __linux__  // whom a program must ask
+#define MAMBA_AMX
+#endif
 #endif
 #elif defined(__aarch64__) && !defined(MAMBA_PLAIN_C) && \
     (!defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD))
@@ -1654,7 +1657,7 @@ struct kernels {
 #define b_bits ISA_NAME(b_bits)
 #define b_field ISA_NAME(b_field)
 #define b_join ISA_NAME(b_join)
-#define b_flip ISA_NAME(b_flip)
+#define b_sub ISA_NAME(b_sub)
 #define dot_words ISA_NAME(dot_words)
 #define dot_bytes ISA_NAME(dot_bytes)
 #define add_words ISA_NAME(add_words)
@@ -1679,6 +1682,7 @@ struct kernels {
 #define block_scales ISA_NAME(block_scales)
 #define panel ISA_NAME(panel)
 #define panel_fill ISA_NAME(panel_fill)
+#define panels_fill ISA_NAME(panels_fill)
 #define panel_dot ISA_NAME(panel_dot)
 #define panel_multiply ISA_NAME(panel_multiply)
 #define tile ISA_NAME(tile)
@@ -1688,6 +1692,7 @@ struct kernels {
 #define narrow_dot ISA_NAME(narrow_dot)
 #define narrow_product ISA_NAME(narrow_product)
 #define fetch_sums ISA_NAME(fetch_sums)
+#define blocks_product ISA_NAME(blocks_product)
 #define quantized_product ISA_NAME(quantized_product)
 #define operands ISA_NAME(operands)
 #define tiles ISA_NAME(tiles)
@@ -2504,7 +2509,7 @@ LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte
     vb mask = _mm256_set1_epi64x((long long)0x8040201008040201);
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask), _mm256_set1_epi8(1));
 }
-LANE vb b_flip(vb a) { return _mm256_xor_si256(a, _mm256_set1_epi8(-128)); }
+LANE vb b_sub(vb a, int n) { return _mm256_sub_epi8(a, _mm256_set1_epi8((char)n)); }
 LANE vb b_join(vb low, vb high, int shift) { return _mm256_or_si256(low, _mm256_slli_epi16(high, shift)); }
 // The even and the odd dwords of a and then b, in each half: what is to be added pair by pair.
 LANE vb even_dwords(vb a, vb b) {
@@ -2558,7 +2563,7 @@ LANE vb b_bits(uint32_t bits) {  // byte i of the mask selects bit i % 8 of byte
     uint8x16_t hi = vcombine_u8(vdup_n_u8((uint8_t)(bits >> 16)), vdup_n_u8((uint8_t)(bits >> 24)));
     return (vb){vandq_u8(vtstq_u8(lo, mask), one), vandq_u8(vtstq_u8(hi, mask), one)};
 }
-LANE vb b_flip(vb a) { return (vb){veorq_u8(a.lo, vdupq_n_u8(128)), veorq_u8(a.hi, vdupq_n_u8(128))}; }
+LANE vb b_sub(vb a, int n) { return (vb){vsubq_u8(a.lo, vdupq_n_u8((uint8_t)n)), vsubq_u8(a.hi, vdupq_n_u8((uint8_t)n))}; }
 LANE vb b_join(vb low, vb high, int shift) {
     int8x16_t left = vdupq_n_s8((int8_t)shift);
     return (vb){vorrq_u8(low.lo, vshlq_u8(high.lo, left)), vorrq_u8(low.hi, vshlq_u8(high.hi, left))};
@@ -2589,8 +2594,8 @@ LANE vb b_bits(uint32_t bits) {  // a bit a byte
     EACH r.byte[i] = bits >> i & 1;
     return r;
 }
-LANE vb b_flip(vb a) {
-    EACH a.byte[i] ^= 128;
+LANE vb b_sub(vb a, int n) {  // from each byte, modulo 256
+    EACH a.byte[i] = (uint8_t)(a.byte[i] - n);
     return a;
 }
 LANE vb b_join(vb low, vb high, int shift) {
@@ -2634,7 +2639,7 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
 struct panel {
     float scale[16][16];       // [group][row]
     float min[16][16];         // [group][row]
-    int8_t w[64][16][4];       // [column/4][row][column%4] q, FLIPPED
+    int8_t w[64][16][4];       // [column/4][row][column%4] q, less what panel_fill() takes off
 };
 
 // A chunk of weights: n columns of 16 rows.
@@ -2915,15 +2920,16 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
-// The weights of a chunk; chunk_scales() does the rest of the panel. The format is a constant at every call. ahead: see rows_dot().
-LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, struct panel *p) {
+// The weights of a chunk, less `less` modulo 256; chunk_scales() does the rest of the panel. The format is a constant at every
+// call. ahead: see rows_dot().
+LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, int less, struct panel *p) {
     for (int i = 0; i < c->n / 32; i++) {
         prefetch(format, ahead, i);
         NO_UNROLL for (int r = 0; r < 16; r += 8) {
             vb row[8];
             UNROLL for (int j = 0; j < 8; j++) {
                 row[j] = unpack(format, chunk_block(format, c, r + j, i), i % (formats[format].block / 32));
-                if (FLIPPED(format)) row[j] = b_flip(row[j]);
+                if (less) row[j] = b_sub(row[j], less);
             }
             transpose_dwords(row, p->w[8 * i][r], 16);
         }
@@ -2989,27 +2995,109 @@ LANE void panel_multiply(enum format format, const struct panel *p, int n, int n
     }
 }
 
-// Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
-// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go.
-LANE void chunk_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
-                    float (*sums)[16], const float *y, int ldy) {
+// What chunk_dot() multiplies: Q_PANELS panels of chunks.
+LANE void panels_fill(enum format format, const struct chunk *c, const uint8_t *ahead, int less, struct panel *p) {
     const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
+    for (int i = 0; i < Q_PANELS; i++) {
+        chunk_scales(format, c + i, p + i);
+        panel_fill(format, c + i, ahead + i * bytes, less, p + i);
+    }
+}
+
+#ifdef ISA_AMX
+// ---- many tokens, by Intel's matrix instructions: 16 of them times 16 rows, a group of 32 columns in one ----
+//
+// Such a dot product is an exact integer, as everywhere, and is added as everywhere. (Groups of 16 gain nothing: half the columns
+// for as many additions.)
+
+enum { AMX_TOKENS = 16 };
+#define AMX_DOTS 0  // [token][row], 32 bits; numbers of tile registers must be literals
+#define AMX_X 1     // [token][32]
+#define AMX_W 2     // [column/4][row][column%4]
+
+// What ldtilecfg reads: of each tile register the bytes a row, and the rows. (Not a local variable: gcc 12 knows of its first eight
+// bytes only that they are read, and stores no others.)
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} amx_registers = {1, 0, {0}, {64, 32, 64}, {AMX_TOKENS, AMX_TOKENS, 8}};
+
+// Scales of a token's activations in n groups and, for the minima, their scaled sums.
+LANE void amx_scales(struct act x, int n, bool has_min, float scale[8], float scaled_sum[8]) {
+    const __mmask8 groups = (__mmask8)((1u << n) - 1);
+    const __m256 scales = _mm256_maskz_loadu_ps(groups, x.scale);
+    _mm256_storeu_ps(scale, scales);
+    if (!has_min) return;
+    const __m512i sums = _mm512_maskz_loadu_epi64(groups, x.sum);  // two to a group
+    const __m256i both = _mm512_cvtepi64_epi32(_mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32)));
+    _mm256_storeu_ps(scaled_sum, _mm256_mul_ps(scales, _mm256_cvtepi32_ps(both)));
+}
+
+// panel_dot() for AMX_TOKENS tokens, of which the first `done` had their turn before.
+LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x, int done, float (*sums)[Q_PANELS][16]) {
+    const bool has_min = formats[format].has_min;
+    int32_t dots[AMX_TOKENS][16] __attribute__((aligned(64)));
+    float x_scale[AMX_TOKENS][8], x_min[AMX_TOKENS][8];
+    for (int t = 0; t < AMX_TOKENS; t++) amx_scales(act_from(x, t, 0), n / 32, has_min, x_scale[t], x_min[t]);
+    for (int i = 0; i < Q_PANELS; i++) {
+        vf sum[AMX_TOKENS];
+        UNROLL for (int t = 0; t < AMX_TOKENS; t++) sum[t] = v_load(sums[t][i]);
+        for (int g = 0; g < n / 32; g++) {
+            _tile_zero(AMX_DOTS);
+            _tile_loadd(AMX_X, x.q + 32 * g, x.ld);
+            _tile_loadd(AMX_W, p[i].w[8 * g], 64);
+            _tile_dpbssd(AMX_DOTS, AMX_X, AMX_W);
+            _tile_stored(AMX_DOTS, dots, 64);
+            UNROLL for (int t = 0; t < AMX_TOKENS; t++) {
+                const vi dot = _mm512_load_si512(dots[t]);
+                sum[t] = add_group(p + i, has_min, g, dot, x_scale[t][g], has_min ? x_min[t][g] : 0, sum[t]);
+            }
+        }
+        UNROLL for (int t = 0; t < AMX_TOKENS; t++)
+            if (t >= done) v_store(sums[t][i], sum[t]);
+    }
+}
+
+// chunk_dot() for AMX_TOKENS tokens at least: when fewer are left, some have their turn again.
+LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+                    float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     struct panel p[Q_PANELS];
+    if (formats[format].group != 32) return;  // never called for these
+    panels_fill(format, c, ahead, formats[format].zero, p);
+    for (int token = 0; token < n_tokens; token += AMX_TOKENS) {
+        const int from = min_int(token, n_tokens - AMX_TOKENS);
+        amx_dot(format, p, c->n, act_from(x, from, 0), token - from, sums + from);
+        fetch_sums(y + (size_t)from * (size_t)ldy, ldy, 16 * Q_PANELS, AMX_TOKENS);
+    }
+}
+#endif
+
+// Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
+// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go. amx: by
+// amx_chunk(). The format and amx are constants at every call.
+LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+                    float (*sums)[16], const float *y, int ldy) {
+    struct panel p[Q_PANELS];
+#ifdef ISA_AMX
+    if (amx) {
+        amx_chunk(format, c, ahead, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
+        return;
+    }
+#endif
+    (void)amx;
     if (n_tokens <= Q_ROW_TOKENS) {
         chunk_scales(format, c, p);
         for (int t = 0; t < n_tokens; t++) rows_dot(format, c, ahead, act_from(x, t, 0), p, sums[t]);
         return;
     }
-    for (int i = 0; i < Q_PANELS; i++) {
-        chunk_scales(format, c + i, p + i);
-        panel_fill(format, c + i, ahead + i * bytes, p + i);
-    }
+    panels_fill(format, c, ahead, FLIPPED(format) ? 128 : 0, p);
     panel_multiply(format, p, c->n, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
 }
 
-// At most Q_TOKEN_BLOCK tokens.
-static void quantized_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
-                              bool add) {
+// At most Q_TOKEN_BLOCK tokens. amx, a constant at every call: see chunk_dot().
+LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
+                         bool add) {
     float sums[Q_TOKEN_BLOCK * Q_PANELS][16];
     const int n_panels = n_tokens <= Q_ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
@@ -3024,20 +3112,20 @@ static void quantized_product(const struct matrix *m, int row0, int n_rows, stru
             for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
 #if (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)) && !defined(MAMBA_ROLLED)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_0: chunk_dot(Q4_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_1: chunk_dot(Q4_1, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_0: chunk_dot(Q5_0, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_1: chunk_dot(Q5_1, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q2_K: chunk_dot(Q2_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q3_K: chunk_dot(Q3_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_K: chunk_dot(Q4_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_K: chunk_dot(Q5_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q6_K: chunk_dot(Q6_K, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q8_0: chunk_dot(Q8_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_0: chunk_dot(Q4_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_1: chunk_dot(Q4_1, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_0: chunk_dot(Q5_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_1: chunk_dot(Q5_1, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q2_K: chunk_dot(Q2_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q3_K: chunk_dot(Q3_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q4_K: chunk_dot(Q4_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q5_K: chunk_dot(Q5_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q6_K: chunk_dot(Q6_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, c, ahead, n_tokens, xk, sums, y + r, ldy);
+            chunk_dot(m->format, amx, c, ahead, n_tokens, xk, sums, y + r, ldy);
 #endif
         }
         for (int t = 0; t < n_tokens; t++)
@@ -3046,6 +3134,19 @@ static void quantized_product(const struct matrix *m, int row0, int n_rows, stru
                       add);
     }
 }
+
+static void quantized_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
+                              bool add) {
+    blocks_product(false, m, row0, n_rows, x, n_tokens, y, ldy, add);
+}
+
+#ifdef ISA_AMX
+static void amx_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy, bool add) {
+    _tile_loadconfig(&amx_registers);
+    blocks_product(true, m, row0, n_rows, x, n_tokens, y, ldy, add);
+    _tile_release();
+}
+#endif
 
 // ---- Float weights of few columns, for many tokens: there the sums of lanes would take longer than the products ----
 
@@ -3125,6 +3226,20 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
         else quantized_product(m, row0, n_rows, act_from(*x, token0 + t, 0), tokens, to, ldy, add);
     }
 }
+
+#ifdef ISA_AMX
+static void matmul_amx(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
+                       int ldy, bool add) {
+    for (int t = 0, n; t < n_tokens; t += n) {
+        float *to = y + (size_t)t * (size_t)ldy;
+        n = min_int(Q_TOKEN_BLOCK, n_tokens - t);
+        if (formats[m->format].group == 32 && n >= AMX_TOKENS)
+            amx_product(m, row0, n_rows, act_from(*x, token0 + t, 0), n, to, ldy, add);
+        else
+            ISA_NAME(matmul)(m, row0, n_rows, x, token0 + t, n, to, ldy, add);
+    }
+}
+#endif
 
 // ---- Activations ----
 
@@ -3403,6 +3518,13 @@ static const struct kernels ISA_NAME(kernels) = {
     ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
     ISA_NAME(exp_minus),
 };
+#ifdef ISA_AMX  // all others are the same
+static const struct kernels kernels_amx = {
+    "amx", matmul_amx, ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
+    ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
+    ISA_NAME(exp_minus),
+};
+#endif
 #undef ISA_STRING
 #undef ISA_STRING2
 #undef OF_ISA
@@ -3430,18 +3552,26 @@ static const struct kernels ISA_NAME(kernels) = {
 #define TARGET_AVX_VNNI TARGET_AVX2
 #else
 #define TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," TARGET_AVX2
+#ifdef MAMBA_AMX
+#define TARGET_AVX512_VNNI "amx-tile,amx-int8,avx512vnni," TARGET_AVX512  // which a compiler does not use by itself
+#else
 #define TARGET_AVX512_VNNI "avx512vnni," TARGET_AVX512
+#endif
 #define TARGET_AVX_VNNI "avxvnni," TARGET_AVX2
 #endif
 
 #ifdef MAMBA_X86_KERNELS
 #define ISA_AVX512
 #define ISA_VNNI
+#ifdef MAMBA_AMX
+#define ISA_AMX
+#endif
 #define MAMBA_ISA_PASS avx512
 TARGET(TARGET_AVX512_VNNI)
 #include "mamba.c"
 END_TARGET
 #undef MAMBA_ISA_PASS
+#undef ISA_AMX
 #undef ISA_VNNI
 
 #define MAMBA_ISA_PASS avx512bw
@@ -3489,7 +3619,22 @@ END_TARGET
 #include "mamba.c"
 #undef MAMBA_ISA_PASS
 
-enum { MAX_ISAS = 5 };
+enum { MAX_ISAS = 6 };
+
+#ifdef MAMBA_AMX
+// Whether the processor has Intel's matrix instructions, for bytes, and Linux lets this process have their registers: it must be
+// asked.
+static bool amx_usable(void) {
+#ifdef MAMBA_EMULATE_AVX512
+    return true;
+#else
+    enum { XTILE_DATA = 18, REQUEST_PERMISSION = 0x1023 };  // ARCH_REQ_XCOMP_PERM, Linux 5.16
+    unsigned unused, features;
+    if (!__get_cpuid_count(7, 0, &unused, &unused, &unused, &features)) return false;
+    return features & 1 << 24 && features & 1 << 25 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, XTILE_DATA) == 0;
+#endif
+}
+#endif
 
 // The kernels that this processor runs, the widest first; returns how many.
 static int usable_kernels(const struct kernels *usable[MAX_ISAS]) {
@@ -3504,6 +3649,9 @@ static int usable_kernels(const struct kernels *usable[MAX_ISAS]) {
     bool avx_vnni = avx2 && __get_cpuid_count(7, 1, &features, &unused, &unused, &unused) && features & 1 << 4;
 #ifdef MAMBA_EMULATE_AVX512
     avx512_vnni = avx512 = avx_vnni = true;
+#endif
+#ifdef MAMBA_AMX
+    if (avx512_vnni && amx_usable()) usable[n++] = &kernels_amx;
 #endif
     if (avx512_vnni) usable[n++] = &kernels_avx512;
     if (avx512) usable[n++] = &kernels_avx512bw;

@@ -1,4 +1,4 @@
-// The intrinsics of AVX-512 and AVX-VNNI that mamba.c uses, computed with AVX2: so that its kernels for them can be tested, bit by bit,
+// The intrinsics of AVX-512, AVX-VNNI and AMX that mamba.c uses, computed with AVX2: so that its kernels for them can be tested, bit by bit,
 // on a machine without those instruction sets. SIMDe (Debian's libsimde-dev) does most of it; the others are here.
 //
 //   cc -D_GNU_SOURCE -DMAMBA_EMULATE_AVX512 -mavx2 -mfma -mf16c -include tests/emulate_avx512.h ... tests/unit.c
@@ -70,6 +70,20 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
     for (int i = 0; i < 16; i++) v.i[i] >>= n;
     return v.si;
 }
+static inline simde__m512i emulated_maskz_loadu_epi64(unsigned mask, const void *p) {
+    int64_t v[8] = {0};
+    for (int i = 0; i < 8; i++)
+        if (mask >> i & 1) memcpy(v + i, (const int64_t *)p + i, sizeof *v);
+    return simde_mm512_loadu_si512(v);
+}
+static inline __m256 emulated_maskz_loadu_ps_8(unsigned mask, const float *p) {
+    float v[8] = {0};
+    for (int i = 0; i < 8; i++)
+        if (mask >> i & 1) v[i] = p[i];
+    return _mm256_loadu_ps(v);
+}
+#define _mm512_maskz_loadu_epi64 emulated_maskz_loadu_epi64
+#define _mm256_maskz_loadu_ps emulated_maskz_loadu_ps_8
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
@@ -84,3 +98,62 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 #undef _mm512_madd_epi16  // whose alias has the arguments of another function
 #define _mm512_madd_epi16 simde_mm512_madd_epi16
+
+// ---- AMX: eight tile registers a thread, and their shapes. What a program must not do ends it. ----
+
+static _Thread_local struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} emulated_shapes;
+static _Thread_local uint8_t emulated_tiles[8][16][64];
+
+static inline void emulated_tile_need(int ok) {
+    if (!ok) __builtin_trap();
+}
+static inline void emulated_tile_loadconfig(const void *config) {
+    memcpy(&emulated_shapes, config, sizeof emulated_shapes);
+    memset(emulated_tiles, 0, sizeof emulated_tiles);
+    emulated_tile_need(emulated_shapes.palette == 1 && !emulated_shapes.start_row);
+    for (int i = 0; i < 16; i++)
+        emulated_tile_need(emulated_shapes.row_bytes[i] <= (i < 8 ? 64 : 0) && emulated_shapes.rows[i] <= (i < 8 ? 16 : 0));
+}
+static inline void emulated_tile_release(void) { memset(&emulated_shapes, 0, sizeof emulated_shapes); }
+static inline void emulated_tile_zero(int to) {
+    emulated_tile_need(emulated_shapes.rows[to]);
+    memset(emulated_tiles[to], 0, sizeof emulated_tiles[to]);
+}
+static inline void emulated_tile_loadd(int to, const void *from, int64_t stride) {
+    emulated_tile_zero(to);
+    for (int r = 0; r < emulated_shapes.rows[to]; r++)
+        memcpy(emulated_tiles[to][r], (const uint8_t *)from + r * stride, emulated_shapes.row_bytes[to]);
+}
+static inline void emulated_tile_stored(int from, void *to, int64_t stride) {
+    emulated_tile_need(emulated_shapes.rows[from]);
+    for (int r = 0; r < emulated_shapes.rows[from]; r++)
+        memcpy((uint8_t *)to + r * stride, emulated_tiles[from][r], emulated_shapes.row_bytes[from]);
+}
+static inline void emulated_tile_dpbssd(int to, int a, int b) {  // 32-bit sums of four products of signed bytes
+    emulated_tile_need(emulated_shapes.rows[a] == emulated_shapes.rows[to] && emulated_shapes.row_bytes[b] == emulated_shapes.row_bytes[to] &&
+                       emulated_shapes.row_bytes[a] == 4 * emulated_shapes.rows[b]);
+    for (int m = 0; m < emulated_shapes.rows[to]; m++)
+        for (int n = 0; n < emulated_shapes.row_bytes[to] / 4; n++) {
+            int32_t sum;
+            memcpy(&sum, &emulated_tiles[to][m][4 * n], 4);
+            for (int k = 0; k < emulated_shapes.row_bytes[a]; k++)
+                sum += (int8_t)emulated_tiles[a][m][k] * (int8_t)emulated_tiles[b][k / 4][4 * n + k % 4];
+            memcpy(&emulated_tiles[to][m][4 * n], &sum, 4);
+        }
+}
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbssd
+#define _tile_loadconfig emulated_tile_loadconfig
+#define _tile_release emulated_tile_release
+#define _tile_zero emulated_tile_zero
+#define _tile_loadd emulated_tile_loadd
+#define _tile_stored emulated_tile_stored
+#define _tile_dpbssd emulated_tile_dpbssd

@@ -204,7 +204,7 @@ def test_threads(mamba, tmp_path, name):
         assert score_logits(mamba, path, ids, tmp_path, "-t", threads, "-ub", "7") == one, f"-t {threads} -ub 7"
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx512bw", "avxvnni", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avx512bw", "avxvnni", "avx2", "generic"])
 @pytest.mark.parametrize("name", ALL_FILES)
 def test_instruction_sets(mamba, tmp_path, name, isa):
     path, ids = model_path(name), numbers(name)["ids"]

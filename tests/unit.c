@@ -795,6 +795,7 @@ int main(int argc, char **argv) {
         test_products((enum format)f, 40, round_up(96, block), 300);  // more tokens than a call of matmul keeps sums of
         test_products((enum format)f, 21, round_up(NARROW_COLUMNS + 45, block), 300);
         test_products((enum format)f, 17, round_up(NARROW_COLUMNS - 3, block), 130);
+        test_products((enum format)f, 34, 3 * block, 17);  // one token more than a register of tokens
     }
     if (argc > 2 && strcmp(argv[2], "kernels") == 0) {  // under an emulator the rest takes minutes
         printf("%s: %d passed, %d failed\n", isa[0]->name, n_passed, n_failed);

@@ -2890,10 +2890,14 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_min), sum) : sum;
 }
 
-// Fetches the i-th 32 columns' share of what 16 rows hold, in file order.
+// Fetches the i-th 32 columns' share of what 16 rows hold, in file order. A format that waits for memory more than for arithmetic is
+// fetched into the second cache: the first one has few buffers for what is on its way.
 LANE void prefetch(enum format format, const uint8_t *rows, int i) {
     const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
-    UNROLL for (int at = 0; at < bytes; at += 64) __builtin_prefetch(rows + i * bytes + at);
+    UNROLL for (int at = 0; at < bytes; at += 64) {
+        if (formats[format].bits == 8) __builtin_prefetch(rows + i * bytes + at, 0, 2);
+        else __builtin_prefetch(rows + i * bytes + at);
+    }
 }
 
 // Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16

@@ -75,11 +75,13 @@ def unpack(archive, source):
         os.rename(Path(scratch) / prefix, source)
 
 
-def gcc_version():
-    """The version of c++ where that is gcc, else a large number."""
-    defined = subprocess.run(["c++", "-dM", "-E", "-x", "c++", os.devnull], check=True, capture_output=True, text=True).stdout
+def compiler_flags():
+    """Of C++. gcc before 13 takes the operand of ldtilecfg for eight bytes and drops what is stored behind them as never read, so
+    that llama.cpp's use of Intel's matrix instructions (AMX) ends the program."""
+    defined = subprocess.run(["c++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
     macros = dict(line.split(" ", 2)[1:] for line in defined.splitlines() if line.count(" ") >= 2)
-    return 99 if "__clang__" in macros else int(macros.get("__GNUC__", 99))
+    broken = "__AMX_INT8__" in macros and "__clang__" not in macros and int(macros["__GNUC__"]) < 13
+    return "-fno-dse -fno-tree-dse" if broken else ""
 
 
 def build(source, targets):
@@ -88,11 +90,7 @@ def build(source, targets):
     flags = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON", "GGML_NATIVE": "ON", "LLAMA_OPENSSL": "OFF",
              "LLAMA_BUILD_COMMON": "ON" if len(targets) > 1 else "OFF", "LLAMA_BUILD_TOOLS": "ON" if len(targets) > 1 else "OFF",
              "LLAMA_BUILD_TESTS": "OFF", "LLAMA_BUILD_EXAMPLES": "OFF", "LLAMA_BUILD_SERVER": "OFF", "LLAMA_BUILD_APP": "OFF",
-             "LLAMA_USE_PREBUILT_UI": "OFF"}
-    # gcc before 13 thinks that ldtilecfg reads eight bytes, and stores no others of its operand: llama.cpp's use of Intel's matrix
-    # instructions (AMX) ends the program then.
-    if gcc_version() < 13:
-        flags |= {"CMAKE_CXX_FLAGS": "-fno-dse -fno-tree-dse"}
+             "LLAMA_USE_PREBUILT_UI": "OFF", "CMAKE_CXX_FLAGS": compiler_flags()}
     step("configure", [*nice, "cmake", "-S", source, "-B", cache_dir() / "build", *[f"-D{k}={v}" for k, v in flags.items()]])
     jobs = min(2, os.cpu_count() or 1)
     step("build", [*nice, "cmake", "--build", cache_dir() / "build", "-j", jobs, "--target", *targets])

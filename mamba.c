@@ -1524,7 +1524,8 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 enum {
     ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats multiplied as they are read
     Q_ROW_TOKENS = 2,       // and up to so many quantised weights
-    FETCH_AHEAD = 2048,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
+    FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
+    SECOND_CACHE = 2,       // where weights are fetched to: the first cache has few buffers for what is on its way from memory
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SCAN_TOKENS = 16,       // so many at most go through a few states of 16 channels, then through the next
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
@@ -2394,7 +2395,7 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                     sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
         NO_UNROLL for (int k = lane; k < o.n; k += 16) {
             // Weights come from memory for the first tokens: of a single row what lies ahead is fetched, else the next tile's rows.
-            if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD);
+            if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD, 0, SECOND_CACHE);
             else if (token == 0)
                 UNROLL for (int r = 0; r < rows; r++)
                     __builtin_prefetch(w + (size_t)(rows + r) * o.row_bytes + (size_t)(k * formats[format].bytes));
@@ -2444,7 +2445,7 @@ LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
     for (int k = 0; k < n; k += 16) {
         uint8_t last[64] = {0};
         const uint8_t *from = row + (size_t)k * bytes;
-        __builtin_prefetch(from + FETCH_AHEAD);
+        __builtin_prefetch(from + FETCH_AHEAD, 0, SECOND_CACHE);
         if (n - k < 16) from = memcpy(last, from, (size_t)(n - k) * bytes);
         for (int i = 0; i < 16; i += TILE_LANES) t_store(to + k + i, t_load_weights(format, from + (size_t)i * bytes));
     }
@@ -2890,12 +2891,11 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_min), sum) : sum;
 }
 
-// Fetches the i-th 32 columns' share of what 16 rows hold, in file order. A format that waits for memory more than for arithmetic is
-// fetched into the second cache: the first one has few buffers for what is on its way.
+// Fetches the i-th 32 columns' share of what 16 rows hold, in file order. Formats of fewer bits wait for memory less.
 LANE void prefetch(enum format format, const uint8_t *rows, int i) {
     const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
     UNROLL for (int at = 0; at < bytes; at += 64) {
-        if (formats[format].bits == 8) __builtin_prefetch(rows + i * bytes + at, 0, 2);
+        if (formats[format].bits == 8) __builtin_prefetch(rows + i * bytes + at, 0, SECOND_CACHE);
         else __builtin_prefetch(rows + i * bytes + at);
     }
 }

@@ -61,13 +61,15 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-#if defined(__linux__) && __has_include(<linux/seccomp.h>)
+#ifdef __linux__
+#include <sys/syscall.h>
+#if __has_include(<linux/seccomp.h>)
 #define MAMBA_SANDBOX
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
+#endif
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -1525,8 +1527,8 @@ enum {
     ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats multiplied as they are read
     Q_ROW_TOKENS = 2,       // and up to so many quantised weights
     FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
-    SECOND_CACHE = 2,       // where weights are fetched to: the first cache has few buffers for what is on its way from memory
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
+    SECOND_CACHE = 2,       // for __builtin_prefetch, of weights: the first cache has few buffers for what is on its way
     SCAN_TOKENS = 16,       // so many at most go through a few states of 16 channels, then through the next
     TOKEN_BLOCK = 96,       // so many tokens at most are multiplied with a part of the weights before the next part
     Q_TOKEN_BLOCK = 192,    // likewise of quantised weights, which are unpacked for each block
@@ -2891,7 +2893,8 @@ LANE vf add_group(const struct panel *p, bool has_min, int g, vi dot, float x_sc
     return has_min ? v_fma(v_load(p->min[g]), v_set(x_min), sum) : sum;
 }
 
-// Fetches the i-th 32 columns' share of what 16 rows hold, in file order. Formats of fewer bits wait for memory less.
+// Fetches the i-th 32 columns' share of what 16 rows hold, in file order. Formats of fewer bits wait for memory less, and lose a
+// per cent where it comes from the second cache.
 LANE void prefetch(enum format format, const uint8_t *rows, int i) {
     const int bytes = 16 * 32 * formats[format].bytes / formats[format].block;
     UNROLL for (int at = 0; at < bytes; at += 64) {
@@ -3019,8 +3022,8 @@ enum { AMX_TOKENS = 16 };
 #define AMX_X 1     // [token][32]
 #define AMX_W 2     // [column/4][row][column%4]
 
-// What ldtilecfg reads: of each tile register the bytes a row, and the rows. (Not a local variable: gcc 12 knows of its first eight
-// bytes only that they are read, and stores no others.)
+// What ldtilecfg reads: of each tile register the bytes a row, and the rows. (Not a local variable: gcc 12 thinks that only the
+// first eight bytes are read, and would not store the others.)
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -3067,8 +3070,9 @@ LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x
 LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
                     float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     struct panel p[Q_PANELS];
-    if (formats[format].group != 32) return;  // never called for these
+    if (formats[format].group != 32) return;  // never called for these: no code for them
     panels_fill(format, c, ahead, formats[format].zero, p);
+    __asm__ volatile("" ::: "memory");  // gcc is not told that tiles are loaded from memory
     for (int token = 0; token < n_tokens; token += AMX_TOKENS) {
         const int from = min_int(token, n_tokens - AMX_TOKENS);
         amx_dot(format, p, c->n, act_from(x, from, 0), token - from, sums + from);
@@ -3234,13 +3238,16 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
 #ifdef ISA_AMX
 static void matmul_amx(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
                        int ldy, bool add) {
+    if (formats[m->format].group != 32) {
+        ISA_NAME(matmul)(m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
+        return;
+    }
     for (int t = 0, n; t < n_tokens; t += n) {
+        const struct act xt = act_from(*x, token0 + t, 0);
         float *to = y + (size_t)t * (size_t)ldy;
         n = min_int(Q_TOKEN_BLOCK, n_tokens - t);
-        if (formats[m->format].group == 32 && n >= AMX_TOKENS)
-            amx_product(m, row0, n_rows, act_from(*x, token0 + t, 0), n, to, ldy, add);
-        else
-            ISA_NAME(matmul)(m, row0, n_rows, x, token0 + t, n, to, ldy, add);
+        if (n >= AMX_TOKENS) amx_product(m, row0, n_rows, xt, n, to, ldy, add);
+        else quantized_product(m, row0, n_rows, xt, n, to, ldy, add);
     }
 }
 #endif

@@ -76,12 +76,13 @@ def unpack(archive, source):
 
 
 def compiler_flags():
-    """Of C++. gcc before 13 takes the operand of ldtilecfg for eight bytes and drops what is stored behind them as never read, so
-    that llama.cpp's use of Intel's matrix instructions (AMX) ends the program."""
-    defined = subprocess.run(["c++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True).stdout
-    macros = dict(line.split(" ", 2)[1:] for line in defined.splitlines() if line.count(" ") >= 2)
-    broken = "__AMX_INT8__" in macros and "__clang__" not in macros and int(macros["__GNUC__"]) < 13
-    return "-fno-dse -fno-tree-dse" if broken else ""
+    """Of C++, the user's and ours. Some releases of gcc (PR target/114098) take the operand of ldtilecfg for eight bytes and drop what
+    is stored behind them as never read, so that llama.cpp's use of Intel's matrix instructions (AMX) ends the program."""
+    flags = os.environ.get("CXXFLAGS", "")
+    header = subprocess.run([os.environ.get("CXX", "c++"), "-march=native", "-E", "-dD", "-x", "c++", "-"], text=True,
+                            input="#include <immintrin.h>", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    broken = "#define __AMX_INT8__ 1" in header and r'"ldtilecfg\t%X0"' in header
+    return flags + " -fno-dse -fno-tree-dse" if broken else flags
 
 
 def build(source, targets):

@@ -45,6 +45,15 @@ def test_no_warnings(compiler, openmp, tmp_path):
         run(program, "score", "models/tales.bin", "-p", "a dog", "--sandbox")  # clang's OpenMP has files of its own
 
 
+@pytest.mark.xdist_group("warnings")
+def test_musl(tmp_path):
+    """The static program of README, on a machine without Linux's own headers for musl."""
+    program = tmp_path / "mamba"
+    run("musl-gcc", "-O1", "-static", *DIALECT[:2], "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "mamba.c", "-o", program, "-lm")
+    arguments = ["models/tales.bin", "-p", "Once upon a time", "-n", "16", "-s", "1", "-q"]
+    assert run(program, *arguments) == run(ROOT / "mamba", *arguments)
+
+
 @pytest.mark.xdist_group("analysers")
 def test_clang_tidy():
     found = [line for line in run("clang-tidy", "--quiet", f"--checks={TIDY}", "mamba.c", "--", *DIALECT).splitlines()

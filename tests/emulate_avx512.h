@@ -107,11 +107,13 @@ static _Thread_local struct {
     uint8_t rows[16];
 } emulated_shapes;
 static _Thread_local uint8_t emulated_tiles[8][16][64];
+static _Thread_local long emulated_tile_products;
 
 static inline void emulated_tile_need(int ok) {
     if (!ok) __builtin_trap();
 }
-static inline void emulated_tile_loadconfig(const void *config) {
+static inline void emulated_tile_loadconfig(const void *config) {  // which is to be released after use
+    emulated_tile_need(!emulated_shapes.palette);
     memcpy(&emulated_shapes, config, sizeof emulated_shapes);
     memset(emulated_tiles, 0, sizeof emulated_tiles);
     emulated_tile_need(emulated_shapes.palette == 1 && !emulated_shapes.start_row);
@@ -134,6 +136,7 @@ static inline void emulated_tile_stored(int from, void *to, int64_t stride) {
         memcpy((uint8_t *)to + r * stride, emulated_tiles[from][r], emulated_shapes.row_bytes[from]);
 }
 static inline void emulated_tile_dpbssd(int to, int a, int b) {  // 32-bit sums of four products of signed bytes
+    emulated_tile_products++;
     emulated_tile_need(emulated_shapes.rows[a] == emulated_shapes.rows[to] && emulated_shapes.row_bytes[b] == emulated_shapes.row_bytes[to] &&
                        emulated_shapes.row_bytes[a] == 4 * emulated_shapes.rows[b]);
     for (int m = 0; m < emulated_shapes.rows[to]; m++)

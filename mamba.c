@@ -1697,6 +1697,8 @@ struct kernels {
 #define fetch_sums ISA_NAME(fetch_sums)
 #define blocks_product ISA_NAME(blocks_product)
 #define quantized_product ISA_NAME(quantized_product)
+#define block_product ISA_NAME(block_product)
+#define multiply ISA_NAME(multiply)
 #define operands ISA_NAME(operands)
 #define tiles ISA_NAME(tiles)
 #define row_by_row ISA_NAME(row_by_row)
@@ -3149,7 +3151,12 @@ static void quantized_product(const struct matrix *m, int row0, int n_rows, stru
 }
 
 #ifdef ISA_AMX
+// quantized_product(), by tiles where they gain.
 static void amx_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy, bool add) {
+    if (formats[m->format].group != 32 || n_tokens < AMX_TOKENS) {
+        quantized_product(m, row0, n_rows, x, n_tokens, y, ldy, add);
+        return;
+    }
     _tile_loadconfig(&amx_registers);
     blocks_product(true, m, row0, n_rows, x, n_tokens, y, ldy, add);
     _tile_release();
@@ -3217,8 +3224,11 @@ static void narrow_product(const struct matrix *m, int row0, int n_rows, const f
 
 // ---- Products of any format ----
 
-static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
-                             float *y, int ldy, bool add) {
+typedef void block_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy, bool add);
+
+// quantized_by multiplies quantised weights.
+static void multiply(block_product *quantized_by, const struct matrix *m, int row0, int n_rows, const struct act *x, int token0,
+                     int n_tokens, float *y, int ldy, bool add) {
     const bool quantized = is_quantized(m), many = n_tokens > ROW_TOKENS && n_tokens >= NARROW_TOKENS;
     const bool narrow = !quantized && many && m->cols <= NARROW_COLUMNS;
     const int block = narrow ? n_tokens : quantized ? Q_TOKEN_BLOCK : TOKEN_BLOCK;
@@ -3231,24 +3241,19 @@ static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const
         else if (m->format == F32) wide_product(F32, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == F16) wide_product(F16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == BF16) wide_product(BF16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
-        else quantized_product(m, row0, n_rows, act_from(*x, token0 + t, 0), tokens, to, ldy, add);
+        else quantized_by(m, row0, n_rows, act_from(*x, token0 + t, 0), tokens, to, ldy, add);
     }
+}
+
+static void ISA_NAME(matmul)(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                             float *y, int ldy, bool add) {
+    multiply(quantized_product, m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
 }
 
 #ifdef ISA_AMX
 static void matmul_amx(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
                        int ldy, bool add) {
-    if (formats[m->format].group != 32) {
-        ISA_NAME(matmul)(m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
-        return;
-    }
-    for (int t = 0, n; t < n_tokens; t += n) {
-        const struct act xt = act_from(*x, token0 + t, 0);
-        float *to = y + (size_t)t * (size_t)ldy;
-        n = min_int(Q_TOKEN_BLOCK, n_tokens - t);
-        if (n >= AMX_TOKENS) amx_product(m, row0, n_rows, xt, n, to, ldy, add);
-        else quantized_product(m, row0, n_rows, xt, n, to, ldy, add);
-    }
+    multiply(amx_product, m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
 }
 #endif
 
@@ -3524,18 +3529,16 @@ static void ISA_NAME(exp_minus)(const float *x, int n, float max, float *y) {
 
 #define ISA_STRING2(x) #x
 #define ISA_STRING(x) ISA_STRING2(x)
-static const struct kernels ISA_NAME(kernels) = {
-    ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul), ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
-    ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
-    ISA_NAME(exp_minus),
-};
-#ifdef ISA_AMX  // all others are the same
-static const struct kernels kernels_amx = {
-    "amx", matmul_amx, ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize),
-    ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max),
-    ISA_NAME(exp_minus),
-};
+#define KERNELS(name, matmul) { \
+    name, matmul, ISA_NAME(dequantize), ISA_NAME(unpack_row), ISA_NAME(quantize), \
+    ISA_NAME(norm), ISA_NAME(conv_silu), ISA_NAME(scan), ISA_NAME(fixed_scan), ISA_NAME(finite_max), \
+    ISA_NAME(exp_minus), \
+}
+static const struct kernels ISA_NAME(kernels) = KERNELS(ISA_STRING(MAMBA_ISA_PASS), ISA_NAME(matmul));
+#ifdef ISA_AMX
+static const struct kernels kernels_amx = KERNELS("amx", matmul_amx);
 #endif
+#undef KERNELS
 #undef ISA_STRING
 #undef ISA_STRING2
 #undef OF_ISA

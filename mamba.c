@@ -321,8 +321,7 @@ bool device_write_state(struct device *d, int slot, const float *conv, const flo
 
 // Progress of one phase of a forward: a cut of work whose items do not depend on each other.
 struct phase {
-    _Alignas(64) atomic_int n_taken;
-    atomic_int n_done;         // the phase has ended when all its items are done
+    _Alignas(64) atomic_int n_done;  // the phase has ended when all its items are done
 };
 
 // Buffers of the steps of one level in a forward, "tokens" of it. Text has level 0 alone.
@@ -360,7 +359,8 @@ struct context {               // what a forward needs besides the model; owner 
     double loss, change;       // at what of these a thread last lost its core, and one was last left out or came back
     atomic_llong longest_wait; // nanoseconds that a thread waited for another in the forward in progress
     struct phase *phases;      // [n_phases] of a forward
-    int n_phases;
+    atomic_int *n_taken;       // [n_threads][ld_phases] items of each thread's share of a phase that are taken
+    int n_phases, ld_phases;
     const struct segment *segments;  // the batch in progress
     int n_segments, n_tokens, n_rows, n_run_layers;
     struct device *device;     // runs the forwards; NULL: the CPU does. Owned
@@ -3704,12 +3704,15 @@ static const struct kernels *choose_kernels(void) {
 // ====================================================================================================================
 // 5. Layers.
 // The phases of a Mamba block (figure 3 of the paper), each run by all threads of a team: a thread takes the next item
-// when it is free. Who computes an item never changes its bits. Calls section 4; called by section 6.
+// of its share when it is free, then of others' shares. Who computes an item never changes its bits. Calls section 4; called by
+// section 6.
 // ====================================================================================================================
 
 struct team {               // one thread's view of a forward in progress
     struct context *ctx;
+    int thread;             // its number in the team
     int phase;              // which one this thread is in
+    int n_shares;           // of that phase, which it found taken
     bool has_item;          // it is working on an item of that phase
 };
 
@@ -3738,17 +3741,33 @@ static void await_phase(struct context *ctx, struct phase *p, int n_items) {
     if (start) note_wait(ctx, now_seconds() - start);
 }
 
+// Items that follow each other are a thread's share: it reads weights in long runs, what it fetched ahead is its own next item,
+// and the channels that it has in its caches are those it works on in the next phase. Then it helps the threads after it.
+static bool take_item(struct team *t, int n_items, int *item) {
+    const struct context *ctx = t->ctx;
+    for (; t->n_shares < ctx->n_team; t->n_shares++) {
+        const int owner = (t->thread + t->n_shares) % ctx->n_team;
+        const int first = (int)((long long)n_items * owner / ctx->n_team);
+        const int n = (int)((long long)n_items * (owner + 1) / ctx->n_team) - first;
+        atomic_int *n_taken = &ctx->n_taken[owner * ctx->ld_phases + t->phase];
+        if (atomic_load_explicit(n_taken, memory_order_relaxed) >= n) continue;  // without taking its owner's line away
+        *item = first + atomic_fetch_add_explicit(n_taken, 1, memory_order_relaxed);
+        if (*item < first + n) return true;
+    }
+    return false;
+}
+
 // The next item of the phase for this thread, as in: while (next_item(t, n_items, &item)) { ... }. When none is left it
 // waits for those that other threads still work on and goes on to the next phase. A thread that lost its core between
 // two items is not waited for: the others take its share, and it finds the phases ended when it comes back.
 static bool next_item(struct team *t, int n_items, int *item) {
     struct phase *p = &t->ctx->phases[t->phase];
     if (t->has_item) atomic_fetch_add_explicit(&p->n_done, 1, memory_order_release);
-    *item = atomic_fetch_add_explicit(&p->n_taken, 1, memory_order_relaxed);
-    t->has_item = *item < n_items;
+    t->has_item = take_item(t, n_items, item);
     if (t->has_item) return true;
     await_phase(t->ctx, p, n_items);
     t->phase++;
+    t->n_shares = 0;
     return false;
 }
 
@@ -4165,6 +4184,8 @@ static struct context *context_new(const struct model *m, const struct kernels *
     ctx->logits = xcalloc((size_t)max_rows * (size_t)ctx->ld_vocab, sizeof(float));
     ctx->n_phases = c->n_layer * PHASES_A_LAYER + c->n_pools * PHASES_A_POOL + PHASES_BESIDE;
     ctx->phases = xcalloc((size_t)ctx->n_phases, sizeof *ctx->phases);
+    ctx->ld_phases = round_up(ctx->n_phases, 64 / (int)sizeof *ctx->n_taken);
+    ctx->n_taken = xcalloc((size_t)n_threads * (size_t)ctx->ld_phases, sizeof *ctx->n_taken);
     return ctx;
 }
 
@@ -4176,6 +4197,7 @@ static void context_free(struct context *ctx) {
     act_free(&ctx->head_in);
     free(ctx->logits);
     free(ctx->phases);
+    free(ctx->n_taken);
     free(ctx);
 }
 
@@ -4324,10 +4346,8 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
     const double start = now_seconds();
     double began = start, ended = start;  // for the first thread, which waits for the others at both ends
     ctx->n_team = n_threads;
-    for (int i = 0; i < ctx->n_phases; i++) {
-        atomic_init(&ctx->phases[i].n_taken, 0);
-        atomic_init(&ctx->phases[i].n_done, 0);
-    }
+    for (int i = 0; i < ctx->n_phases; i++) atomic_init(&ctx->phases[i].n_done, 0);
+    for (int i = 0; i < n_threads * ctx->ld_phases; i++) atomic_init(&ctx->n_taken[i], 0);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(n_threads)
 #endif
@@ -4335,11 +4355,12 @@ static void run_team(struct context *ctx, void (*body)(struct team *)) {
         struct team t = {.ctx = ctx};
         flush_denormals();
 #ifdef _OPENMP
-        if (omp_get_thread_num() == 0) began = now_seconds();
+        t.thread = omp_get_thread_num();
+        if (t.thread == 0) began = now_seconds();
 #endif
         body(&t);
 #ifdef _OPENMP
-        if (omp_get_thread_num() == 0) ended = now_seconds();
+        if (t.thread == 0) ended = now_seconds();
 #endif
     }
     const double now = now_seconds();

@@ -1550,6 +1550,7 @@ static inline struct act act_from(struct act x, int token, int column) {
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]
     float *state;           // [d_conv-1][ld_w], the oldest first
+    const float *next_state;  // of the sequence that has its turn next, likewise: is fetched
     const float *in;        // [n_tokens][ld]
     float *out;             // [n_tokens][ld]; may be `in`
     int d_conv, n_tokens, n, ld_w, ld;
@@ -1560,6 +1561,7 @@ struct scan_args {          // one sequence, channels [0, n) likewise; n and all
     const float *a_inverse; // likewise, NULL: B is discretised as dt * B
     const float *d, *dt_b;  // [n]
     float *state;           // [n/16][d_state][R][16]
+    const float *next_state;  // as in struct conv_args
     const float *u, *z;     // [n_tokens][ld]
     const float *bc;        // [n_tokens][ld_bc]: B [d_state][R], C [d_state][R]
     float *dt_y;            // [n_tokens][ld]: dt before its bias and softplus; replaced by the output
@@ -1578,6 +1580,7 @@ struct fixed_scan_args {    // S4: one sequence, channels [0, n) likewise
     const float *decay, *weight;  // [n/16][d_state][R][16]
     const float *d;         // [n]
     float *state;           // [n/16][d_state][R][16]
+    const float *next_state;  // as in struct conv_args
     const float *u, *z;     // [n_tokens][ld]
     float *y;               // [n_tokens][ld]
     int d_state, n_tokens, n, ld;
@@ -1684,10 +1687,14 @@ struct kernels {
 #define four_groups ISA_NAME(four_groups)
 #define block_scales ISA_NAME(block_scales)
 #define panel ISA_NAME(panel)
+#define fetch ISA_NAME(fetch)
+#define fetch_of ISA_NAME(fetch_of)
+#define fetch_shares ISA_NAME(fetch_shares)
 #define panel_fill ISA_NAME(panel_fill)
+#define fetch_state ISA_NAME(fetch_state)
 #define panels_fill ISA_NAME(panels_fill)
 #define panel_dot ISA_NAME(panel_dot)
-#define panel_multiply ISA_NAME(panel_multiply)
+#define panels_dot ISA_NAME(panels_dot)
 #define tile ISA_NAME(tile)
 #define wide_product ISA_NAME(wide_product)
 #define narrow_panel ISA_NAME(narrow_panel)
@@ -2929,11 +2936,29 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
+// What the next rows hold of as many bytes as Q_PANELS panels. It is fetched in shares, from the second cache on, while these are
+// unpacked and multiplied: all at once the lines would wait for each other.
+struct fetch {
+    const uint8_t *at, *end;
+    int share;                 // bytes
+};
+
+// For panels of n columns: one share for every 32 that are unpacked, and as many more as are named.
+LANE struct fetch fetch_of(enum format format, const uint8_t *ahead, int n, int shares) {
+    const int bytes = Q_PANELS * 16 * n / formats[format].block * formats[format].bytes;
+    return (struct fetch){ahead, ahead + bytes, ceil_div(bytes, Q_PANELS * (n / 32) + shares)};
+}
+
+LANE void fetch_shares(struct fetch *f, int shares) {
+    const uint8_t *stop = f->at + min_int(shares * f->share, (int)(f->end - f->at));
+    for (; f->at < stop; f->at += 64) __builtin_prefetch(f->at, 0, SECOND_CACHE);
+}
+
 // The weights of a chunk, less `less` modulo 256; chunk_scales() does the rest of the panel. The format is a constant at every
-// call. ahead: see rows_dot().
-LANE void panel_fill(enum format format, const struct chunk *c, const uint8_t *ahead, int less, struct panel *p) {
+// call.
+LANE void panel_fill(enum format format, const struct chunk *c, int less, struct fetch *f, struct panel *p) {
     for (int i = 0; i < c->n / 32; i++) {
-        prefetch(format, ahead, i);
+        fetch_shares(f, 1);
         NO_UNROLL for (int r = 0; r < 16; r += 8) {
             vb row[8];
             UNROLL for (int j = 0; j < 8; j++) {
@@ -2989,27 +3014,36 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
     }
 }
 
-// panel_dot() for any number of tokens. y is where the sums will go.
-LANE void panel_multiply(enum format format, const struct panel *p, int n, int n_tokens, struct act x,
-                         float (*sums)[Q_PANELS][16], const float *y, int ldy) {
+// What chunk_dot() multiplies: Q_PANELS panels of chunks.
+LANE void panels_fill(enum format format, const struct chunk *c, int less, struct fetch *f, struct panel *p) {
+    for (int i = 0; i < Q_PANELS; i++) {
+        chunk_scales(format, c + i, p + i);
+        panel_fill(format, c + i, less, f, p + i);
+    }
+}
+
+// chunk_dot() for more than Q_ROW_TOKENS tokens. Before Q_TOKENS of them nothing is fetched: gcc 12 would then keep their pointers
+// in memory, and take half as long again.
+LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+                     float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
+    struct panel p[Q_PANELS];
+    struct fetch f = fetch_of(format, ahead, c->n, n_tokens % Q_TOKENS);
+    panels_fill(format, c, FLIPPED(format) ? 128 : 0, &f, p);
     for (int left = n_tokens, step; left > 0; left -= step) {
-        if (left >= Q_TOKENS) panel_dot(format, p, n, step = Q_TOKENS, x, sums);
-        else if (left >= few) panel_dot(format, p, n, step = few, x, sums);
-        else panel_dot(format, p, n, step = 1, x, sums);
+        if (left >= Q_TOKENS) {
+            panel_dot(format, p, c->n, step = Q_TOKENS, x, sums);
+        } else if (left >= few) {
+            fetch_shares(&f, step = few);
+            panel_dot(format, p, c->n, few, x, sums);
+        } else {
+            fetch_shares(&f, step = 1);
+            panel_dot(format, p, c->n, 1, x, sums);
+        }
         fetch_sums(y, ldy, 16 * Q_PANELS, step);
         x = act_from(x, step, 0);
         y += (size_t)step * (size_t)ldy;
         sums += step;
-    }
-}
-
-// What chunk_dot() multiplies: Q_PANELS panels of chunks.
-LANE void panels_fill(enum format format, const struct chunk *c, const uint8_t *ahead, int less, struct panel *p) {
-    const int bytes = 16 * c->n / formats[format].block * formats[format].bytes;
-    for (int i = 0; i < Q_PANELS; i++) {
-        chunk_scales(format, c + i, p + i);
-        panel_fill(format, c + i, ahead + i * bytes, less, p + i);
     }
 }
 
@@ -3044,13 +3078,15 @@ LANE void amx_scales(struct act x, int n, bool has_min, float scale[8], float sc
 }
 
 // panel_dot() for AMX_TOKENS tokens, of which the first `done` had their turn before.
-LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x, int done, float (*sums)[Q_PANELS][16]) {
+LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x, int done, struct fetch *f,
+                  float (*sums)[Q_PANELS][16]) {
     const bool has_min = formats[format].has_min;
     int32_t dots[AMX_TOKENS][16] __attribute__((aligned(64)));
     float x_scale[AMX_TOKENS][8], x_min[AMX_TOKENS][8];
     for (int t = 0; t < AMX_TOKENS; t++) amx_scales(act_from(x, t, 0), n / 32, has_min, x_scale[t], x_min[t]);
     for (int i = 0; i < Q_PANELS; i++) {
         vf sum[AMX_TOKENS];
+        fetch_shares(f, n / 32);
         UNROLL for (int t = 0; t < AMX_TOKENS; t++) sum[t] = v_load(sums[t][i]);
         for (int g = 0; g < n / 32; g++) {
             _tile_zero(AMX_DOTS);
@@ -3073,11 +3109,12 @@ LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ah
                     float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     struct panel p[Q_PANELS];
     if (formats[format].group != 32) return;  // never called for these: no code for them
-    panels_fill(format, c, ahead, formats[format].zero, p);
+    struct fetch f = fetch_of(format, ahead, c->n, ceil_div(n_tokens, AMX_TOKENS) * Q_PANELS * (c->n / 32));
+    panels_fill(format, c, formats[format].zero, &f, p);
     __asm__ volatile("" ::: "memory");  // gcc is not told that tiles are loaded from memory
     for (int token = 0; token < n_tokens; token += AMX_TOKENS) {
         const int from = min_int(token, n_tokens - AMX_TOKENS);
-        amx_dot(format, p, c->n, act_from(x, from, 0), token - from, sums + from);
+        amx_dot(format, p, c->n, act_from(x, from, 0), token - from, &f, sums + from);
         fetch_sums(y + (size_t)from * (size_t)ldy, ldy, 16 * Q_PANELS, AMX_TOKENS);
     }
 }
@@ -3088,7 +3125,6 @@ LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ah
 // amx_chunk(). The format and amx are constants at every call.
 LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
                     float (*sums)[16], const float *y, int ldy) {
-    struct panel p[Q_PANELS];
 #ifdef ISA_AMX
     if (amx) {
         amx_chunk(format, c, ahead, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
@@ -3097,12 +3133,12 @@ LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const u
 #endif
     (void)amx;
     if (n_tokens <= Q_ROW_TOKENS) {
-        chunk_scales(format, c, p);
-        for (int t = 0; t < n_tokens; t++) rows_dot(format, c, ahead, act_from(x, t, 0), p, sums[t]);
+        struct panel p;  // of which only the scales are used
+        chunk_scales(format, c, &p);
+        for (int t = 0; t < n_tokens; t++) rows_dot(format, c, ahead, act_from(x, t, 0), &p, sums[t]);
         return;
     }
-    panels_fill(format, c, ahead, FLIPPED(format) ? 128 : 0, p);
-    panel_multiply(format, p, c->n, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
+    panels_dot(format, c, ahead, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
 }
 
 // At most Q_TOKEN_BLOCK tokens. amx, a constant at every call: see chunk_dot().
@@ -3312,6 +3348,11 @@ static void ISA_NAME(norm)(const float *x, const float *w, const float *b, float
     }
 }
 
+// Fetches n floats from `at` on of a next_state: each sequence's lies elsewhere.
+LANE void fetch_state(const float *next_state, size_t at, size_t n) {
+    for (size_t i = 0; i < n; i += 16) __builtin_prefetch(next_state + at + i, 0, SECOND_CACHE);
+}
+
 // The same channels of a later token, which lie a page away: the processor does not guess where.
 LANE void fetch_token(const float *p, int ld) { __builtin_prefetch(p + FETCH_TOKENS * ld); }
 
@@ -3321,7 +3362,11 @@ static void conv_4_taps(const struct conv_args *a) {
     for (int c = 0; c < a->n; c += 16) {
         vf past[4], w[4], b = v_load(a->b + c);
         UNROLL for (int i = 0; i < 4; i++) w[i] = v_load(a->w + (size_t)i * (size_t)a->ld_w + c);
-        UNROLL for (int i = 0; i < 3; i++) past[i] = v_load(a->state + (size_t)i * (size_t)a->ld_w + c);
+        UNROLL for (int i = 0; i < 3; i++) {
+            const size_t at = (size_t)i * (size_t)a->ld_w + (size_t)c;
+            fetch_state(a->next_state, at, 16);
+            past[i] = v_load(a->state + at);
+        }
         for (int t = 0; t < a->n_tokens; t++) {
             const float *in = a->in + (size_t)t * (size_t)a->ld + c;
             fetch_token(in, a->ld);
@@ -3454,6 +3499,7 @@ static void ISA_NAME(scan)(const struct scan_args *a) {
             const size_t at = (size_t)c * n_state * parts;
             const float *bc = a->bc + (size_t)t0 * (size_t)a->ld_bc, *a2 = a->a2 + at;
             float *state = a->state + at;
+            if (t0 == 0) fetch_state(a->next_state, at, 16 * n_state * parts);
             scan_begin(a, c, t0, n_tokens, &block);
             for (size_t n = 0, k; n < n_state; n += k) {
                 const size_t to = 16 * parts * n;
@@ -3489,6 +3535,7 @@ LANE void fixed_channels(const struct fixed_scan_args *a, const bool is_complex)
         const size_t at = (size_t)(c / 16) * (size_t)(a->d_state * step);
         const float *decay = a->decay + at, *weight = a->weight + at;
         float *state = a->state + at;
+        fetch_state(a->next_state, at, (size_t)(a->d_state * step));
         for (int t = 0; t < a->n_tokens; t++) {
             const size_t row = (size_t)t * (size_t)a->ld + (size_t)c;
             vf u = v_load(a->u + row), y = v_mul(v_load(a->d + c), u);
@@ -3845,6 +3892,11 @@ static void norm_phase(struct team *t, struct level *v, const float *weight, con
     }
 }
 
+// The sequence after a segment's; the last one's own.
+static const struct sequence *next_sequence(const struct context *ctx, int segment) {
+    return ctx->segments[min_int(segment + 1, ctx->n_segments - 1)].seq;
+}
+
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
     const int d_inner = v->size.d_inner;
@@ -3863,18 +3915,21 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
     const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), n_padded = round_up(n, 16), token = 0;
+        const size_t ssm_at = l->ssm_at + (size_t)c * n_state;
         ctx->k->matmul(&l->in, c, n, &v->normed, 0, v->n_tokens, v->u.f + c, ld, false);
         ctx->k->matmul(&l->in, v->size.d_inner + c, n, &v->normed, 0, v->n_tokens, v->z + c, ld, false);
         for (int s = 0; s < ctx->n_segments; s++) {
             const size_t row = (size_t)token;
+            const struct sequence *seq = ctx->segments[s].seq, *next = next_sequence(ctx, s);
             float *rows = v->u.f + row * (size_t)ld + c;
             ctx->k->conv_silu(&(struct conv_args){
-                .w = l->conv_w + c, .b = l->conv_b + c, .state = ctx->segments[s].seq->conv + l->conv_at + c, .in = rows,
-                .out = rows, .d_conv = cfg->d_conv, .n_tokens = v->n_new[s], .n = n_padded, .ld_w = v->ld_inner, .ld = ld});
+                .w = l->conv_w + c, .b = l->conv_b + c, .state = seq->conv + l->conv_at + c,
+                .next_state = next->conv + l->conv_at + c, .in = rows, .out = rows, .d_conv = cfg->d_conv,
+                .n_tokens = v->n_new[s], .n = n_padded, .ld_w = v->ld_inner, .ld = ld});
             if (l->s4)
                 ctx->k->fixed_scan(&(struct fixed_scan_args){
                     .decay = l->decay + (size_t)c * n_state, .weight = l->weight + (size_t)c * n_state, .d = l->d + c,
-                    .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state, .u = rows,
+                    .state = seq->ssm + ssm_at, .next_state = next->ssm + ssm_at, .u = rows,
                     .z = v->z + row * (size_t)ld + c, .y = v->y.f + row * (size_t)ld + c, .d_state = cfg->d_state,
                     .n_tokens = v->n_new[s], .n = n_padded, .ld = ld, .is_complex = l->is_complex});
             token += v->n_new[s];
@@ -3913,13 +3968,15 @@ static void dt_scan_phase(struct team *t, struct level *v, const struct layer *l
     const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), token = 0;
+        const size_t ssm_at = l->ssm_at + (size_t)c * n_state;
         ctx->k->matmul(&l->dt, c, n, &v->dt_low, 0, v->n_tokens, v->y.f + c, ld, false);
         for (int s = 0; s < ctx->n_segments; s++) {
-            size_t row = (size_t)token;
+            const size_t row = (size_t)token;
             ctx->k->scan(&(struct scan_args){
                 .a2 = l->a2 + (size_t)c * n_state, .a_inverse = l->a_inverse ? l->a_inverse + (size_t)c * n_state : NULL,
-                .d = l->d + c, .dt_b = l->dt_b + c, .state = ctx->segments[s].seq->ssm + l->ssm_at + (size_t)c * n_state,
-                .u = v->u.f + row * (size_t)ld + c, .z = v->z + row * (size_t)ld + c,
+                .d = l->d + c, .dt_b = l->dt_b + c, .state = ctx->segments[s].seq->ssm + ssm_at,
+                .next_state = next_sequence(ctx, s)->ssm + ssm_at, .u = v->u.f + row * (size_t)ld + c,
+                .z = v->z + row * (size_t)ld + c,
                 .bc = v->dbc + row * (size_t)v->ld_dbc + v->size.dt_rank, .dt_y = v->y.f + row * (size_t)ld + c,
                 .d_state = cfg->d_state, .n_tokens = v->n_new[s], .n = round_up(n, 16), .ld = ld, .ld_bc = v->ld_dbc,
                 .is_complex = l->is_complex});

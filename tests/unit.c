@@ -107,8 +107,8 @@ static void test_functions(const struct kernels *k) {
     CHECK(worst_exp < 2e-7, "%s: exp is off by %g", k->name, worst_exp);
 
     // A convolution of one tap that is 1 with bias 0 leaves silu(x).
-    k->conv_silu(&(struct conv_args){.w = ones, .b = zeros, .state = state, .in = x, .out = y, .d_conv = 1, .n_tokens = 1,
-                                     .n = N_POINTS, .ld_w = N_POINTS, .ld = N_POINTS});
+    k->conv_silu(&(struct conv_args){.w = ones, .b = zeros, .state = state, .next_state = state, .in = x, .out = y, .d_conv = 1,
+                                     .n_tokens = 1, .n = N_POINTS, .ld_w = N_POINTS, .ld = N_POINTS});
     for (int i = 0; i < N_POINTS; i++)
         worst_silu = fmax(worst_silu, fabs(y[i] - x[i] / (1 + exp(-(double)x[i]))) / (fabs((double)x[i]) + 1e-6));
     CHECK(worst_silu < 1e-6, "%s: silu is off by %g", k->name, worst_silu);
@@ -117,8 +117,8 @@ static void test_functions(const struct kernels *k) {
     float b_and_c[2] = {1, 1};
     memcpy(y, x, sizeof y);
     memset(state, 0, sizeof state);
-    k->scan(&(struct scan_args){.a2 = zeros, .d = zeros, .dt_b = zeros, .state = state, .u = ones, .z = gate, .bc = b_and_c,
-                                .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_bc = 2});
+    k->scan(&(struct scan_args){.a2 = zeros, .d = zeros, .dt_b = zeros, .state = state, .next_state = state, .u = ones,
+                                .z = gate, .bc = b_and_c, .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_bc = 2});
     for (int i = 0; i < N_POINTS; i++) {
         double want = fmax((double)x[i], 0) + log1p(exp(-fabs((double)x[i])));
         worst_softplus = fmax(worst_softplus, fabs((double)y[i] / 30 - want) / (want + 1e-30));
@@ -133,8 +133,8 @@ static void test_functions(const struct kernels *k) {
         for (int n = 0; n < n_state; n++) nothing_in[n_state + n] = 1;
         for (int i = 0; i < n_state * N_POINTS; i++) h[i] = 1, a2[i] = -1.0f - (float)(i / 16 % n_state);
         memcpy(y, x, sizeof y);
-        k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = h, .u = zeros, .z = gate, .bc = nothing_in,
-                                    .dt_y = y, .d_state = n_state, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS,
+        k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = h, .next_state = h, .u = zeros, .z = gate,
+                                    .bc = nothing_in, .dt_y = y, .d_state = n_state, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS,
                                     .ld_bc = 2 * n_state});
         double worst = 0;
         for (int i = 0; i < N_POINTS; i++) {
@@ -145,8 +145,8 @@ static void test_functions(const struct kernels *k) {
         CHECK(worst < 1e-5, "%s: the decay of %d states is off by %g, relatively", k->name, n_state, worst);
     }
     x[0] = 1e30f;  // a step that nothing outlasts
-    k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = ones, .u = ones, .z = gate, .bc = b_and_c,
-                                .dt_y = x, .d_state = 1, .n_tokens = 1, .n = 16, .ld = 16, .ld_bc = 2});
+    k->scan(&(struct scan_args){.a2 = a2, .d = zeros, .dt_b = zeros, .state = ones, .next_state = ones, .u = ones, .z = gate,
+                                .bc = b_and_c, .dt_y = x, .d_state = 1, .n_tokens = 1, .n = 16, .ld = 16, .ld_bc = 2});
     CHECK(fabsf(x[0] / 30 / 1e30f - 1) < 1e-5f, "%s: a long step gives %g", k->name, (double)x[0]);
 
     float with_nan[40];

@@ -1524,8 +1524,7 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // ====================================================================================================================
 
 enum {
-    ROW_TOKENS = 4,         // up to so many tokens are decoding: weights are read in a hurry, floats multiplied as they are read
-    Q_ROW_TOKENS = 2,       // and up to so many quantised weights
+    ROW_TOKENS = 4,         // of so few tokens memory sets the pace: float weights are multiplied as they are read
     FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SECOND_CACHE = 2,       // for __builtin_prefetch, of weights: the first cache has few buffers for what is on its way
@@ -2499,8 +2498,8 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
 // ---- Quantised weights: blocks of 32 or 256 elements in one of ggml's ten layouts ----
 //
 // unpack() and chunk_scales() are all that knows of layouts. What uses them works on chunks of 256 columns of 16 rows:
-// rows_dot() for each of up to Q_ROW_TOKENS tokens, straight from the blocks; for more tokens panel_fill() once, which interleaves
-// the rows, and panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
+// rows_dot() for one token, straight from the blocks; for more tokens panel_fill() once, which interleaves the rows, and
+// panel_dot(). No copy of the weights is kept: it would double their memory and delay the first token.
 
 // Vectors of 32 bytes.
 #if defined(ISA_AVX512) || defined(ISA_AVX2)
@@ -3022,7 +3021,7 @@ LANE void panels_fill(enum format format, const struct chunk *c, int less, struc
     }
 }
 
-// chunk_dot() for more than Q_ROW_TOKENS tokens. Before Q_TOKENS of them nothing is fetched: gcc 12 would then keep their pointers
+// chunk_dot() for more than one token. Before Q_TOKENS of them nothing is fetched: gcc 12 would then keep their pointers
 // in memory, and take half as long again.
 LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
                      float (*sums)[Q_PANELS][16], const float *y, int ldy) {
@@ -3120,8 +3119,8 @@ LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ah
 }
 #endif
 
-// Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of a few
-// tokens n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go. amx: by
+// Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of one
+// token n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go. amx: by
 // amx_chunk(). The format and amx are constants at every call.
 LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
                     float (*sums)[16], const float *y, int ldy) {
@@ -3132,10 +3131,10 @@ LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const u
     }
 #endif
     (void)amx;
-    if (n_tokens <= Q_ROW_TOKENS) {
+    if (n_tokens == 1) {
         struct panel p;  // of which only the scales are used
         chunk_scales(format, c, &p);
-        for (int t = 0; t < n_tokens; t++) rows_dot(format, c, ahead, act_from(x, t, 0), &p, sums[t]);
+        rows_dot(format, c, ahead, x, &p, sums[0]);
         return;
     }
     panels_dot(format, c, ahead, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
@@ -3145,7 +3144,7 @@ LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const u
 LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
                          bool add) {
     float sums[Q_TOKEN_BLOCK * Q_PANELS][16];
-    const int n_panels = n_tokens <= Q_ROW_TOKENS ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
+    const int n_panels = n_tokens == 1 ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
     for (int r = 0; r < n_rows; r += together) {
         struct chunk c[Q_PANELS] = {{.at = 0}};

@@ -118,7 +118,8 @@ static void test_functions(const struct kernels *k) {
     memcpy(y, x, sizeof y);
     memset(state, 0, sizeof state);
     k->scan(&(struct scan_args){.a2 = zeros, .d = zeros, .dt_b = zeros, .state = state, .next_state = state, .u = ones,
-                                .z = gate, .bc = b_and_c, .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS, .ld = N_POINTS, .ld_bc = 2});
+                                .z = gate, .bc = b_and_c, .dt_y = y, .d_state = 1, .n_tokens = 1, .n = N_POINTS,
+                                .ld = N_POINTS, .ld_bc = 2});
     for (int i = 0; i < N_POINTS; i++) {
         double want = fmax((double)x[i], 0) + log1p(exp(-fabs((double)x[i])));
         worst_softplus = fmax(worst_softplus, fabs((double)y[i] / 30 - want) / (want + 1e-30));

@@ -1695,6 +1695,7 @@ struct kernels {
 #define panel_dot ISA_NAME(panel_dot)
 #define panels_dot ISA_NAME(panels_dot)
 #define tile ISA_NAME(tile)
+#define tile_rows ISA_NAME(tile_rows)
 #define wide_product ISA_NAME(wide_product)
 #define narrow_panel ISA_NAME(narrow_panel)
 #define narrow_fill ISA_NAME(narrow_fill)
@@ -2376,6 +2377,13 @@ MATH vf v_softplus(vf x) {
 
 // ---- Float weights ----
 
+// Weights whose turn comes next, in file order. They are fetched into the second cache in shares while others are multiplied: all
+// at once the lines would wait for each other.
+struct fetch {
+    const uint8_t *at, *end;
+    int share;                       // bytes
+};
+
 // Some columns of ROW_GROUP rows at most, and of TOKEN_BLOCK tokens at most.
 struct operands {
     const uint8_t *w;                // [rows][n], row_bytes from row to row
@@ -2385,6 +2393,8 @@ struct operands {
     int n;                           // a multiple of 16
     bool first;                      // sums begin here
     float (*sums)[ROW_GROUP][16];    // [token][row][lane]
+    struct fetch *fetch;             // a share, which is a line, at each step of a tile of several rows
+    bool near;                       // that is not enough: with the first tokens the next tile's rows are fetched as well
 };
 
 LANE vt t_load_weights(enum format format, const uint8_t *w) {
@@ -2397,6 +2407,8 @@ LANE vt t_load_weights(enum format format, const uint8_t *w) {
 LANE void tile(enum format format, int rows, int tokens, int registers, const struct operands o, int row, int token) {
     const uint8_t *w = o.w + (size_t)row * o.row_bytes;
     const float *x = o.x + (size_t)token * o.ldx;
+    const uint8_t *ahead = o.fetch->at;
+    const bool more = rows > 1 && ahead < o.fetch->end, near = rows > 1 && o.near && token == 0;
     for (int lane = 0; lane < 16; lane += registers * TILE_LANES) {
         vt sum[4][6][16 / TILE_LANES], wv[4][16 / TILE_LANES];  // of the largest tile: a size that varies would be no constant
         UNROLL for (int t = 0; t < tokens; t++)
@@ -2404,11 +2416,14 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                 UNROLL for (int i = 0; i < registers; i++)
                     sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
         NO_UNROLL for (int k = lane; k < o.n; k += 16) {
-            // Weights come from memory for the first tokens: of a single row what lies ahead is fetched, else the next tile's rows.
             if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD, 0, SECOND_CACHE);
-            else if (token == 0)
-                UNROLL for (int r = 0; r < rows; r++)
-                    __builtin_prefetch(w + (size_t)(rows + r) * o.row_bytes + (size_t)(k * formats[format].bytes));
+            if (more) {
+                __builtin_prefetch(ahead, 0, SECOND_CACHE);
+                ahead += 64;
+                if (near)
+                    UNROLL for (int r = 0; r < rows; r++)
+                        __builtin_prefetch(w + (size_t)(rows + r) * o.row_bytes + (size_t)(k * formats[format].bytes));
+            }
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int i = 0; i < registers; i++)
                     wv[r][i] = t_load_weights(format, w + (size_t)r * o.row_bytes +
@@ -2424,9 +2439,10 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                 UNROLL for (int i = 0; i < registers; i++)
                     t_store(o.sums[token + t][row + r] + lane + i * TILE_LANES, sum[r][t][i]);
     }
+    if (rows > 1) o.fetch->at = ahead;
 }
 
-// A few tokens, a row at a time: memory is read best that way, and when tokens are many few are left over.
+// Up to ROW_TOKENS tokens, a row at a time: memory is read best that way.
 LANE void row_by_row(enum format format, int rows, int tokens, const struct operands o, int token) {
     for (int r = 0; r < rows; r++)
         switch (tokens) {
@@ -2434,19 +2450,27 @@ LANE void row_by_row(enum format format, int rows, int tokens, const struct oper
         case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, token); break;
         case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, token); break;
         case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, token); break;
-        case 5: tile(format, 1, 5, 16 / TILE_LANES, o, r, token); break;
         }
+}
+
+// All rows times `tokens` tokens, a constant at every call.
+LANE void tile_rows(int rows, int tokens, const struct operands o, int token) {
+    int r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile(F32, TILE_ROWS, tokens, 1, o, r, token);
+    for (; r < rows; r++) tile(F32, 1, tokens, 1, o, r, token);
 }
 
 // Many tokens and F32. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
 LANE void tiles(int rows, int tokens, const struct operands o) {
     int t = 0;
-    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) {
-        int r = 0;
-        for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile(F32, TILE_ROWS, TILE_TOKENS, 1, o, r, t);
-        for (; r < rows; r++) tile(F32, 1, TILE_TOKENS, 1, o, r, t);
+    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) tile_rows(rows, TILE_TOKENS, o, t);
+    switch (tokens - t) {
+    case 1: tile_rows(rows, 1, o, t); break;
+    case 2: tile_rows(rows, 2, o, t); break;
+    case 3: tile_rows(rows, 3, o, t); break;
+    case 4: tile_rows(rows, 4, o, t); break;
+    case 5: tile_rows(rows, 5, o, t); break;
     }
-    row_by_row(F32, rows, tokens - t, o, t);
 }
 
 // n columns of a row as floats, and zeros up to a multiple of 16.
@@ -2455,7 +2479,6 @@ LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
     for (int k = 0; k < n; k += 16) {
         uint8_t last[64] = {0};
         const uint8_t *from = row + (size_t)k * bytes;
-        __builtin_prefetch(from + FETCH_AHEAD, 0, SECOND_CACHE);
         if (n - k < 16) from = memcpy(last, from, (size_t)(n - k) * bytes);
         for (int i = 0; i < 16; i += TILE_LANES) t_store(to + k + i, t_load_weights(format, from + (size_t)i * bytes));
     }
@@ -2468,14 +2491,17 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
     float sums[TOKEN_BLOCK][ROW_GROUP][16], floats[ROW_GROUP][COLUMN_BLOCK];
     const size_t bytes = (size_t)formats[format].bytes;
     const bool few = tokens <= ROW_TOKENS;
+    const bool near = ceil_div(tokens, TILE_TOKENS) < TILE_ROWS * TILE_LANES / 16;  // F32 has more lines than tiles take steps
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
+        const uint8_t *next = m->data + (size_t)(row0 + r + rows) * m->row_bytes;  // only fetched: it may lie behind the matrix
+        struct fetch fetch = {next, next + (size_t)rows * m->row_bytes, 64};
         for (int k = 0, n; k < m->cols; k += n) {
             const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes + (size_t)k * bytes;
             n = few ? m->cols - k : min_int(COLUMN_BLOCK, m->cols - k);
             const bool in_place = n >= 16 && (few || format == F32);
             if (in_place) n = n / 16 * 16;
-            struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums};
+            struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums, &fetch, in_place && near};
             if (in_place) {
                 if (few) row_by_row(format, rows, tokens, o, 0);
                 else tiles(rows, tokens, o);
@@ -2935,14 +2961,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
 
 // ---- many tokens ----
 
-// What the next rows hold of as many bytes as Q_PANELS panels. It is fetched in shares, from the second cache on, while these are
-// unpacked and multiplied: all at once the lines would wait for each other.
-struct fetch {
-    const uint8_t *at, *end;
-    int share;                 // bytes
-};
-
-// For panels of n columns: one share for every 32 that are unpacked, and as many more as are named.
+// As many bytes as Q_PANELS panels of n columns have: a share for every 32 that are unpacked, and as many more as are named.
 LANE struct fetch fetch_of(enum format format, const uint8_t *ahead, int n, int shares) {
     const int bytes = Q_PANELS * 16 * n / formats[format].block * formats[format].bytes;
     return (struct fetch){ahead, ahead + bytes, ceil_div(bytes, Q_PANELS * (n / 32) + shares)};

@@ -55,6 +55,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -8771,6 +8772,15 @@ static void sandbox_enter(const struct options *o, const struct outfile *out, co
 }
 #endif
 
+// Whether a file's name promises sound in a format that this program does not write.
+static bool other_sound_format(const char *name) {
+    static const char *const others[] = {".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif", ".au", NULL};
+    const char *dot = strrchr(name, '.');
+    for (int i = 0; dot && others[i]; i++)
+        if (strcasecmp(dot, others[i]) == 0) return true;
+    return false;
+}
+
 // Defaults that depend on the model: llama.cpp's for text; for sound those of the paper's experiments, which sample from the model
 // as it is.
 static void fill_defaults(struct session *s) {
@@ -8793,6 +8803,8 @@ static void fill_defaults(struct session *s) {
     if (!audio || o->command != GENERATE || o->print_ids) return;
     if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
     if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
+    if (other_sound_format(o->output))
+        die("%s: WAV and raw samples are all that is written; convert them: -o - | sox -t wav - %s", o->output, o->output);
     if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
     if (o->sound_format)

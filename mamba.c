@@ -1550,7 +1550,7 @@ static inline struct act act_from(struct act x, int token, int column) {
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
     const float *w, *b;     // [d_conv][ld_w], [n]
     float *state;           // [d_conv-1][ld_w], the oldest first
-    const float *next_state;  // of the sequence that has its turn next, likewise: is fetched
+    const float *next_state;  // of the sequence that has its turn next, likewise: is only fetched; where there is none, `state`
     const float *in;        // [n_tokens][ld]
     float *out;             // [n_tokens][ld]; may be `in`
     int d_conv, n_tokens, n, ld_w, ld;
@@ -9452,9 +9452,9 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
         for (size_t c = 0; c < SCAN_CHANNELS; c += SCAN_ITEM) {
             flush_denormals();
             k->scan(&(struct scan_args){
-                .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE, .u = u + c, .z = z + c,
-                .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE, .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = ld,
-                .ld_bc = 2 * SCAN_STATE});
+                .a2 = a2 + c * SCAN_STATE, .d = d + c, .dt_b = dt_b + c, .state = state + c * SCAN_STATE,
+                .next_state = state + c * SCAN_STATE, .u = u + c, .z = z + c, .bc = bc, .dt_y = dt_y + c, .d_state = SCAN_STATE,
+                .n_tokens = t->n_prompt, .n = SCAN_ITEM, .ld = ld, .ld_bc = 2 * SCAN_STATE});
         }
         stop_if_interrupted();
         if (i >= 0) r->seconds[i] = r->prompt_seconds[i] = now_seconds() - start;

@@ -1753,7 +1753,7 @@ struct kernels {
 #define TILE_ROWS     OF_ISA(4, 3, 4, 1)              // of float weights, and tokens, whose sums are in registers together
 #define TILE_TOKENS   OF_ISA(6, 4, 6, 1)
 #define ROW_GROUP     OF_ISA(16, 24, 24, 24)          // rows, and columns of them, that stay in the nearest cache
-#define COLUMN_BLOCK  OF_ISA(512, 1024, 1024, 1024)
+#define COLUMN_BLOCK  OF_ISA(384, 1024, 1024, 1024)
 #define NARROW_TOKENS OF_ISA(6, 5, 4, 1)              // tokens whose sums are in registers together, of few columns
 #define Q_TOKENS      OF_ISA(OF_VNNI(12, 8), 4, 4, 1)  // tokens, and panels of 16 quantised rows, likewise
 #define Q_PANELS      OF_ISA(OF_VNNI(2, 1), 1, 1, 1)

@@ -1747,7 +1747,7 @@ struct kernels {
 
 // What the registers of an instruction set allow, found by measurement. Each pass defines OF_ISA, which takes its column, and
 // OF_VNNI, which takes the first value where x86 has instructions for dot products of bytes (AVX512-VNNI, AVX-VNNI). AVX-512
-// without them, and AVX-VNNI, could not be measured: they have what the numbers of their registers and instructions suggest.
+// without them could not be measured: it has what the numbers of its registers and instructions suggest.
 //                                  AVX-512, AVX2, NEON, plain C
 #define TILE_LANES    OF_ISA(16, 8, 4, 16)            // floats a register
 #define TILE_ROWS     OF_ISA(4, 3, 4, 1)              // of float weights, and tokens, whose sums are in registers together
@@ -2382,7 +2382,7 @@ MATH vf v_softplus(vf x) {
 // at once the lines would wait for each other.
 struct fetch {
     const uint8_t *at, *end;
-    int share;                       // bytes
+    int share;                       // bytes; float products fetch lines instead
 };
 
 // Some columns of ROW_GROUP rows at most, and of TOKEN_BLOCK tokens at most.
@@ -2394,8 +2394,8 @@ struct operands {
     int n;                           // a multiple of 16
     bool first;                      // sums begin here
     float (*sums)[ROW_GROUP][16];    // [token][row][lane]
-    struct fetch *fetch;             // a share, which is a line, at each step of a tile of several rows
-    bool near;                       // that is not enough: with the first tokens the next tile's rows are fetched as well
+    struct fetch *fetch;             // a line at each step of a tile of several rows
+    bool near;                       // that is not enough: the first tokens fetch the next tile's rows, or what lies there
 };
 
 LANE vt t_load_weights(enum format format, const uint8_t *w) {
@@ -2444,13 +2444,13 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
 }
 
 // Up to ROW_TOKENS tokens, a row at a time: memory is read best that way.
-LANE void row_by_row(enum format format, int rows, int tokens, const struct operands o, int token) {
+LANE void row_by_row(enum format format, int rows, int tokens, const struct operands o) {
     for (int r = 0; r < rows; r++)
         switch (tokens) {
-        case 1: tile(format, 1, 1, 16 / TILE_LANES, o, r, token); break;
-        case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, token); break;
-        case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, token); break;
-        case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, token); break;
+        case 1: tile(format, 1, 1, 16 / TILE_LANES, o, r, 0); break;
+        case 2: tile(format, 1, 2, 16 / TILE_LANES, o, r, 0); break;
+        case 3: tile(format, 1, 3, 16 / TILE_LANES, o, r, 0); break;
+        case 4: tile(format, 1, 4, 16 / TILE_LANES, o, r, 0); break;
         }
 }
 
@@ -2463,15 +2463,16 @@ LANE void tile_rows(int rows, int tokens, const struct operands o, int token) {
 
 // Many tokens and F32. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
 LANE void tiles(int rows, int tokens, const struct operands o) {
-    int t = 0;
-    for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS) tile_rows(rows, TILE_TOKENS, o, t);
-    switch (tokens - t) {
-    case 1: tile_rows(rows, 1, o, t); break;
-    case 2: tile_rows(rows, 2, o, t); break;
-    case 3: tile_rows(rows, 3, o, t); break;
-    case 4: tile_rows(rows, 4, o, t); break;
-    case 5: tile_rows(rows, 5, o, t); break;
-    }
+    for (int t = 0, n; t < tokens; t += n)
+        switch (n = min_int(tokens - t, TILE_TOKENS)) {
+        case 1: tile_rows(rows, 1, o, t); break;
+        case 2: tile_rows(rows, 2, o, t); break;
+        case 3: tile_rows(rows, 3, o, t); break;
+        case 4: tile_rows(rows, 4, o, t); break;
+        case 5: tile_rows(rows, 5, o, t); break;
+        case 6: tile_rows(rows, 6, o, t); break;
+        }
+    _Static_assert(TILE_TOKENS <= 6, "a tile of more tokens needs a case");
 }
 
 // n columns of a row as floats, and zeros up to a multiple of 16.
@@ -2496,7 +2497,7 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
         const uint8_t *next = m->data + (size_t)(row0 + r + rows) * m->row_bytes;  // only fetched: it may lie behind the matrix
-        struct fetch fetch = {next, next + (size_t)rows * m->row_bytes, 64};
+        struct fetch fetch = {.at = next, .end = next + (size_t)rows * m->row_bytes};
         for (int k = 0, n; k < m->cols; k += n) {
             const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes + (size_t)k * bytes;
             n = few ? m->cols - k : min_int(COLUMN_BLOCK, m->cols - k);
@@ -2504,7 +2505,7 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
             if (in_place) n = n / 16 * 16;
             struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums, &fetch, in_place && near};
             if (in_place) {
-                if (few) row_by_row(format, rows, tokens, o, 0);
+                if (few) row_by_row(format, rows, tokens, o);
                 else tiles(rows, tokens, o);
                 continue;
             }
@@ -2960,7 +2961,7 @@ LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahe
     v_store(sums, s);
 }
 
-// ---- many tokens ----
+// ---- several tokens ----
 
 // As many bytes as Q_PANELS panels of n columns have: a share for every 32 that are unpacked, and as many more as are named.
 LANE struct fetch fetch_of(enum format format, const uint8_t *ahead, int n, int shares) {
@@ -3033,7 +3034,7 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
     }
 }
 
-// What chunk_dot() multiplies: Q_PANELS panels of chunks.
+// What panels_dot() and amx_chunk() multiply: Q_PANELS panels of chunks.
 LANE void panels_fill(enum format format, const struct chunk *c, int less, struct fetch *f, struct panel *p) {
     for (int i = 0; i < Q_PANELS; i++) {
         chunk_scales(format, c + i, p + i);
@@ -3041,8 +3042,8 @@ LANE void panels_fill(enum format format, const struct chunk *c, int less, struc
     }
 }
 
-// chunk_dot() for more than one token. Before Q_TOKENS of them nothing is fetched: gcc 12 would then keep their pointers
-// in memory, and take half as long again.
+// chunk_dot() for more than one token. Nothing is fetched in front of a step of Q_TOKENS: gcc 12 would then keep the tokens'
+// pointers in memory, and take half as long again.
 LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
                      float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
@@ -3850,9 +3851,9 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
 }
 
 // Rows of weights a block while decoding: few blocks, since memory is read best in long runs, but several a thread, so that
-// nobody waits long for the last one. More than two tokens may have rows in groups of 32.
+// nobody waits long for the last one. More than one token may have rows in groups of 32.
 static int decode_block(const struct context *ctx, int rows, int n_tokens) {
-    const int group = n_tokens <= 2 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
+    const int group = n_tokens == 1 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
     return block < group ? group : min_int(block, 128);
 }
 
@@ -8804,7 +8805,8 @@ static void fill_defaults(struct session *s) {
     if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
     if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
     if (other_sound_format(o->output))
-        die("%s: WAV and raw samples are all that is written; convert them: -o - | sox -t wav - %s", o->output, o->output);
+        die("%s: only WAV and raw samples are written; convert them: -o - --sound-format wav | sox -t wav - %s", o->output,
+            o->output);
     if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
     if (o->sound_format)

@@ -3850,9 +3850,9 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
     }
 }
 
-// Rows of weights a block while decoding: few blocks, since memory is read best in long runs, but several a thread, so that
-// nobody waits long for the last one. More than one token may have rows in groups of 32.
-static int decode_block(const struct context *ctx, int rows, int n_tokens) {
+// Rows of weights a block: few blocks, since memory is read best in long runs and products of many tokens read those again for
+// each, but several a thread, so that nobody waits long for the last one. More than one token may have rows in groups of 32.
+static int rows_of_block(const struct context *ctx, int rows, int n_tokens) {
     const int group = n_tokens == 1 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
     return block < group ? group : min_int(block, 128);
 }
@@ -3866,7 +3866,7 @@ static void matmul_phase(struct team *t, const struct matrix *w, const float *bi
     const bool unpack_less = is_quantized(w) && whole_rows * (n_tokens / Q_TOKEN_BLOCK) >= wanted;
     const int token_block = unpack_less ? Q_TOKEN_BLOCK : TOKEN_BLOCK, n_token_blocks = ceil_div(n_tokens, token_block);
     const bool enough = whole_rows * n_token_blocks >= wanted;
-    const int row_block = n_tokens <= ROW_TOKENS ? decode_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
+    const int row_block = n_tokens <= ROW_TOKENS ? rows_of_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
     const int n_row_blocks = ceil_div(w->rows, row_block);
     int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
@@ -3919,10 +3919,8 @@ static const struct sequence *next_sequence(const struct context *ctx, int segme
 
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
 static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
-    const int d_inner = v->size.d_inner;
-    const int of_many = d_inner >= 256 * ctx->n_threads ? 64 : 32;
-    const int block = v->n_tokens > ROW_TOKENS ? of_many : round_up(decode_block(ctx, d_inner, v->n_tokens), 32);
-    *n_blocks = ceil_div(d_inner, block);
+    const int block = round_up(rows_of_block(ctx, v->size.d_inner, v->n_tokens), 32);
+    *n_blocks = ceil_div(v->size.d_inner, block);
     return block;
 }
 

@@ -198,8 +198,9 @@ def draw(results):
     _, axes = plt.subplots(figsize=(7, 3.6))
     for model in dict.fromkeys(r["model"] for r in results["generation"]):
         rows = [r for r in results["generation"] if r["model"] == model]
-        (line,) = axes.plot([r["batch"] for r in rows], [throughput(r)[0] for r in rows], marker="o", markersize=3, label=model)
-        axes.plot([r["batch"] for r in rows], [throughput(r)[1] for r in rows], marker="o", markersize=3, linestyle=":", color=line.get_color(),
+        batches, (all_of_it, generating) = [r["batch"] for r in rows], zip(*map(throughput, rows))
+        (line,) = axes.plot(batches, all_of_it, marker="o", markersize=3, label=model)
+        axes.plot(batches, generating, marker="o", markersize=3, markerfacecolor="white", linestyle=":", color=line.get_color(),
                   label=f"{model}, without the prompt's time")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -6028,6 +6028,7 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     fa->n_read = at > 0 ? at : 0;
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
+    if (fa->n >= 3 && memcmp(fa->chunk, "\xef\xbb\xbf", 3) == 0) fa->at = 3;  // a byte-order mark
     return true;
 }
 
@@ -6557,6 +6558,8 @@ static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, st
                     "convert it", f->coding, f->bits);
     if (!f->channels || !f->sample_rate || f->sample_rate > INT_MAX)
         return fail(e, "%u channels at %" PRIu32 " Hz", f->channels, f->sample_rate);
+    const unsigned align = load_u16(p + 12), frame = f->bits / 8u * f->channels;
+    if (align != frame) return fail(e, "frames of %u bytes, but its samples fill %u: sox can convert it", align, frame);
     return true;
 }
 
@@ -6798,7 +6801,7 @@ static void on_signal(int signal) {
 // end_at_once() until something runs that is to end in good order, then on_signal(). A read or write that waits is cut short.
 // What whoever started the program had it ignore (nohup, a shell's background) stays ignored.
 static void catch_signals(void (*handler)(int signal)) {
-    static const int signals[] = {SIGHUP, SIGINT, SIGTERM};
+    static const int signals[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         struct sigaction action = {.sa_handler = handler}, before;
         if (sigaction(signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
@@ -8582,7 +8585,7 @@ static void engine_progress(struct engine *en) {
 // Runs all requests. Ends early when a signal came or the output's reader has gone.
 static void engine_run(struct engine *en) {
     for (;;) {
-        engine_admit(en);
+        if (!interrupted && !en->reader_gone) engine_admit(en);  // which may wait for input
         write_answers(en);
         if (interrupted || en->reader_gone) break;
         if (en->n_running) {
@@ -8987,7 +8990,7 @@ static void say_unwritten(const struct engine *en) {
     const char *path = en->s->out.path;
     struct error e = {""};
     if (en->reader_gone) set_error(&e, "%s: not written, because the reader of standard output left before the end", path);
-    else if (en->n_failed) set_error(&e, "%s: not written, because %" PRId64 " failed", path, en->n_failed);
+    else if (en->n_failed && !interrupted) set_error(&e, "%s: not written, because %" PRId64 " failed", path, en->n_failed);
     else set_error(&e, "%s: not written: interrupted", path);
     print_line(stderr, e.text);
 }
@@ -9118,7 +9121,6 @@ static void print_decoded(const struct tokenizer *t, const struct ids *ids) {
     free(clean.p);
 }
 
-// The ids of an input of --decode: its text holds numbers.
 // A line of ids is a text, as it was when they were written.
 static bool decode_lines(const struct session *s, const struct input *in, struct error *e) {
     struct buffer b = {0};
@@ -10162,7 +10164,8 @@ int main(int argc, char **argv) {
         o.settings.sampling.seed = mix64((uint64_t)t.tv_sec * UINT64_C(1000000007) + (uint64_t)t.tv_nsec) >> 32;
     }
     atexit(discard_unfinished);
-    signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing
+    signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen as EPIPE when writing,
+    signal(SIGXFSZ, SIG_IGN);  // and a limit on the size of files as EFBIG
     int status = commands[o.command].run(&o);
     free(o.inputs);
     free(o.settings.stops);

@@ -176,10 +176,10 @@ def chunk(name, data, size=None):
     return name + struct.pack("<I", len(data) if size is None else size) + data + b"\0" * (len(data) % 2)
 
 
-def wav(data, coding=1, channels=1, bits=16, rate=RATE, size=None, before=b"", extensible=False):
+def wav(data, coding=1, channels=1, bits=16, rate=RATE, size=None, before=b"", extensible=False, align=None):
     """A WAV file of these bytes."""
     width = channels * bits // 8
-    form = struct.pack("<HHIIHH", 0xFFFE if extensible else coding, channels, rate, rate * width, width, bits)
+    form = struct.pack("<HHIIHH", 0xFFFE if extensible else coding, channels, rate, rate * width, align or width, bits)
     if extensible:
         form += struct.pack("<HHIH", 22, bits, 0, coding) + bytes.fromhex("000000001000800000aa00389b71")
     body = b"WAVE" + chunk(b"fmt ", form) + before + chunk(b"data", data, size)

@@ -259,6 +259,7 @@ UNREADABLE = {
     "ADPCM": (sounds.wav(bytes(16), coding=2, bits=4), "coding 2 with 4 bits"),
     "twelve bits": (sounds.wav(bytes(16), bits=12), "coding 1 with 12 bits"),
     "no channels": (sounds.wav(bytes(16), channels=0), "0 channels"),
+    "24 bits in 4 bytes": (sounds.wav(bytes(24), bits=24, align=4), "frames of 4 bytes, but its samples fill 3"),
     "infinity": (sounds.wav(np.array([0, np.inf], "<f4").tobytes(), coding=3, bits=32), "sample 1 is inf"),
     "not a number": (sounds.wav(np.array([np.nan], "<f4").tobytes(), coding=3, bits=32), "sample 0 is"),
 }

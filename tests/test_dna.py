@@ -96,6 +96,16 @@ def test_records(mamba, model, tmp_path, layout):
     assert mamba("score", model, "--fasta", "-", input=path.read_bytes()).stdout == mamba("score", model, "--fasta", path, "-np", 1, "-ub", 5).stdout
 
 
+def test_a_byte_order_mark(mamba, model, tmp_path):
+    path, regions = fasta(tmp_path, write(RECORDS)), tmp_path / "regions.bed"
+    regions.write_text("four\t3\t90\none\t0\t14\n")
+    for options in ([], ["--bed", regions]):
+        expected = mamba("score", model, "--fasta", path, *options).stdout
+        marked = tmp_path / "marked.fa"
+        marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert mamba("score", model, "--fasta", marked, *options).stdout == expected
+
+
 def test_old_comments_and_blank_lines(mamba, model, tmp_path):
     path = fasta(tmp_path, ";a comment\n\n>x\n\nAC GT\n\tAC\n>y\n")
     assert [row[:2] for row in rows(mamba("score", model, "--fasta", path).stdout)] == [["x", "5"], ["y", "0"]]

@@ -168,6 +168,19 @@ def test_the_last_line_needs_no_end(mamba):
     assert len(mamba("score", TALES, "--jsonl", input=b'{"prompt": "a b"}').stdout.splitlines()) == 1
 
 
+def test_ends_when_nobody_reads(mamba):
+    """At the first answer, though more requests might come."""
+    run = subprocess.Popen([PROGRAM, "score", TALES, "--jsonl", "-q"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    run.stdout.close()
+    run.stdin.write(b'{"prompt": "a b"}\n')
+    run.stdin.flush()
+    try:
+        assert run.wait(20) == 0
+    finally:
+        run.kill()
+        run.stdin.close()
+
+
 def test_a_byte_order_mark(mamba):
     request = b'{"prompt": "Once", "max_tokens": 3, "temperature": 0}\n'
     assert mamba(TALES, "--jsonl", input=b"\xef\xbb\xbf" + request).stdout == mamba(TALES, "--jsonl", input=request).stdout

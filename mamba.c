@@ -844,6 +844,8 @@ static struct str cursor_str(struct cursor *c) {
 static bool str_is(struct str s, const char *text) { return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0; }
 
 static bool str_begins(struct str s, const char *text) { return s.n >= strlen(text) && memcmp(s.p, text, strlen(text)) == 0; }
+// Bytes of the byte-order mark that a text may begin with: 3 or 0.
+static size_t byte_order_mark(const void *text, size_t n) { return n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0; }
 
 // For "%.*s": names found in a file can be of any length.
 static int str_show(struct str s) { return s.n < 64 ? (int)s.n : 64; }
@@ -3850,8 +3852,8 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
     }
 }
 
-// Rows of weights a block: few blocks, since memory is read best in long runs and products of many tokens read those again for
-// each, but several a thread, so that nobody waits long for the last one. More than one token may have rows in groups of 32.
+// Rows of weights a block: few blocks, since memory is read best in long runs, and each block reads the activations of all
+// tokens; but several a thread, so that nobody waits long for the last one. More than one token may have rows in groups of 32.
 static int rows_of_block(const struct context *ctx, int rows, int n_tokens) {
     const int group = n_tokens == 1 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
     return block < group ? group : min_int(block, 128);
@@ -6028,7 +6030,7 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     fa->n_read = at > 0 ? at : 0;
     if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
-    if (fa->n >= 3 && memcmp(fa->chunk, "\xef\xbb\xbf", 3) == 0) fa->at = 3;  // a byte-order mark
+    fa->at = byte_order_mark(fa->chunk, fa->n);
     return true;
 }
 
@@ -6515,7 +6517,7 @@ struct wav {                // a clip, all channels in one; owner of samples
 enum wav_coding { WAV_PCM = 1, WAV_FLOAT = 3, WAV_MU_LAW = 7, WAV_EXTENSIBLE = 0xfffe };
 
 struct wav_format {
-    unsigned coding, channels, bits;
+    unsigned coding, channels, bits, frame;  // frame: bytes of a sample of every channel
     uint32_t sample_rate;
 };
 
@@ -6549,7 +6551,7 @@ static float wav_sample(const struct wav_format *f, const uint8_t *p) {
 
 static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
     if (n < 16) return fail(e, "its format has %zu bytes; expected 16 or more", n);
-    *f = (struct wav_format){load_u16(p), load_u16(p + 2), load_u16(p + 14), load_u32(p + 4)};
+    *f = (struct wav_format){load_u16(p), load_u16(p + 2), load_u16(p + 14), load_u16(p + 12), load_u32(p + 4)};
     if (f->coding == WAV_EXTENSIBLE && n >= 26) f->coding = load_u16(p + 24);
     const bool known = (f->coding == WAV_PCM && (f->bits == 8 || f->bits == 16 || f->bits == 24 || f->bits == 32)) ||
                        (f->coding == WAV_FLOAT && (f->bits == 32 || f->bits == 64)) || (f->coding == WAV_MU_LAW && f->bits == 8);
@@ -6558,16 +6560,15 @@ static bool wav_format_read(struct wav_format *f, const uint8_t *p, size_t n, st
                     "convert it", f->coding, f->bits);
     if (!f->channels || !f->sample_rate || f->sample_rate > INT_MAX)
         return fail(e, "%u channels at %" PRIu32 " Hz", f->channels, f->sample_rate);
-    const unsigned align = load_u16(p + 12), frame = f->bits / 8u * f->channels;
-    if (align != frame) return fail(e, "frames of %u bytes, but its samples fill %u: sox can convert it", align, frame);
-    return true;
+    const unsigned filled = f->bits / 8 * f->channels;
+    return f->frame == filled || fail(e, "frames of %u bytes, but its samples fill %u: sox can convert it", f->frame, filled);
 }
 
 // The data chunk's frames, each the mean of its channels.
 static bool wav_data_read(struct wav *w, const struct wav_format *f, const uint8_t *p, size_t n, struct error *e) {
-    const size_t bytes = f->bits / 8, frame = bytes * f->channels;
-    if (n % frame) return fail(e, "the last of its frames of %zu bytes has %zu: is it cut off?", frame, n % frame);
-    w->n = n / frame;
+    const size_t bytes = f->bits / 8;
+    if (n % f->frame) return fail(e, "the last of its frames of %u bytes has %zu: is it cut off?", f->frame, n % f->frame);
+    w->n = n / f->frame;
     w->sample_rate = (int)f->sample_rate;
     w->samples = xmalloc(w->n * sizeof *w->samples);
     for (size_t i = 0; i < w->n; i++) {
@@ -6592,7 +6593,7 @@ static bool wav_parse(struct wav *w, const uint8_t *p, size_t n, struct error *e
         at += 8;
         const bool is_data = memcmp(chunk, "data", 4) == 0, unknown = size == 0 || (size >= 0x7ff00000 && size > n - at);
         if (is_data && unknown) size = n - at;
-        if (is_data && unknown && f.coding) size -= size % ((size_t)(f.bits / 8) * f.channels);
+        if (is_data && unknown && f.coding) size -= size % f.frame;
         if (size > n - at)
             return fail(e, "its chunk '%.4s' has %zu bytes, but the file ends after %zu: is it cut off?", (const char *)chunk,
                         size, n - at);
@@ -7049,7 +7050,8 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
         if (end || (l->ended && n)) {
             *line = (struct str){from, end ? (size_t)(end - from) : n};
             l->start += line->n + (end != NULL);
-            if (!l->n_lines++ && str_begins(*line, "\xef\xbb\xbf")) line->p += 3, line->n -= 3;  // a byte-order mark
+            const size_t mark = l->n_lines++ ? 0 : byte_order_mark(line->p, line->n);
+            line->p += mark, line->n -= mark;
             bool too_long = l->skipping || line->n > MAX_LINE;
             l->skipping = false;
             return too_long ? LINE_TOO_LONG : LINE;
@@ -8328,9 +8330,12 @@ static void request_start(struct engine *en, struct request *r) {
     if (!r->n_feed || r->error.text[0]) request_end(en, r);
 }
 
-// Lets requests in while there is room: first the parts of those that have begun.
+static bool ends_early(const struct engine *en) { return interrupted || en->reader_gone; }
+
+// Lets requests in while there is room: first the parts of those that have begun. It may wait for input, but not for what
+// would not be answered.
 static void engine_admit(struct engine *en) {
-    while (en->n_running < en->n_slots) {
+    while (en->n_running < en->n_slots && !ends_early(en)) {
         struct request *r = next_part(en);
         if (r) {
             struct base *base = r->base != en->s->base ? r->base : NULL;
@@ -8585,9 +8590,9 @@ static void engine_progress(struct engine *en) {
 // Runs all requests. Ends early when a signal came or the output's reader has gone.
 static void engine_run(struct engine *en) {
     for (;;) {
-        if (!interrupted && !en->reader_gone) engine_admit(en);  // which may wait for input
+        engine_admit(en);
         write_answers(en);
-        if (interrupted || en->reader_gone) break;
+        if (ends_early(en)) break;
         if (en->n_running) {
             engine_step(en);
             write_answers(en);
@@ -9096,7 +9101,7 @@ static int command_requests(const struct options *o) {
         die("%s: the model has no classifier (tensor 'cls.output.weight')", o->model);
     struct engine *en = open_engine(&s, output);
     engine_run(en);
-    bool whole = !en->n_failed && !interrupted && !en->reader_gone;
+    bool whole = !en->n_failed && !ends_early(en);
     if (whole && o->fasta && o->command == EMBED) write_array(en);
     if (whole && !o->jsonl && !en->has_header) fputs(table_header(o), stdout);  // of a table without rows
     if (s.out.f != stdout && whole && !outfile_commit(&s.out, &e)) die("%s", e.text);

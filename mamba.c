@@ -472,13 +472,13 @@ static char *copy_text(struct str s) {
 }
 
 // Appends text, and a 0 behind it that does not count.
-__attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b, const char *format, ...) {
+__attribute__((format(printf, 2, 0))) static void buffer_vprintf(struct buffer *b, const char *format, va_list args) {
     for (int pass = 0; pass < 2; pass++) {
         size_t room = b->capacity - b->n;
-        va_list args;
-        va_start(args, format);
-        int n = vsnprintf(room ? b->p + b->n : NULL, room, format, args);
-        va_end(args);
+        va_list once;
+        va_copy(once, args);
+        int n = vsnprintf(room ? b->p + b->n : NULL, room, format, once);
+        va_end(once);
         if (n < 0) return;
         if ((size_t)n < room) {
             b->n += (size_t)n;
@@ -487,6 +487,13 @@ __attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b
         b->capacity = (b->n + (size_t)n) * 2 + 64;
         b->p = xrealloc(b->p, b->capacity);
     }
+}
+
+__attribute__((format(printf, 2, 3))) static void buffer_printf(struct buffer *b, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    buffer_vprintf(b, format, args);
+    va_end(args);
 }
 
 // An output file appears under its name only when it is whole: it is written beside its destination, synced and renamed.
@@ -844,8 +851,12 @@ static struct str cursor_str(struct cursor *c) {
 static bool str_is(struct str s, const char *text) { return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0; }
 
 static bool str_begins(struct str s, const char *text) { return s.n >= strlen(text) && memcmp(s.p, text, strlen(text)) == 0; }
+
 // Bytes of the byte-order mark that a text may begin with: 3 or 0.
 static size_t byte_order_mark(const void *text, size_t n) { return n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0; }
+
+// Of gzip and bgzip.
+static bool is_gzip(const void *p, size_t n) { return n >= 2 && memcmp(p, "\x1f\x8b", 2) == 0; }
 
 // For "%.*s": names found in a file can be of any length.
 static int str_show(struct str s) { return s.n < 64 ? (int)s.n : 64; }
@@ -5444,12 +5455,13 @@ static int32_t letter_token(const struct tokenizer *t, uint8_t letter) {
     return t->byte_token[letter] >= 0 ? t->byte_token[letter] : t->unknown;
 }
 
-// A letter of DNA as models spell it: upper case, and N for what is known in part (the IUPAC codes); 0 for white space, -1
-// for anything else. Lower case, which marks repeats, is upper case unless it is kept.
+// A letter of DNA as models spell it: upper case, T for the U of RNA, and N for what is known in part (the IUPAC codes); 0 for
+// white space, -1 for anything else. Lower case, which marks repeats, is upper case unless it is kept.
 static int nucleotide(uint8_t c, bool keep_case) {
+    if (c == 'U' || c == 'u') c--;
     if (c && strchr("ACGTN", c)) return c;
     if (c && strchr("acgtn", c)) return keep_case ? c : c - 'a' + 'A';
-    if (c && strchr("RYSWKMBDHVUryswkmbdhvu", c)) return 'N';
+    if (c && strchr("RYSWKMBDHVryswkmbdhv", c)) return 'N';
     return isspace(c) ? 0 : -1;
 }
 
@@ -6028,7 +6040,8 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     if (!fa->f) return false;
     const off_t at = ftello(fa->f);  // of a pipe -1
     fa->n_read = at > 0 ? at : 0;
-    if (fasta_peek(fa) == 0x1f && fa->n > 1 && fa->chunk[1] == 0x8b)
+    fasta_peek(fa);
+    if (is_gzip(fa->chunk, fa->n))
         return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
     fa->at = byte_order_mark(fa->chunk, fa->n);
     return true;
@@ -6042,14 +6055,21 @@ static void fasta_close(struct fasta *fa) {
     *fa = (struct fasta){0};
 }
 
+// A byte as an error names it.
+static const char *show_byte(int c, char to[16]) {
+    snprintf(to, 16, isprint(c) ? "'%c'" : "byte %d", c);
+    return to;
+}
+
 // Goes on to the next record, over what is left of this one. False at the end of the file, or with an error.
 static bool fasta_next(struct fasta *fa, struct error *e) {
     int c;
+    char shown[16];
     while ((c = fasta_peek(fa)) != EOF && !(fa->line_begins && c == '>')) {
         if (!fa->started && fa->line_begins && c == ';') {  // a comment, as the oldest files have them
             while (fasta_byte(fa) != EOF && !fa->line_begins) {}
-        } else if (!fa->started && !isspace(c)) {
-            return fail(e, "%s begins with '%c'; expected '>' and the name of a record", fa->path, c);
+        } else if (!fa->started && c != '\n' && c != '\r') {
+            return fail(e, "%s begins with %s; expected '>' and the name of a record", fa->path, show_byte(c, shown));
         } else {
             fasta_byte(fa);
         }
@@ -6076,6 +6096,7 @@ static bool fasta_next(struct fasta *fa, struct error *e) {
 // Up to n bases of the record; fewer at its end or with an error.
 static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *e) {
     size_t got = 0;
+    char shown[16];
     if (fa->in_region && (int64_t)n > fa->n_left) n = (size_t)fa->n_left;
     while (got < n) {
         int c = fasta_peek(fa);
@@ -6084,9 +6105,8 @@ static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *
         int base = nucleotide((uint8_t)c, fa->keep_case);
         if (fa->in_region && isspace(c) && c != '\n' && !(c == '\r' && fasta_peek(fa) == '\n')) base = -1;  // it was counted as one
         if (base < 0) {
-            set_error(e, isprint(c) ? "%s: record %s: '%c' at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code"
-                                    : "%s: record %s: byte %d at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code",
-                      fa->path, fa->name, c, fa->origin + fa->n_bases + (int64_t)got + 1);
+            set_error(e, "%s: record %s: %s at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code", fa->path, fa->name,
+                      show_byte(c, shown), fa->origin + fa->n_bases + (int64_t)got + 1);
             break;
         }
         if (base) to[got++] = (uint8_t)base;
@@ -6150,7 +6170,6 @@ static bool fasta_index(struct fasta *fa, struct error *e) {
             if (!fasta_index_bytes(fa, r, &line)) return fail(e, old_mac, fa->path);
             continue;
         }
-        if (r && line.bytes) fasta_line_ends(r, &line, 0);
         if (!fasta_next(fa, e)) break;
         if (fa->n && fa->chunk[fa->at - 1] == '\r') {  // fasta_next() took a byte: there is one before `at`
             if (fasta_peek(fa) != '\n') return fail(e, old_mac, fa->path);
@@ -6632,9 +6651,8 @@ static double mu_law_decode(int32_t code, const struct clip_scale *s) {
     return s->low + (a + 1) / 2 * s->range;
 }
 
-enum sound_format { SOUND_WAV, SOUND_MU_LAW, SOUND_RAW };  // 16-bit PCM in a WAV file; 8-bit mu-law; 16-bit PCM without a header
-
-static const char *const sound_formats[] = {"wav", "mulaw", "raw", NULL};
+// Not said yet; 16-bit PCM in a WAV file; 8-bit mu-law in one; 16-bit PCM without a header.
+enum sound_format { SOUND_UNSAID, SOUND_WAV, SOUND_MU_LAW, SOUND_RAW };
 
 static void add_u32(struct buffer *b, uint32_t v) { buffer_add(b, &v, 4); }
 
@@ -6718,6 +6736,12 @@ struct settings {           // what a line of --jsonl may set; the command line 
     int n_stops;
 };
 
+// What the words of an option mean, in the order of its table.
+enum device_option { DEVICE_UNSAID, DEVICE_CPU, DEVICE_CUDA };  // unsaid: cuda where there is a GPU that runs the model
+enum pool { POOL_LAST, POOL_MEAN, POOL_NONE };
+enum bench_op { OP_MODEL, OP_SCAN };
+enum bench_format { BENCH_MD, BENCH_CSV, BENCH_JSON, BENCH_JSONL };
+
 struct options {            // the command line, parsed; defaults are llama.cpp's where it has them
     enum command command;
     const char *model;
@@ -6726,29 +6750,29 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     bool input_implied;     // standard input, which nobody named
     struct settings settings;  // owner of stops
     float seconds;          // of sound; 0: settings.n_predict samples
-    const char *sound_format;
+    enum sound_format sound_format;
     int n_threads, ubatch, n_parallel;  // n_parallel 0: as many as the input is worth
     bool seed_given;
     bool ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
-    const char *device;     // NULL: cuda where there is a GPU that runs the model
+    enum device_option device;
     const char *fasta, *bed, *vcf, *track, *fasta_out;
     int window, stride;     // bases; 0: whole records, --vcf VCF_WINDOW; every window begins where the last one ended
     bool rc_average, case_sensitive, tsv;
     bool per_token;
     const char *logits;
-    const char *pool;
+    enum pool pool;
     int layer;
     const char *output;
     bool decode;
-    const char *bench_prompts, *bench_gens, *bench_parallels, *bench_threads, *bench_format;
+    const char *bench_prompts, *bench_gens, *bench_parallels, *bench_threads;
+    enum bench_format bench_format;
     int repeats;
-    bool paper, bench_scan;
+    enum bench_op bench_op;
+    bool paper;
     bool help, version;
 };
-
-static bool wants_cuda(const struct options *o) { return o->device && strcmp(o->device, "cuda") == 0; }
 
 struct base {               // what requests continue: a text that was read once; owner of both
     struct sequence *seq;
@@ -6766,8 +6790,7 @@ struct session {            // what every command that runs a model has open
     struct options own;     // the command line, with defaults that depend on the model
     struct outfile out;     // the file that the command writes; standard output when it writes none
     struct outfile state;   // of --save-state
-    bool sound;             // the command writes sound, in this format
-    enum sound_format sound_format;
+    bool sound;             // the command writes sound
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
@@ -6965,11 +6988,20 @@ static bool text_open(struct text_file *t, const char *path, bool continues, boo
     return true;
 }
 
+// The first bytes of a text may tell that it is none.
+static bool check_text(const struct session *s, const struct text_file *t, struct error *e) {
+    if (is_gzip(t->b.p, t->b.n)) return fail(e, "%s is compressed; use: zcat FILE | mamba ... -f -", t->path);
+    if (s->tokenizer.nucleotides && t->b.n && t->b.p[0] == '>')
+        return fail(e, "%s begins with '>', as FASTA does; use --fasta FILE", t->path);
+    return true;
+}
+
 // Appends the tokens of the text up to a place where it can be cut, which are those that it has as a whole. Closes the file
 // behind the last ones, or with an error. So a text takes the same memory whatever its length, if it has white space.
 static bool read_piece(const struct session *s, struct text_file *t, struct ids *out, struct error *e) {
     size_t cut = 0;
     bool more = true;
+    const bool begins = !t->n_read;
     while (more && !cut) {
         char piece[TEXT_PIECE];
         const size_t n = fread(piece, 1, sizeof piece, t->f), n_before = t->b.n;
@@ -6979,6 +7011,7 @@ static bool read_piece(const struct session *s, struct text_file *t, struct ids 
         if (more) cut = last_cut(&s->tokenizer, t->b.p, n_before, t->b.n);
     }
     bool ok = !ferror(t->f) || fail(e, "%s: %s", t->path, strerror(errno));
+    ok = ok && (!begins || check_text(s, t, e));
     if (!more && t->chomps && t->b.n && t->b.p[t->b.n - 1] == '\n') {
         t->b.n--;
         if (t->b.n && t->b.p[t->b.n - 1] == '\r') t->b.n--;
@@ -7502,9 +7535,9 @@ struct engine {             // owner of all but s; requests leave it when they a
 // Forwards run on the GPU where there is one, or as --device says.
 static void context_use_device(struct context *ctx, const struct options *o, int n_sequences) {
     struct error e = {""};
-    const bool wanted = wants_cuda(o);
+    const bool wanted = o->device == DEVICE_CUDA;
     const struct device_shape shape = {ctx->max_tokens, ctx->max_rows, n_sequences};
-    if ((o->device && !wanted) || (o->sandbox && !wanted)) return;  // the driver opens files and devices of its own
+    if (o->device == DEVICE_CPU || (o->sandbox && !wanted)) return;  // the driver opens files and devices of its own
     if (!device_usable(&e) || !device_runs(ctx->m, &e)) {
         if (wanted) die("--device cuda: %s", e.text);
         return;
@@ -7634,7 +7667,7 @@ enum { SOUND_BLOCK = 256 };  // samples that are written together
 static void write_sound(struct engine *en, struct request *r, bool all) {
     if (!r->body.n || (!all && r->body.n < SOUND_BLOCK)) return;
     en->n_samples += (int64_t)r->body.n;
-    add_sound(&r->out, en->s->sound_format, (const uint8_t *)r->body.p, r->body.n, &r->resume->scale);
+    add_sound(&r->out, en->s->o->sound_format, (const uint8_t *)r->body.p, r->body.n, &r->resume->scale);
     r->body.n = 0;
 }
 
@@ -7674,6 +7707,8 @@ static bool generate_begin(struct engine *en, struct request *r) {
     r->resume->n_pending = 0;  // it is the first of r->tokens
     // Nothing to begin from: the token that begins a text, or the one that separates texts.
     if (!r->tokens.n && s->base) return fail(&r->error, "the state holds no token to continue from");
+    if (!r->tokens.n && first < 0 && r->record)
+        return fail(&r->error, "%s: record %s is empty, and the vocabulary has no token that begins a text", en->fasta.path, r->id);
     if (!r->tokens.n && first < 0)
         return fail(&r->error, "the prompt is empty, and the vocabulary has no token that begins a text");
     if (!r->tokens.n) {
@@ -7683,7 +7718,7 @@ static bool generate_begin(struct engine *en, struct request *r) {
     for (size_t i = r->n_carried; i < r->tokens.n; i++) remember(r->resume, r->tokens.p[i]);
     if (s->sound) {
         const int64_t echoed = r->settings.echo ? (int64_t)(r->tokens.n - r->n_carried) : 0;
-        add_wav_header(&r->out, s->sound_format, s->model.c.sample_rate,
+        add_wav_header(&r->out, s->o->sound_format, s->model.c.sample_rate,
                        r->settings.n_predict < 0 ? -1 : echoed + r->settings.n_predict);
     }
     // A character that the state's run left incomplete goes on in what is drawn now, unless the prompt comes between.
@@ -7801,7 +7836,7 @@ static void embed_rows(struct engine *en, struct request *r, int token0, int n) 
     const struct context *ctx = en->ctx;
     const int d = en->s->model.c.d_model;
     const bool normed = o->layer < 0;  // --layer N counts blocks, and even the last one's output comes before the norm
-    const bool all = strcmp(o->pool, "none") == 0, mean = strcmp(o->pool, "mean") == 0;
+    const bool all = o->pool == POOL_NONE, mean = o->pool == POOL_MEAN;
     for (int t = 0; t < n; t++) {
         const struct level *v = &ctx->level[0];
         const float *row = normed ? v->normed.f + (size_t)(token0 + t) * (size_t)v->normed.ld
@@ -7822,7 +7857,7 @@ static void embed_rows(struct engine *en, struct request *r, int token0, int n) 
 
 static void embed_end(const struct session *s, struct request *r) {
     const int d = s->model.c.d_model;
-    const bool all = strcmp(s->o->pool, "none") == 0;
+    const bool all = s->o->pool == POOL_NONE;
     const float *rows = (const float *)r->body.p;
     const size_t n = r->body.n / ((size_t)d * sizeof *rows);
     if (!s->o->jsonl) {
@@ -7889,7 +7924,7 @@ static void add_header(struct engine *en, struct request *r) {
         fputs("track type=bedGraph name=\"log-probability\" description=\"of each base, natural logarithm\"\n", en->s->out.f);
     buffer_printf(&r->out, "%s", table_header(o));
     if (o->command == EMBED && !o->fasta)
-        add_npy_header(&r->out, strcmp(o->pool, "none") == 0 ? n : o->n_inputs, en->s->model.c.d_model);
+        add_npy_header(&r->out, o->pool == POOL_NONE ? n : o->n_inputs, en->s->model.c.d_model);
     if (!o->logits) return;
     struct buffer header = {0};
     add_npy_header(&header, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
@@ -7912,7 +7947,7 @@ static bool request_begin(struct engine *en, struct request *r) {
         for (size_t i = 0; i < n_own; i++) r->strand[i] = NAN;
     }
     r->all_rows = (command == SCORE && r->allele != PREFIX) || (rows && r->settings.logprobs >= 0);
-    if (command == EMBED && s->o->fasta && en->has_header && strcmp(s->o->pool, "none") == 0)
+    if (command == EMBED && s->o->fasta && en->has_header && s->o->pool == POOL_NONE)
         return fail(&r->error, "--pool none writes the rows of one record, and %s is another", r->id);
     if (!s->o->jsonl && !en->has_header) add_header(en, r);
     if (command == EMBED || command == CLASSIFY) {
@@ -8075,7 +8110,7 @@ static struct request *next_input_request(struct engine *en) {
     else buffer_printf(&id, "%d", en->next_input + 1);
     buffer_add(&id, "", 1);
     r->id = id.p;
-    const bool whole = r->settings.echo || o->logits || (o->command == EMBED && strcmp(o->pool, "none") == 0);
+    const bool whole = r->settings.echo || o->logits || (o->command == EMBED && o->pool == POOL_NONE);
     do read_more_input(en, r);
     while (r->streams && (whole || r->tokens.n < 2));
     return r;
@@ -8815,8 +8850,14 @@ static void fill_defaults(struct session *s) {
             o->output);
     if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
-    if (o->sound_format)
-        s->sound_format = (enum sound_format)word_among(str_of(o->sound_format), sound_formats);
+    if (!o->sound_format) o->sound_format = SOUND_WAV;
+}
+
+// Lower case letters stay what they are, where --case-sensitive says so and there are any.
+static void keep_case(struct session *s) {
+    s->tokenizer.keep_case = s->o->case_sensitive;
+    if (s->o->case_sensitive && !s->o->fasta && !s->tokenizer.nucleotides)
+        die("%s: the vocabulary is none of nucleotides: --case-sensitive does not apply", s->o->model);
 }
 
 // output: the file that the command writes, besides standard output or in its place; NULL: none.
@@ -8835,7 +8876,7 @@ static void open_session(struct session *s, const struct options *o, const char 
     sigaction(SIGBUS, &action, NULL);
     if (!s->model.c.sample_rate) open_tokenizer(s);
     s->banned = banned_tokens(s);
-    s->tokenizer.keep_case = o->case_sensitive;
+    keep_case(s);
     const bool is_dna = s->has_tokenizer && (s->tokenizer.nucleotides || o->fasta);
     for (int i = 0; i < 2; i++)
         s->unscored[i] = is_dna && (i == 0 || o->case_sensitive) ? letter_token(&s->tokenizer, "Nn"[i]) : -1;
@@ -9008,9 +9049,9 @@ static void finish_sound(const struct session *s, int64_t n) {
     struct buffer header = {0};
     struct stat st;
     FILE *f = s->out.f;
-    add_wav_header(&header, s->sound_format, s->model.c.sample_rate, n);
-    if (s->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
-    const int64_t bytes = s->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
+    add_wav_header(&header, s->o->sound_format, s->model.c.sample_rate, n);
+    if (s->o->sound_format == SOUND_MU_LAW && n % 2) putc(0, f);  // chunks have an even length
+    const int64_t bytes = s->o->sound_format == SOUND_MU_LAW ? n + n % 2 : 2 * n;
     if (header.n && fflush(f) == 0 && fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) &&
         st.st_size == (int64_t)header.n + bytes && !(fcntl(fileno(f), F_GETFL) & O_APPEND) && fseeko(f, 0, SEEK_SET) == 0) {
         fwrite(header.p, 1, header.n, f);
@@ -9174,7 +9215,7 @@ static int command_tokenize(const struct options *o) {
         if (!need_tokenizer(&s, &e)) die("%s", e.text);
     }
     s.model.c.n_vocab = s.tokenizer.n_tokens;
-    s.tokenizer.keep_case = o->case_sensitive;
+    keep_case(&s);
     for (int i = 0; i < o->n_inputs; i++) {
         e.text[0] = 0;
         if (!(o->decode ? decode_lines : encode_text)(&s, &o->inputs[i], &e)) {
@@ -9471,29 +9512,28 @@ static void scan_measure(const struct options *o, const struct bench_test *t, st
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
-struct field {              // of a row of results
+struct field {              // of a row of results; owner of value
     const char *name;
     bool is_text;
-    char value[160];
+    char *value;
 };
 
 enum { MAX_FIELDS = 32 };
 
 __attribute__((format(printf, 4, 5))) static void add_field(struct field *f, int *n, const char *name, const char *format, ...) {
+    struct buffer value = {0};
     va_list args;
     va_start(args, format);
-    f[*n].name = name;
-    f[*n].is_text = format[0] == '%' && format[1] == 's';
-    vsnprintf(f[*n].value, sizeof f[*n].value, format, args);
-    (*n)++;
+    buffer_vprintf(&value, format, args);
     va_end(args);
+    f[(*n)++] = (struct field){name, format[0] == '%' && format[1] == 's', value.p};
 }
 
 // The row of a test. Tokens a second: of prompt and generated tokens where a test has only one of them; where it has
 // both, as in the paper, of the generated ones over the whole time, and in gen_ts without the prompts' time.
 static int bench_fields(const struct bench *b, const struct bench_test *t, const struct bench_result *r, struct field *f) {
     const int n_runs = b->o->repeats, per_sequence = t->n_gen ? t->n_gen : t->n_prompt;
-    const bool is_scan = b->o->bench_scan;
+    const bool is_scan = b->o->bench_op == OP_SCAN;
     const double tokens = (double)per_sequence * t->n_parallel;
     double ts[MAX_REPEATS], gen_ts[MAX_REPEATS], ns[MAX_REPEATS], gb[MAX_REPEATS];
     for (int i = 0; i < n_runs; i++) {
@@ -9578,18 +9618,18 @@ static void print_md_row(const struct bench *b, const struct bench_test *t, cons
 }
 
 static void bench_print(const struct bench *b, const struct bench_test *t, const struct bench_result *r, bool first, bool last) {
-    const char *format = b->o->bench_format;
+    const enum bench_format format = b->o->bench_format;
     struct field f[MAX_FIELDS];
     int n = bench_fields(b, t, r, f);
-    if (strcmp(format, "md") == 0) {
+    if (format == BENCH_MD) {
         if (first)
             printf("| model | size | params | threads | sequences | test | t/s | GB/s | of GB/s |\n"
                    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
         print_md_row(b, t, f, n);
-    } else if (strcmp(format, "csv") == 0) {
+    } else if (format == BENCH_CSV) {
         for (int i = 0; i < n && first; i++) printf("%s%s", f[i].name, i + 1 < n ? "," : "\n");
         print_csv_row(f, n);
-    } else if (strcmp(format, "jsonl") == 0) {
+    } else if (format == BENCH_JSONL) {
         print_json_row(f, n);
         putchar('\n');
     } else {
@@ -9597,13 +9637,14 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
         print_json_row(f, n);
         printf(last ? "\n]\n" : ",\n");
     }
+    for (int i = 0; i < n; i++) free(f[i].value);
     check_stdout();
 }
 
 // All combinations: prompts and generation apart, or (--paper) one after the other in one test.
 static int bench_tests(const struct options *o, struct bench_test **tests) {
     char default_list[16];
-    const bool cuda = wants_cuda(o);
+    const bool cuda = o->device == DEVICE_CUDA;
     snprintf(default_list, sizeof default_list, "%d", default_threads());
 #define GIVEN(list, otherwise) (o->list ? o->list : (otherwise))
     struct bench_list threads = parse_list("-t", GIVEN(bench_threads, default_list), 1, 4096);
@@ -9612,7 +9653,7 @@ static int bench_tests(const struct options *o, struct bench_test **tests) {
     struct bench_list prompts = parse_list("-p", GIVEN(bench_prompts, o->paper ? "2048" : "512"), 0, 1 << 24);
     struct bench_list gens = parse_list("-n", GIVEN(bench_gens, "128"), 0, 1 << 24);
 #undef GIVEN
-    if (o->bench_scan) {
+    if (o->bench_op == OP_SCAN) {
         gens.n = 0;
         parallels = (struct bench_list){1, {1}};
     }
@@ -9691,16 +9732,12 @@ static void bench_open(struct bench *b) {
 static int command_bench(const struct options *o) {
     struct bench b = {.o = o};
     struct bench_test *tests;
-    const char *known[] = {"md", "csv", "json", "jsonl"};
-    bool format_known = false;
-    for (int i = 0; i < 4; i++) format_known |= strcmp(o->bench_format, known[i]) == 0;
-    if (!format_known) usage_error("-o %s: expected md, csv, json or jsonl", o->bench_format);
     int n_tests = bench_tests(o, &tests);
     if (!n_tests) usage_error("nothing to measure: the lists of -p and -n hold only 0");
     catch_signals(end_at_once);
-    if (o->bench_scan) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
+    if (o->bench_op == OP_SCAN) snprintf(b.title, sizeof b.title, "scan %dx%d F32", SCAN_CHANNELS, SCAN_STATE);
     else bench_open(&b);
-    for (int i = 0; i < n_tests && !wants_cuda(o); i++) {
+    for (int i = 0; i < n_tests && o->device != DEVICE_CUDA; i++) {
         int j = 0;
         while (tests[j].n_threads != tests[i].n_threads) j++;
         tests[i].read_gb_per_s = j < i ? tests[j].read_gb_per_s : read_bandwidth_apart(tests[i].n_threads) / 1e9;
@@ -9709,7 +9746,7 @@ static int command_bench(const struct options *o) {
     catch_signals(on_signal);
     for (int i = 0; i < n_tests; i++) {
         struct bench_result *r = xcalloc(1, sizeof *r);
-        if (o->bench_scan) scan_measure(o, &tests[i], r);
+        if (o->bench_op == OP_SCAN) scan_measure(o, &tests[i], r);
         else bench_measure(&b, &tests[i], r);
         bench_print(&b, &tests[i], r, i == 0, i + 1 == n_tests);
         free(r);
@@ -9749,14 +9786,14 @@ static const struct {
     [INSPECT] = {command_inspect, "metadata and tensors of a model file", "mamba inspect model.bin | grep ^tensor"},
 };
 
-enum option_kind { FLAG, INTEGER, NUMBER, TEXT, READS, WRITES, SEED, INPUT, STOP_TEXT, OPERATION };  // READS, WRITES: a file
+enum option_kind { FLAG, INTEGER, NUMBER, TEXT, CHOICE, READS, WRITES, SEED, INPUT, STOP_TEXT };  // READS, WRITES: a file
 
 static const struct option {
     const char *short_name, *name, *takes, *help;
     enum option_kind kind;
     unsigned on;            // commands that know it
     size_t field;           // offset in struct options; of INPUT an enum source
-    double min, max;
+    double min, max;        // of a CHOICE: what the first word stands for
 } option_table[] = {
 #define FIELD(name) offsetof(struct options, name)
     {"-m", "--model", "FILE", "model file (or the first argument)", READS, ~0u, FIELD(model), 0, 0},
@@ -9770,8 +9807,8 @@ static const struct option {
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
     {"-o", "--output", "FILE", "write here, not to standard output; sound needs it (- is standard output)", WRITES, ON(GENERATE),
      FIELD(output), 0, 0},
-    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", TEXT,
-     ON(GENERATE), FIELD(sound_format), 0, 0},
+    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", CHOICE,
+     ON(GENERATE), FIELD(sound_format), SOUND_WAV, 0},
     {"-s", "--seed", "N", "seed of the random numbers (-1, the default: one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),
      FIELD(settings.sampling.temperature), 0, 1e6},
@@ -9821,9 +9858,10 @@ static const struct option {
      FIELD(n_parallel), 1, MAX_SLOTS},
     {NULL, "--per-token", NULL, "a row a token: id pos token_id token logprob", FLAG, ON(SCORE), FIELD(per_token), 0, 0},
     {NULL, "--logits", "FILE", "write float32 [tokens, vocabulary] as .npy", WRITES, ON(SCORE), FIELD(logits), 0, 0},
-    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", TEXT, ON(EMBED), FIELD(pool), 0, 0},
-    {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", TEXT, ON(CLASSIFY),
-     FIELD(pool), 0, 0},
+    {NULL, "--pool", "last|mean|none", "one vector a text, or a row a token (last)", CHOICE, ON(EMBED), FIELD(pool), POOL_LAST,
+     0},
+    {NULL, "--pool", "last|mean", "what the classifier reads: the last position, or the mean of all (last)", CHOICE, ON(CLASSIFY),
+     FIELD(pool), POOL_LAST, 0},
     {NULL, "--layer", "N", "after N blocks; 0 is the embedding (default: all, and the final norm)", INTEGER, ON(EMBED),
      FIELD(layer), 0, 1e6},
     {"-o", "--output", "FILE", "write here, not to standard output", WRITES, ON(EMBED), FIELD(output), 0, 0},
@@ -9839,13 +9877,14 @@ static const struct option {
     {"-t", "--threads", "N,...", "threads (the physical cores this process may use)", TEXT, ON(BENCH),
      FIELD(bench_threads), 0, 0},
     {"-r", "--repetitions", "N", "runs of each test (3)", INTEGER, ON(BENCH), FIELD(repeats), 1, MAX_REPEATS},
-    {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", TEXT, ON(BENCH), FIELD(bench_format), 0, 0},
+    {"-o", "--output", "md|csv|json|jsonl", "format of the results (md)", CHOICE, ON(BENCH), FIELD(bench_format),
+     BENCH_MD, 0},
     {NULL, "--paper", NULL, "section E.5 of the paper: prompt 2048, then generate 128, 1 to 128 sequences", FLAG, ON(BENCH),
      FIELD(paper), 0, 0},
-    {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", OPERATION, ON(BENCH),
-     FIELD(bench_scan), 0, 0},
-    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", TEXT, ON_MODEL | ON(BENCH),
-     FIELD(device), 0, 0},
+    {NULL, "--op", "scan", "the scan alone, of -p tokens, 1024 channels, 16 states; takes no model", CHOICE, ON(BENCH),
+     FIELD(bench_op), OP_SCAN, 0},
+    {NULL, "--device", "cpu|cuda", "where the model runs (cuda where there is a GPU)", CHOICE, ON_MODEL | ON(BENCH),
+     FIELD(device), DEVICE_CPU, 0},
     {"-ub", "--ubatch-size", "N", "prompt tokens a pass (512)", INTEGER, ON_MODEL | ON(BENCH), FIELD(ubatch), 1, 1 << 16},
     {NULL, "--sandbox", NULL, "give up the right to open other files than those named here, and sockets (Linux)", FLAG,
      ON_INPUT | ON(INSPECT), FIELD(sandbox), 0, 0},
@@ -9896,6 +9935,17 @@ static double parse_number(const struct option *o, const char *value) {
     return v;
 }
 
+// The place of a value among the words that an option takes, as in "last|mean|none", counted from o->min.
+static int parse_choice(const struct option *o, const char *value) {
+    int choice = (int)o->min;
+    for (const char *word = o->takes; *word; choice++) {
+        const size_t n = strcspn(word, "|");
+        if (str_is((struct str){word, n}, value)) return choice;
+        word += n + (word[n] == '|');
+    }
+    usage_error("%s %s: expected %s", o->name, value, o->takes);
+}
+
 static void add_input(struct options *o, enum source source, const char *value) {
     o->inputs = xrealloc(o->inputs, ((size_t)o->n_inputs + 1) * sizeof *o->inputs);
     o->inputs[o->n_inputs++] = (struct input){source, value};
@@ -9907,6 +9957,7 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case FLAG: *(bool *)field = true; break;
     case INTEGER: *(int *)field = (int)parse_number(opt, value); break;
     case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
+    case CHOICE: *(int *)field = parse_choice(opt, value); break;
     case TEXT: case READS: case WRITES: *(const char **)field = value; break;
     case SEED:
         o->seed_given = strcmp(value, "-1") != 0;  // llama.cpp's word for a new one
@@ -9918,10 +9969,6 @@ static void apply_option(struct options *o, const struct option *opt, const char
         if (!*value) usage_error("--stop: the text is empty");
         o->settings.stops = xrealloc(o->settings.stops, ((size_t)o->settings.n_stops + 1) * sizeof *o->settings.stops);
         o->settings.stops[o->settings.n_stops++] = str_of(value);
-        break;
-    case OPERATION:
-        if (strcmp(value, "scan") != 0) usage_error("--op %s: expected scan", value);
-        *(bool *)field = true;
         break;
     }
 }
@@ -10026,15 +10073,12 @@ static void check_written(const struct options *o, const struct option *written)
 }
 
 static void check_options(struct options *o) {
-    if (!o->model && !o->bench_scan) usage_error("no model file; the first argument names it");
-    if (strcmp(o->pool, "last") != 0 && strcmp(o->pool, "mean") != 0 && strcmp(o->pool, "none") != 0)
-        usage_error("--pool %s: expected last, mean or none", o->pool);
-    const bool cuda = wants_cuda(o);
-    if (o->device && !cuda && strcmp(o->device, "cpu") != 0) usage_error("--device %s: expected cpu or cuda", o->device);
+    if (!o->model && o->bench_op != OP_SCAN) usage_error("no model file; the first argument names it");
+    const bool cuda = o->device == DEVICE_CUDA;
     if (cuda && o->sandbox) usage_error("--sandbox does not apply with --device cuda: its driver opens other files");
     const char *not_scan = cuda ? "--device cuda" : o->paper ? "--paper" : o->model ? "a model" : o->bench_gens ? "-n"
                          : o->bench_parallels ? "-np" : NULL;
-    if (o->bench_scan && not_scan) usage_error("--op scan does not apply with %s", not_scan);
+    if (o->bench_op == OP_SCAN && not_scan) usage_error("--op scan does not apply with %s", not_scan);
     int from_stdin = 0, clips = 0;
     for (int i = 0; i < o->n_inputs; i++) {
         const enum source source = o->inputs[i].source;
@@ -10048,7 +10092,6 @@ static void check_options(struct options *o) {
     for (int i = 0; i < 3; i++)
         if (files[i] && is_stdout(files[i]))
             usage_error("%s %s: standard output has something else to carry", names[i], files[i]);
-    if (o->command == CLASSIFY && strcmp(o->pool, "none") == 0) usage_error("--pool none does not apply to classify");
     bool one_file = o->n_inputs == 1 && o->inputs[0].source == FROM_FILE;
     if (o->jsonl && !one_file)
         usage_error("--jsonl reads requests from standard input or one -f FILE; -p, --ids and --wav do not apply");
@@ -10072,11 +10115,9 @@ static void check_options(struct options *o) {
     if (o->print_ids && o->sound_format) usage_error("--sound-format does not apply with --print-ids");
     if (o->fasta_out && o->output) usage_error("--output does not apply with --fasta-out");
     if (o->seconds > 0 && o->settings.n_predict != -2) usage_error("-n and --seconds say the same thing twice");
-    if (o->sound_format && word_among(str_of(o->sound_format), sound_formats) < 0)
-        usage_error("--sound-format %s: expected wav, mulaw or raw", o->sound_format);
     if (o->jsonl && o->fasta_out) usage_error("--fasta-out does not apply with --jsonl");
     if (o->logits && o->fasta) usage_error("--logits does not apply with --fasta");
-    const bool no_pool = strcmp(o->pool, "none") == 0, each_token = o->per_token || o->logits || no_pool;
+    const bool no_pool = o->pool == POOL_NONE, each_token = o->per_token || o->logits || no_pool;
     if (!o->jsonl && !o->fasta && (o->logits || no_pool) && o->n_inputs != 1)
         usage_error("%s writes the rows of one text, and there are %d", o->logits ? "--logits" : "--pool none", o->n_inputs);
     if (o->rc_average && each_token) usage_error("--rc-average does not apply with --per-token, --logits and --pool none");
@@ -10137,7 +10178,7 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
 
 static struct options default_options(void) {
     return (struct options){
-        .ubatch = 512, .pool = "last", .layer = -1, .bench_format = "md", .repeats = 3,
+        .ubatch = 512, .layer = -1, .repeats = 3,
         .settings = {.n_predict = -2, .logprobs = -1,  // -2, NaN and top_k -1: fill_defaults() knows
                      .sampling = {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repeat_penalty = 1.0f,
                                   .repeat_last_n = 64}}};

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from conftest import ROOT
 
-ID = {**dict(zip("ACGTN", range(7, 12))), **dict.fromkeys("RYSWKMBDHVU", 11)}
+ID = {**dict(zip("ACGTN", range(7, 12))), **dict.fromkeys("RYSWKMBDHV", 11), "U": 10}
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
 
 

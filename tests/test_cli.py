@@ -1,5 +1,6 @@
 """The command line: help, errors and exit statuses, pipes, streams, files that appear whole or not at all."""
 import csv
+import gzip
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 from conftest import FIXTURES, PROGRAM, ROOT
 
 MODEL = FIXTURES / "mamba_tied.f32.bin"
+TALES = ROOT / "models" / "tales.bin"
 VOCABULARY = FIXTURES / "vocab_gpt2.gguf"
 COMMANDS = ["generate", "score", "embed", "tokenize", "bench", "inspect"]
 IDS = ["--ids", "5 6 7 8"]
@@ -79,7 +81,7 @@ def test_general_help(mamba):
     ([MODEL, "-f", ROOT / "README.md", "--save-state", FIXTURES / "../../README.md"], ["--save-state names an input"]),
     ([MODEL, *IDS, "-o", "no-such-file", "--save-state", "./no-such-file"], ["--output and --save-state name the same file"]),
     ([MODEL, *IDS, "--print-ids", "--sound-format", "raw"], ["--sound-format does not apply with --print-ids"]),
-    (["embed", MODEL, "--pool", "max"], ["--pool max", "last, mean or none"]),
+    (["embed", MODEL, "--pool", "max"], ["--pool max", "expected last|mean|none"]),
     (["--per-tokens"], ["unknown option --per-tokens"]),
     (["score", MODEL, "--per-tokens"], ["unknown option --per-tokens; is it --per-token?"]),
     ([MODEL, "extra"], ["extra", "-p"]),
@@ -98,9 +100,12 @@ def test_general_help(mamba):
     (["score", MODEL, "-f", "-", "-f", "-"], ["standard input"]),
     (["bench", MODEL, "-p", "5,x"], ["-p 5,x", "commas"]),
     (["bench", MODEL, "-np", "0"], ["-np 0"]),
-    (["bench", MODEL, "-o", "xml"], ["-o xml", "jsonl"]),
+    (["bench", MODEL, "-o", "xml"], ["--output xml", "expected md|csv|json|jsonl"]),
+    (["bench", MODEL, "-o", "js"], ["--output js"]),
+    ([MODEL, *IDS, "--device", ""], ["--device", "expected cpu|cuda"]),
+    (["classify", MODEL, *IDS, "--pool", "none"], ["--pool none", "expected last|mean"]),
     (["bench", MODEL, "--greedy"], ["--greedy does not apply to bench"]),
-    (["bench", "--op", "dance"], ["--op dance"]),
+    (["bench", "--op", "dance"], ["--op dance", "expected scan"]),
     (["bench"], ["no model file"]),
 ])
 def test_wrong_command_line(mamba, arguments, words):
@@ -124,6 +129,8 @@ def test_wrong_command_line(mamba, arguments, words):
     ([MODEL, *IDS, "--print-ids", "--save-state", "/no/such/folder/x.state"], ["/no/such/folder/x.state"]),
     (["score", MODEL, *IDS, "--logits", "/no/such/folder/x.npy"], ["/no/such/folder/x.npy"]),
     ([MODEL, *IDS, "--tokenizer", MODEL], ["holds no tokenizer"]),
+    (["score", TALES, "-p", "Once", "--case-sensitive"], ["nucleotides", "--case-sensitive"]),
+    (["tokenize", VOCABULARY, "-p", "Once", "--case-sensitive"], ["nucleotides", "--case-sensitive"]),
 ])
 def test_what_fails_while_running(mamba, arguments, words):
     one_line(mamba(*arguments, check=False), 1, *words)
@@ -309,6 +316,22 @@ def test_bench_formats(mamba):
     assert set(rows[0]) == set(lines[0]) and {"model_filename", "model_type", "model_size", "model_n_params"} <= set(rows[0])
 
 
+def test_bench_names_the_whole_path(mamba, tmp_path):
+    model = tmp_path / ("a" * 200) / ("b" * 200)
+    model.parent.mkdir()
+    model.symlink_to(MODEL)
+    (row,) = json.loads(mamba("bench", model, "-p", 4, "-n", 0, "-r", 1, "-o", "json").stdout)
+    assert row["model_filename"] == str(model)
+
+
+def test_a_prompt_that_is_compressed(mamba, tmp_path):
+    text = tmp_path / "text.gz"
+    text.write_bytes(gzip.compress(b"Once upon a time"))
+    for options in (["-f", text], ["-p", "x", "--prefix", text]):
+        one_line(mamba("score", TALES, *options, check=False), 1, text, "zcat")
+    one_line(mamba("score", TALES, check=False, input=text.read_bytes()), 1, "zcat")
+
+
 def test_same_seed_same_ids_and_other_seed_others(mamba):
     def ids(seed, *more):
         return mamba(MODEL, *IDS, "--print-ids", "-n", 30, "-s", seed, *more).stdout
@@ -395,9 +418,6 @@ def test_the_demo_writes_what_readme_shows(mamba):
     assert len(shown) > 50
     arguments = [ROOT / word if word.startswith("models/") else word for word in shlex.split(command)]
     assert mamba(*arguments, "-q").stdout.decode().split()[:len(shown)] == shown
-
-
-TALES = ROOT / "models" / "tales.bin"
 
 
 def test_an_output_is_no_input(mamba, tmp_path):

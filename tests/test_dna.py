@@ -16,7 +16,7 @@ def test_vocabulary(mamba, model):
     reader = gguf.GGUFReader(model)
     assert reader.fields["tokenizer.ggml.tokens"].contents()[:12] == ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"]
     assert reader.fields["mamba.tokenizer.normalizer"].contents() == "dna"
-    assert mamba("tokenize", model, "-p", "ACGTN acgtn\nRYswU").stdout == b"7 8 9 10 11 7 8 9 10 11 11 11 11 11 11\n"
+    assert mamba("tokenize", model, "-p", "ACGTN acgtn\nRYswU").stdout == b"7 8 9 10 11 7 8 9 10 11 11 11 11 11 10\n"
     assert mamba("tokenize", model, "-p", "AcX", "--case-sensitive").stdout == b"7 6 6\n"
     assert mamba("tokenize", model, "--ids", "7 8 9 10 11", "--decode").stdout == b"ACGTN\n"
     assert mamba("tokenize", model, "-p", "[CLS]a c[SEP]", "--parse-special").stdout == b"0 7 8 1\n"
@@ -70,6 +70,14 @@ def test_a_record_that_cannot_be_continued(mamba, model, tmp_path):
     assert done.returncode == 1 and not (tmp_path / "o.fa").exists() and f"{tmp_path / 'o.fa'}: not written, because 1 failed" in done.stderr.decode()
 
 
+def test_an_empty_record_cannot_be_continued(mamba, model, tmp_path):
+    """Its vocabulary has no token to begin with; the record is named."""
+    no_start = vocabulary(tmp_path, list("ACGTN"))
+    path = fasta(tmp_path, ">a\nACGT\n>b\n>c\nAC\n")
+    done = mamba(model, "-q", "--tokenizer", no_start, "--fasta", path, "-n", 5, check=False)
+    assert done.returncode == 1 and list(letters(done.stdout)) == ["a", "c"] and f"{path}: record b is empty" in done.stderr.decode()
+
+
 def test_words_are_no_fasta(mamba):
     done = mamba(ROOT / "models" / "tales.bin", "-p", "Once", "--fasta-out", "-", check=False)
     assert done.returncode == 1 and b"single letters" in done.stderr
@@ -102,6 +110,21 @@ def test_a_byte_order_mark(mamba, model, tmp_path):
     regions.write_text("four\t3\t90\none\t0\t14\n")
     for options in ([], ["--bed", regions]):
         assert mamba("score", model, "--fasta", marked, *options).stdout == mamba("score", model, "--fasta", path, *options).stdout
+
+
+def test_rna(mamba, model, tmp_path):
+    """U is read as T, which models are trained on."""
+    options = ["--fasta", "-", "--per-token"]
+    dna, rna = (mamba("score", model, *options, input=text).stdout for text in (b">a\nACGTTtacgtt\n", b">a\nACGUTuacguu\n"))
+    assert dna == rna and len(rows(rna)) == 10
+    assert mamba("tokenize", model, "-p", "u", "--case-sensitive").stdout == mamba("tokenize", model, "-p", "t", "--case-sensitive").stdout
+
+
+def test_fasta_that_is_named_a_text(mamba, model, tmp_path):
+    path = fasta(tmp_path, ">a\nACGT\n")
+    for options in (["-f", path], ["-p", "ACGT", "--prefix", path]):
+        done = mamba("score", model, *options, check=False)
+        assert done.returncode == 1 and f"{path} begins with '>'" in done.stderr.decode() and b"--fasta" in done.stderr and done.stdout == b""
 
 
 def test_old_comments_and_blank_lines(mamba, model, tmp_path):
@@ -206,7 +229,8 @@ def test_a_wrong_letter(mamba, model, tmp_path):
     assert done.returncode == 1 and [row[0] for row in rows(done.stdout)] == ["a:1-3", "a:4-4", "b:1-3", "d:1-3", "d:4-4"]
 
 
-@pytest.mark.parametrize("content, words", [(b"ACGT\n", "begins with 'A'"), (b"\x1f\x8b\x08\x00", "zcat"), (None, "No such file")])
+@pytest.mark.parametrize("content, words", [(b"ACGT\n", "begins with 'A'"), (b"\xff\xfeA", "begins with byte 255"), (b" >a\nACGT\n", "begins with ' '"),
+                                            (b"\x1f\x8b\x08\x00", "zcat"), (None, "No such file")])
 def test_files_that_are_none(mamba, model, tmp_path, content, words):
     path = fasta(tmp_path, content) if content is not None else tmp_path / "missing"
     done = mamba("score", model, "-q", "--fasta", path, check=False)

@@ -1538,7 +1538,10 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 // ====================================================================================================================
 
 enum {
+    ITEM_BYTES = 49152,     // of weights; telling another core of an item takes as long as multiplying less than these
+    STATE_BYTES = 16,       // of weights that take as long as a channel's state of a scan
     ROW_TOKENS = 4,         // of so few tokens memory sets the pace: float weights are multiplied as they are read
+    SHORT_ROW = 512,        // columns; rows of F32 that are no longer are multiplied several at a time even then
     FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SECOND_CACHE = 2,       // for __builtin_prefetch, of weights: the first cache has few buffers for what is on its way
@@ -1631,6 +1634,8 @@ struct kernels {
 #define t_load_bf16 ISA_NAME(t_load_bf16)
 #define t_store ISA_NAME(t_store)
 #define t_fma ISA_NAME(t_fma)
+#define t_first ISA_NAME(t_first)
+#define v_first ISA_NAME(v_first)
 #define v_store ISA_NAME(v_store)
 #define v_store_n ISA_NAME(v_store_n)
 #define v_store_i8 ISA_NAME(v_store_i8)
@@ -1853,6 +1858,7 @@ LANE vf t_load_bf16(const uint16_t *p) {
 LANE vf v_set(float x) { return _mm512_set1_ps(x); }
 LANE vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 LANE vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+LANE vf v_first(vf a, int n) { return _mm512_maskz_mov_ps((__mmask16)((1u << n) - 1), a); }
 LANE void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 LANE void v_store_n(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
 LANE void v_store_i8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
@@ -1929,6 +1935,10 @@ LANE vt t_load_bf16(const uint16_t *p) {
 }
 LANE void t_store(float *p, vt a) { _mm256_storeu_ps(p, a); }
 LANE vt t_fma(vt a, vt b, vt c) { return _mm256_fmadd_ps(a, b, c); }
+LANE vt t_first(vt a, int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
+}
 #define UNROLL UNROLL_FULLY
 LANE vf v_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 LANE vf v_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -2034,6 +2044,10 @@ LANE vt t_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16
 LANE vt t_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 LANE void t_store(float *p, vt a) { vst1q_f32(p, a); }
 LANE vt t_fma(vt a, vt b, vt c) { return vfmaq_f32(c, a, b); }
+LANE vt t_first(vt a, int n) {
+    const int32x4_t lane = {0, 1, 2, 3};
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcltq_s32(lane, vdupq_n_s32(n))));
+}
 #define UNROLL UNROLL_FULLY
 #define EACH UNROLL_FULLY for (int i = 0; i < 4; i++)
 LANE vf v_set(float x) { return (vf){{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
@@ -2263,6 +2277,11 @@ LANE vf v_load_n(const float *p, int n) {
     memcpy(full, p, (size_t)n * sizeof *p);
     return v_load(full);
 }
+LANE vf v_first(vf a, int n) {
+    float full[16];
+    v_store(full, a);
+    return v_load_n(full, n);
+}
 LANE void v_store_n(float *p, vf a, int n) {
     float full[16];
     v_store(full, a);
@@ -2284,6 +2303,7 @@ LANE vt t_zero(void) { return v_set(0.0f); }
 LANE vt t_load(const float *p) { return v_load(p); }
 LANE void t_store(float *p, vt a) { v_store(p, a); }
 LANE vt t_fma(vt a, vt b, vt c) { return v_fma(a, b, c); }
+LANE vt t_first(vt a, int n) { return v_first(a, n); }
 #endif
 
 // As many lanes of a vector as an array still has, if they are not all.
@@ -2456,7 +2476,7 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
     if (rows > 1) o.fetch->at = ahead;
 }
 
-// Up to ROW_TOKENS tokens, a row at a time: memory is read best that way.
+// Up to ROW_TOKENS tokens, a row at a time: memory is read best that way, where rows are long.
 LANE void row_by_row(enum format format, int rows, int tokens, const struct operands o) {
     for (int r = 0; r < rows; r++)
         switch (tokens) {
@@ -2474,7 +2494,7 @@ LANE void tile_rows(int rows, int tokens, const struct operands o, int token) {
     for (; r < rows; r++) tile(F32, 1, tokens, 1, o, r, token);
 }
 
-// Many tokens and F32. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
+// Many tokens or short rows, and F32. Tokens outside, rows inside: the rows stay in the cache while tokens pass.
 LANE void tiles(int rows, int tokens, const struct operands o) {
     for (int t = 0, n; t < tokens; t += n)
         switch (n = min_int(tokens - t, TILE_TOKENS)) {
@@ -2488,14 +2508,16 @@ LANE void tiles(int rows, int tokens, const struct operands o) {
     _Static_assert(TILE_TOKENS <= 6, "a tile of more tokens needs a case");
 }
 
-// n columns of a row as floats, and zeros up to a multiple of 16.
-LANE void floats_of(enum format format, const uint8_t *row, int n, float *to) {
+// n columns of a row as floats, and zeros up to a multiple of 16. end: of the matrix, behind which nothing may be read.
+LANE void floats_of(enum format format, const uint8_t *row, const uint8_t *end, int n, float *to) {
     const size_t bytes = (size_t)formats[format].bytes;
-    for (int k = 0; k < n; k += 16) {
+    int k = 0;
+    for (; k + TILE_LANES <= n; k += TILE_LANES) t_store(to + k, t_load_weights(format, row + (size_t)k * bytes));
+    for (; k % 16 || k < n; k += TILE_LANES) {
         uint8_t last[64] = {0};
         const uint8_t *from = row + (size_t)k * bytes;
-        if (n - k < 16) from = memcpy(last, from, (size_t)(n - k) * bytes);
-        for (int i = 0; i < 16; i += TILE_LANES) t_store(to + k + i, t_load_weights(format, from + (size_t)i * bytes));
+        if (k < n && end - from < TILE_LANES * (int)bytes) from = memcpy(last, from, (size_t)(n - k) * bytes);
+        t_store(to + k, k < n ? t_first(t_load_weights(format, from), n - k) : t_zero());
     }
 }
 
@@ -2505,8 +2527,10 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
                        float *y, int ldy, bool add) {
     float sums[TOKEN_BLOCK][ROW_GROUP][16], floats[ROW_GROUP][COLUMN_BLOCK];
     const size_t bytes = (size_t)formats[format].bytes;
-    const bool few = tokens <= ROW_TOKENS;
-    const bool near = ceil_div(tokens, TILE_TOKENS) < TILE_ROWS * TILE_LANES / 16;  // F32 has more lines than tiles take steps
+    const uint8_t *end = m->data + (size_t)m->rows * m->row_bytes;
+    const bool is_short = format == F32 && m->cols <= SHORT_ROW, few = tokens <= ROW_TOKENS && !is_short;
+    // F32 has more lines than tiles take steps.
+    const bool near = m->cols > SHORT_ROW && ceil_div(tokens, TILE_TOKENS) < TILE_ROWS * TILE_LANES / 16;
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
         const uint8_t *next = m->data + (size_t)(row0 + r + rows) * m->row_bytes;  // only fetched: it may lie behind the matrix
@@ -2522,7 +2546,7 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
                 else tiles(rows, tokens, o);
                 continue;
             }
-            for (int i = 0; i < rows; i++) floats_of(format, w + (size_t)i * m->row_bytes, n, floats[i]);
+            for (int i = 0; i < rows; i++) floats_of(format, w + (size_t)i * m->row_bytes, end, n, floats[i]);
             o.w = (const uint8_t *)floats;
             o.row_bytes = sizeof floats[0];
             tiles(rows, tokens, o);
@@ -3242,8 +3266,9 @@ struct narrow_panel {
 
 static void narrow_fill(const struct matrix *m, int row0, struct narrow_panel *p) {
     float rows[16][NARROW_COLUMNS];
+    const uint8_t *end = m->data + (size_t)m->rows * m->row_bytes;
     p->steps = ceil_div(m->cols, 16);
-    for (int r = 0; r < 16; r++) floats_of(m->format, row_or_last(m, row0 + r), m->cols, rows[r]);
+    for (int r = 0; r < 16; r++) floats_of(m->format, row_or_last(m, row0 + r), end, m->cols, rows[r]);
     for (int k = 0; k < 16 * p->steps; k += 8)
         for (int r = 0; r < 16; r += 8) {
             vb part[8];
@@ -3794,6 +3819,8 @@ struct team {               // one thread's view of a forward in progress
     int phase;              // which one this thread is in
     int n_shares;           // of that phase, which it found taken
     bool has_item;          // it is working on an item of that phase
+    int n_before;           // items of the phase before
+    bool ended_it;          // the last one of a phase was this thread's
 };
 
 // Keeps the longest of a forward's waits, by any thread.
@@ -3837,17 +3864,28 @@ static bool take_item(struct team *t, int n_items, int *item) {
     return false;
 }
 
-// The next item of the phase for this thread, as in: while (next_item(t, n_items, &item)) { ... }. When none is left it
-// waits for those that other threads still work on and goes on to the next phase. A thread that lost its core between
-// two items is not waited for: the others take its share, and it finds the phases ended when it comes back.
+// The next item of the phase for this thread, as in: while (next_item(t, n_items, &item)) { ... }. A phase begins when the one
+// before it is done, which other threads may still work on. A thread that lost its core between two items is not waited for: the
+// others take its share, and it finds the phases ended when it comes back. A phase of one item is left to the thread that ended
+// the one before it, which need not wait to be told; the others go on to the next phase and wait for both.
 static bool next_item(struct team *t, int n_items, int *item) {
-    struct phase *p = &t->ctx->phases[t->phase];
-    if (t->has_item) atomic_fetch_add_explicit(&p->n_done, 1, memory_order_release);
-    t->has_item = take_item(t, n_items, item);
+    struct phase *phases = t->ctx->phases;
+    if (!n_items) return false;
+    if (t->has_item) {
+        t->ended_it = atomic_fetch_add_explicit(&phases[t->phase].n_done, 1, memory_order_acq_rel) == n_items - 1;
+        t->has_item = n_items > 1 && take_item(t, n_items, item);
+    } else if (n_items == 1 && t->phase > 0) {
+        *item = 0;
+        t->has_item = t->ended_it;
+    } else {
+        if (t->phase > 0 && !t->ended_it) await_phase(t->ctx, &phases[t->phase - 1], t->n_before);
+        t->ended_it = false;
+        t->has_item = take_item(t, n_items, item);
+    }
     if (t->has_item) return true;
-    await_phase(t->ctx, p, n_items);
     t->phase++;
     t->n_shares = 0;
+    t->n_before = n_items;
     return false;
 }
 
@@ -3864,10 +3902,14 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
 }
 
 // Rows of weights a block: few blocks, since memory is read best in long runs, and each block reads the activations of all
-// tokens; but several a thread, so that nobody waits long for the last one. More than one token may have rows in groups of 32.
-static int rows_of_block(const struct context *ctx, int rows, int n_tokens) {
-    const int group = n_tokens == 1 ? 16 : 32, block = rows / (4 * ctx->n_threads) / group * group;
-    return block < group ? group : min_int(block, 128);
+// tokens; but several a thread, so that nobody waits long for the last one, where each is worth an item. More than one token may
+// have rows in groups of 32.
+static int rows_of_block(const struct context *ctx, int rows, size_t row_bytes, int n_tokens) {
+    const int group = n_tokens == 1 ? 16 : 32, n = ctx->n_threads;
+    const int64_t worth = (int64_t)rows * (int64_t)row_bytes * n_tokens / ITEM_BYTES;
+    const int n_blocks = worth >= 4 * n ? 4 * n : worth > n ? (int)worth / n * n : worth > 1 ? (int)worth : 1;
+    const int block = round_up(ceil_div(rows, n_blocks), group);
+    return n_blocks < 4 * n ? block : min_int(block, 128);
 }
 
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase. It is added to what y holds, or to
@@ -3879,7 +3921,8 @@ static void matmul_phase(struct team *t, const struct matrix *w, const float *bi
     const bool unpack_less = is_quantized(w) && whole_rows * (n_tokens / Q_TOKEN_BLOCK) >= wanted;
     const int token_block = unpack_less ? Q_TOKEN_BLOCK : TOKEN_BLOCK, n_token_blocks = ceil_div(n_tokens, token_block);
     const bool enough = whole_rows * n_token_blocks >= wanted;
-    const int row_block = n_tokens <= ROW_TOKENS ? rows_of_block(t->ctx, w->rows, n_tokens) : enough ? ROW_BLOCK : ROW_BLOCK / 3;
+    const int row_block = n_tokens <= ROW_TOKENS ? rows_of_block(t->ctx, w->rows, w->row_bytes, n_tokens)
+                        : enough ? ROW_BLOCK : ROW_BLOCK / 3;
     const int n_row_blocks = ceil_div(w->rows, row_block);
     int item;
     while (next_item(t, n_row_blocks * n_token_blocks, &item)) {
@@ -3931,8 +3974,9 @@ static const struct sequence *next_sequence(const struct context *ctx, int segme
 }
 
 // Channels a block, a multiple of 32; the arrays behind the last one are padded.
-static int channel_block(const struct context *ctx, const struct level *v, int *n_blocks) {
-    const int block = round_up(rows_of_block(ctx, v->size.d_inner, v->n_tokens), 32);
+static int channel_block(const struct context *ctx, const struct level *v, const struct layer *l, int *n_blocks) {
+    const size_t bytes = 2 * l->in.row_bytes + STATE_BYTES * (size_t)ctx->m->c.d_state;
+    const int block = round_up(rows_of_block(ctx, v->size.d_inner, bytes, v->n_tokens), 32);
     *n_blocks = ceil_div(v->size.d_inner, block);
     return block;
 }
@@ -3942,7 +3986,7 @@ static int channel_block(const struct context *ctx, const struct level *v, int *
 static void in_conv_phase(struct team *t, struct level *v, const struct layer *l) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
-    int n_blocks, block = channel_block(ctx, v, &n_blocks), item, ld = v->u.ld;
+    int n_blocks, block = channel_block(ctx, v, l, &n_blocks), item, ld = v->u.ld;
     const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), n_padded = round_up(n, 16), token = 0;
@@ -3995,7 +4039,7 @@ static void dt_low_phase(struct team *t, struct level *v) {
 static void dt_scan_phase(struct team *t, struct level *v, const struct layer *l) {
     struct context *ctx = t->ctx;
     const struct config *cfg = &ctx->m->c;
-    int n_blocks, block = channel_block(ctx, v, &n_blocks), item, ld = v->y.ld;
+    int n_blocks, block = channel_block(ctx, v, l, &n_blocks), item, ld = v->y.ld;
     const size_t n_state = (size_t)cfg->d_state * (size_t)(1 + l->is_complex);
     while (next_item(t, n_blocks, &item)) {
         int c = item * block, n = min_int(block, v->size.d_inner - c), token = 0;

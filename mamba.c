@@ -6147,7 +6147,6 @@ static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *
         if (c == EOF || (fa->line_begins && c == '>')) break;
         fasta_byte(fa);
         int base = nucleotide((uint8_t)c, fa->keep_case);
-        if (fa->in_region && isspace(c) && c != '\n' && !(c == '\r' && fasta_peek(fa) == '\n')) base = -1;  // it was counted as one
         if (base < 0) {
             set_error(e, "%s: record %s: %s at base %" PRId64 "; expected A, C, G, T, N or an IUPAC code", fa->path, fa->name,
                       show_byte(c, shown), fa->origin + fa->n_bases + (int64_t)got + 1);
@@ -6164,34 +6163,43 @@ static size_t fasta_read(struct fasta *fa, uint8_t *to, size_t n, struct error *
 
 // ---- Regions ----
 
-struct fasta_line {         // of a record being indexed: its length so far, and its last byte
-    int64_t bytes;
-    uint8_t last;
-    bool must_be_last;      // a line of the record was shorter than its first one
+struct fasta_line {         // of a record being indexed
+    int64_t bytes, blanks;  // its length so far, and the white space at its end
+    uint8_t last;           // byte of it
+    bool must_be_last;      // a line of the record was shorter than its first one, or ended in another way
 };
 
-// A line of bases has ended, in n_end bytes '\n' (0: with the file).
+// A line of bases has ended, in n_end bytes '\n' (0: with the file). Blanks at its end are as much of the end as '\r' is.
 static void fasta_line_ends(struct fasta_record *r, struct fasta_line *line, int n_end) {
-    const int64_t bases = line->bytes - (line->bytes && line->last == '\r'), end = line->bytes + n_end - bases;
-    const bool is_first = !r->line_bytes;
-    if (is_first) {
+    const int64_t bases = line->bytes - line->blanks, bytes = line->bytes + n_end;
+    if (!r->line_bytes) {
         r->line_bases = bases;
-        r->line_bytes = bases + end;
+        r->line_bytes = bytes;
     }
-    const bool same_end = !n_end || end == r->line_bytes - r->line_bases;
-    if (bases && (line->must_be_last || bases > r->line_bases || !same_end)) r->irregular = true;
-    line->must_be_last |= bases < r->line_bases || !bases;
+    if (bases && (line->must_be_last || bases > r->line_bases)) r->irregular = true;
+    line->must_be_last |= bases < r->line_bases || bytes != r->line_bytes;
     r->n_bases += bases;
-    line->bytes = 0;
+    line->bytes = line->blanks = 0;
 }
 
-// What chunk holds of the line at hand. False: there is a '\r' inside, where fasta_next() would have a line begin.
+// Some bytes of a line. False: there is a '\r' inside, where fasta_next() would have a line begin.
+static bool fasta_line_goes_on(struct fasta_record *r, struct fasta_line *line, const uint8_t *p, size_t n) {
+    size_t letters = n;
+    while (letters && isspace(p[letters - 1])) letters--;
+    if (n && ((line->bytes && line->last == '\r') || memchr(p, '\r', n - 1))) return false;
+    r->irregular |= letters && line->blanks;
+    for (const char *blank = " \t\v\f"; *blank; blank++) r->irregular |= memchr(p, *blank, letters) != NULL;
+    line->blanks = (int64_t)(n - letters) + (letters ? 0 : line->blanks);
+    line->bytes += (int64_t)n;
+    if (n) line->last = p[n - 1];
+    return true;
+}
+
+// What chunk holds of the line at hand.
 static bool fasta_index_bytes(struct fasta *fa, struct fasta_record *r, struct fasta_line *line) {
     const uint8_t *from = fa->chunk + fa->at, *end = memchr(from, '\n', fa->n - fa->at);
     const size_t n = end ? (size_t)(end - from) : fa->n - fa->at;
-    if (n && ((line->bytes && line->last == '\r') || memchr(from, '\r', n - 1))) return false;
-    if (n) line->last = from[n - 1];
-    line->bytes += (int64_t)n;
+    if (!fasta_line_goes_on(r, line, from, n)) return false;
     fa->at += n + (end != NULL);
     fa->line_begins = end != NULL;
     if (end) fasta_line_ends(r, line, 1);
@@ -6242,8 +6250,8 @@ static const struct fasta_record *fasta_find(const struct fasta *fa, struct str 
     if (!r) set_error(e, "%s has no record %.*s", fa->path, str_show(name), name.p);
     else if (r->twice) set_error(e, "%s: two records have the name %s; a region would be of either", fa->path, r->name);
     else if (r->irregular)
-        set_error(e, "%s: record %s: its lines differ in length, regions need lines of one length (seqkit seq -w 60)", fa->path,
-                  r->name);
+        set_error(e, "%s: record %s: its lines differ in length or have blanks inside, regions need lines of one length "
+                  "(seqkit seq -w 60)", fa->path, r->name);
     return e->text[0] ? NULL : r;
 }
 

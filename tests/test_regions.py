@@ -19,7 +19,8 @@ def bed(tmp_path, *regions, name="r.bed"):
 
 # ---- BED ----
 
-@pytest.mark.parametrize("layout", [{}, {"width": 7}, {"width": 10 ** 6}, {"end": "\r\n"}, {"last": False}, {"width": 80, "end": "\r\n", "last": False}])
+@pytest.mark.parametrize("layout", [{}, {"width": 7}, {"width": 10 ** 6}, {"end": "\r\n"}, {"last": False}, {"width": 80, "end": "\r\n", "last": False},
+                                    {"end": " \n"}, {"width": 7, "end": " \t\r\n", "last": False}])
 def test_regions(mamba, model, tmp_path, layout):
     """In the order of the file: unsorted, overlapping, twice, at both ends, over the end (cut there, as samtools does), of no base."""
     path = fasta(tmp_path, write(GENOME, **layout))
@@ -95,10 +96,27 @@ def test_a_long_region_is_read_in_pieces(mamba, model, tmp_path):
     assert [row[1:] for row in table] == [row[1:] for row in rows(mamba("score", model, "--fasta", cut).stdout)]
 
 
+@pytest.mark.parametrize("name", ["a" * n for n in range(1, 7)])
+def test_blanks_where_a_piece_of_the_file_ends(mamba, model, tmp_path, name):
+    """Lines of 4096 bytes, so that a piece of 64 KiB ends between the letters and the blanks, or in them."""
+    bases = some_bases(80000)
+    path, regions = fasta(tmp_path, write({name: bases}, width=4092, end=" \t \n")), bed(tmp_path, (name, 65000, 65500), (name, 79000, 80000))
+    cut = fasta(tmp_path, write({"x": bases[65000:65500], "y": bases[79000:]}), "cut.fa")
+    of_regions, whole = (rows(mamba("score", model, "--fasta", *options).stdout) for options in ([path, "--bed", regions], [cut]))
+    assert [row[1:] for row in of_regions] == [row[1:] for row in whole]
+
+
+def test_a_last_line_may_end_in_its_own_way(mamba, model, tmp_path):
+    """samtools faidx a:6-8 says CGT."""
+    path = fasta(tmp_path, ">a\nACGT \nACGT \nAC\n")
+    done = mamba(model, "-q", "--fasta", path, "--bed", bed(tmp_path, ("a", 5, 8), ("a", 7, 99)), "-n", 0, "--echo")
+    assert done.stdout == b">a:6-8\nCGT\n>a:8-10\nTAC\n"
+
+
 @pytest.mark.parametrize("content, words", [
     (b">a\nACGT\n>b\nAC\nACGT\n", "line 2: x.fa: record b: its lines differ in length"), (b">b\nACGT\n\nACGT\n", "record b: its lines differ"),
     (b">b\n\nACGT\n", "record b: its lines differ"), (b">b\nACGT\r\nACGT\nAC\n", "record b: its lines differ"),
-    (b">b\nAC GT\nACGTA\n", "record b: ' ' at base 3"), (b">b\nACGX\n", "record b: 'X' at base 4"), (b">b\nAC\n>b\nAC\n", "two records have the name b"),
+    (b">b\nAC GT\nACGTA\n", "have blanks inside"), (b">b\nACGT \nACGT\nA\n", "record b: its lines differ"), (b">b\nACGX\n", "record b: 'X' at base 4"), (b">b\nAC\n>b\nAC\n", "two records have the name b"),
     (b">b\rAC\rAC\r", "as on old Macs"), (b">b\nAC\r>c\nAC\n", "as on old Macs"), (b"ACGT\n", "begins with 'A'"), (b"", "no record b")])
 def test_files_without_regions(mamba, model, tmp_path, content, words):
     fasta(tmp_path, content)

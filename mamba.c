@@ -388,30 +388,20 @@ static void print_line(FILE *f, const char *text) {
 static char usage_hint[32] = "mamba --help";  // where a wrong command line sends; becomes that of the command
 
 // Says what went wrong and ends the program: with status 1, or with 2 and a hint where it is the command line.
-static _Noreturn void end_with(int status, const char *text) {
+__attribute__((format(printf, 2, 3))) static _Noreturn void end_with(int status, const char *format, ...) {
+    struct error e;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(e.text, sizeof e.text, format, args);
+    va_end(args);
     fflush(stdout);  // what was written so far is kept
-    print_line(stderr, text);
+    print_line(stderr, e.text);
     if (status == 2) fprintf(stderr, "Try: %s\n", usage_hint);
     exit(status);
 }
 
-__attribute__((format(printf, 1, 2))) static _Noreturn void die(const char *format, ...) {
-    struct error e;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(e.text, sizeof e.text, format, args);
-    va_end(args);
-    end_with(1, e.text);
-}
-
-__attribute__((format(printf, 1, 2))) static _Noreturn void usage_error(const char *format, ...) {
-    struct error e;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(e.text, sizeof e.text, format, args);
-    va_end(args);
-    end_with(2, e.text);
-}
+#define die(...) end_with(1, __VA_ARGS__)
+#define usage_error(...) end_with(2, __VA_ARGS__)
 
 // The first error of a parse stays.
 __attribute__((format(printf, 2, 3))) static void set_error(struct error *e, const char *format, ...) {
@@ -685,9 +675,9 @@ static int within_cgroups(int n) {
 
 // Physical cores that this process may use: affinity mask, one hardware thread a core, cgroup quota.
 static int default_threads(void) {
-    int n = 1;
+    int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef __linux__
-    cpu_set_t allowed;
+    cpu_set_t allowed;  // of up to 1024; where there are more, the call fails
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
         n = 0;
         for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
@@ -702,8 +692,6 @@ static int default_threads(void) {
         }
     }
     n = within_cgroups(n);
-#else
-    n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 #endif
     return n > 0 ? n : 1;
 }
@@ -1163,7 +1151,7 @@ static bool unet_config_read(const struct gguf *g, struct config *c, struct erro
 static bool config_read(const struct gguf *g, struct config *c, struct error *e) {
     struct str arch = {"", 0};
     if (!gguf_str(g, "general.architecture", &arch))
-        return fail(e, "metadata 'general.architecture' is missing; expected \"mamba\" or \"mamba-unet\"");
+        return fail(e, "metadata 'general.architecture' is missing, or no string; expected \"mamba\" or \"mamba-unet\"");
     const bool unet = str_is(arch, "mamba-unet");
     if (!unet && !str_is(arch, "mamba"))
         return fail(e, "general.architecture is \"%.*s\"; expected \"mamba\" or \"mamba-unet\"", str_show(arch), arch.p);
@@ -1182,7 +1170,7 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         int64_t v;
-        if (!gguf_int(g, fields[i].key, &v)) return fail(e, "metadata '%s' is missing; expected an integer", fields[i].key);
+        if (!gguf_int(g, fields[i].key, &v)) return fail(e, "metadata '%s' is missing, or no integer", fields[i].key);
         if (v < 1 || v > fields[i].max)
             return fail(e, "%s is %" PRId64 "; expected 1 to %d", fields[i].key, v, fields[i].max);
         *fields[i].field = (int)v;
@@ -1199,7 +1187,6 @@ static bool config_read(const struct gguf *g, struct config *c, struct error *e)
                     (double)c->dt_b_c_eps);
     c->dt_b_c_rms = dt_b_c_rms != 0;
     c->context_length = length > 0 && length < 1 << 20 ? (int)length : 0;  // converters that do not know it write 2^20
-    c->n_blocks = c->n_layer;
     c->level[0] = (struct level_size){c->d_model, c->d_inner, c->dt_rank, 1};
     return !unet || unet_config_read(g, c, e);
 }
@@ -1887,8 +1874,7 @@ LANE vi v_set_int(int n) { return _mm512_set1_epi32(n); }
 LANE vi v_add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 #if defined(ISA_VNNI)
 LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
-    int32_t four;
-    memcpy(&four, x, 4);
+    const int four = (int)load_u32((const uint8_t *)x);
     (void)is_signed;  // panels are not
     return _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
@@ -1901,8 +1887,7 @@ LANE vi v_dots_end(vi sum, vw dots) {
     return sum;
 }
 LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
-    int32_t four;
-    memcpy(&four, x, 4);
+    const int four = (int)load_u32((const uint8_t *)x);
     __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(four);
     if (is_signed) {
         b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b);
@@ -1983,8 +1968,7 @@ LANE vi v_set_int(int n) { return (vi){_mm256_set1_epi32(n), _mm256_set1_epi32(n
 LANE vi v_add_int(vi a, vi b) { return (vi){_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 #if defined(ISA_VNNI)
 LANE vi v_dot4(vi sum, const int8_t *w, const int8_t *x, bool is_signed) {
-    int32_t four;
-    memcpy(&four, x, 4);
+    const int four = (int)load_u32((const uint8_t *)x);
     (void)is_signed;  // panels are not
     const __m256i b = _mm256_set1_epi32(four);
     return (vi){dot_bytes(sum.lo, _mm256_loadu_si256((const __m256i *)w), b),
@@ -2002,8 +1986,7 @@ LANE vi v_dots_end(vi sum, vw dots) {
     return sum;
 }
 LANE vw v_dot4(vw sum, const int8_t *w, const int8_t *x, bool is_signed) {
-    int32_t four;
-    memcpy(&four, x, 4);
+    const int four = (int)load_u32((const uint8_t *)x);
     __m256i b = _mm256_set1_epi32(four);
     __m256i lo = _mm256_loadu_si256((const __m256i *)w), hi = _mm256_loadu_si256((const __m256i *)(w + 32));
     sum.lo = _mm256_add_epi16(sum.lo, dot_words(lo, b, is_signed));
@@ -2859,12 +2842,12 @@ LANE void chunk_scales(enum format format, const struct chunk *c, struct panel *
 
 // ---- one row ----
 
-// Scales and minima of one block's groups; no minima are 0.
-LANE void block_scales(enum format format, const uint8_t *block, float scale[16], float min[16]) {
+// Scales of one block's groups and, in formats that have them, minima.
+LANE void block_scales(enum format format, const uint8_t *block, float *scale, float *min) {
     const bool has_min = formats[format].has_min;
     if (formats[format].block == 32) {
         *scale = h_load(block);
-        *min = has_min ? h_load(block + 2) : 0;
+        if (has_min) *min = h_load(block + 2);
         return;
     }
     struct chunk c = {.n = 256};
@@ -2873,38 +2856,30 @@ LANE void block_scales(enum format format, const uint8_t *block, float scale[16]
     chunk_scales(format, &c, &p);
     for (int g = 0; g < 256 / formats[format].group; g++) {
         scale[g] = p.scale[g][0];
-        min[g] = has_min ? p.min[g][0] : 0;
+        if (has_min) min[g] = p.min[g][0];
+    }
+}
+
+// A row of block-quantised weights, here and for a device that lays them out in another way. min stays as it is in formats without.
+static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
+    const int block = formats[format].block, groups = block / formats[format].group;
+    for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
+        block_scales(format, row, scale, min);
+        for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
     }
 }
 
 // Element = scale * (q - zero) + min, each operation rounded, as gguf-py does it.
 static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, float *x) {
+    const int block = formats[format].block, group = formats[format].group;
     if (format == F32) memcpy(x, row, (size_t)n * sizeof *x);
     else if (format == F16) for (int i = 0; i < n; i++) x[i] = h_load(row + 2 * (size_t)i);
     else if (format == BF16) for (int i = 0; i < n; i++) x[i] = bf16_to_f32(load_u16(row + 2 * (size_t)i));
-    else for (int k = 0; k < n; k += formats[format].block, row += formats[format].bytes) {
-        float scale[16], min[16];
-        block_scales(format, row, scale, min);
-        for (int i = 0; i < formats[format].block; i += 32) {
-            int8_t q[32] = {0};
-            b_store(q, unpack(format, row, i / 32));
-            for (int j = 0; j < 32; j++) {
-                const int g = (i + j) / formats[format].group;
-                x[k + i + j] = scale[g] * (float)(q[j] - formats[format].zero) + min[g];
-            }
-        }
-    }
-}
-
-// Of block-quantised formats, for a device that lays its weights out in another way. min stays as it is in formats without.
-static void ISA_NAME(unpack_row)(enum format format, const uint8_t *row, int n, int8_t *q, float *scale, float *min) {
-    const int block = formats[format].block, groups = block / formats[format].group;
-    for (int k = 0; k < n; k += block, row += formats[format].bytes, scale += groups, min += groups) {
-        float s[16], m[16];
-        block_scales(format, row, s, m);
-        memcpy(scale, s, (size_t)groups * sizeof *s);
-        if (formats[format].has_min) memcpy(min, m, (size_t)groups * sizeof *m);
-        for (int i = 0; i < block; i += 32) b_store(q + k + i, unpack(format, row, i / 32));
+    else for (int k = 0; k < n; k += block, row += formats[format].bytes) {
+        int8_t q[256];
+        float scale[16], min[16] = {0};
+        ISA_NAME(unpack_row)(format, row, block, q, scale, min);
+        for (int i = 0; i < block; i++) x[k + i] = scale[i / group] * (float)(q[i] - formats[format].zero) + min[i / group];
     }
 }
 
@@ -4713,26 +4688,6 @@ static bool state_load(const char *path, const struct model *m, struct sequence 
     return ok ? true : fail(e, "%s: %s", path, inner.text);
 }
 
-#ifdef MAMBA_FUZZ
-// A state file from a stranger, for a small model. Only one with the right checksum gets far, so it is put right.
-static void fuzz_state(const uint8_t *data, size_t n) {
-    struct layer layers[2] = {{0}};
-    struct model m = {.c = {.n_layer = 2, .d_inner = 5, .d_state = 3, .d_conv = 4, .n_vocab = 9, .level = {{.d_inner = 5}}},
-                      .layers = layers, .fingerprint = 7};
-    lay_out_state(&m);
-    struct sequence *s = sequence_new(&m.c);
-    struct resume *r = xcalloc(1, sizeof *r);
-    struct error e = {""};
-    uint8_t *file = xmalloc(n);
-    if (n) memcpy(file, data, n);
-    if (n >= 8) memcpy(file + n - 8, &(uint64_t){hash_bytes(STATE_VERSION, file, n - 8)}, 8);
-    if (!state_parse(file, n, &m, s, r, &e) && !e.text[0]) abort();  // refused without a word
-    free(file);
-    free(r);
-    sequence_free(s);
-}
-#endif
-
 // ====================================================================================================================
 // 8. Unicode and tokenizer.
 // Text to token ids and back, as Hugging Face tokenizers do it: added tokens, NFC, pre-tokenisation, byte-level BPE with
@@ -5079,7 +5034,6 @@ struct merge {              // a pair of neighbours that may become one token
 };
 
 struct tokenizer {          // owner of everything but the file it was read from
-    struct gguf file;       // when it has a file of its own (tokenizer.bin)
     int32_t n_tokens;
     struct str *token;      // [n_tokens] bytes that the token stands for
     uint8_t *type;          // [n_tokens] enum token_type
@@ -5193,7 +5147,8 @@ static bool load_tokens(struct tokenizer *t, const struct gguf *g, struct error 
 
 static bool load_merges(struct tokenizer *t, const struct gguf *g, struct error *e) {
     const struct gguf_kv *kv = gguf_find(g, "tokenizer.ggml.merges");
-    uint64_t n = kv && kv->is_array && kv->type == GGUF_STRING ? kv->count : 0;
+    const uint64_t n = kv ? kv->count : 0;
+    if (kv && !(kv->is_array && kv->type == GGUF_STRING)) return fail(e, "tokenizer.ggml.merges is no array of strings");
     if (n > 1 << 28) return fail(e, "%" PRIu64 " merges", n);
     t->characters = n == 0;
     t->n_merge_slots = table_size(n);
@@ -5271,7 +5226,6 @@ static bool collect_added(struct tokenizer *t, struct error *e) {
 
 static bool load_special_id(const struct tokenizer *t, const struct gguf *g, const char *key, int32_t *id, struct error *e) {
     int64_t v;
-    *id = -1;
     if (!gguf_int(g, key, &v) || v == UINT32_MAX) return true;
     if (v < 0 || v >= t->n_tokens)
         return fail(e, "%s is %" PRId64 ", but there are %" PRId32 " tokens", key, v, t->n_tokens);
@@ -5286,7 +5240,6 @@ static void tokenizer_close(struct tokenizer *t) {
     free(t->by_bytes);
     free(t->merges);
     free(t->added);
-    gguf_close(&t->file);
     *t = (struct tokenizer){0};
 }
 
@@ -5656,73 +5609,6 @@ static void emit(struct emitter *e, struct str text) {
     if (n) emit_bytes(e, n);
 }
 
-#ifdef MAMBA_FUZZ
-// A model file from a stranger: its header is read, its tensors are bound, its vocabulary is loaded, and if it is a small
-// model it runs, for weights of any kind.
-static void fuzz_gguf(const uint8_t *data, size_t n) {
-    struct model m = {.file = {.map = data, .size = n}};
-    struct tokenizer t = {0};
-    struct error e = {""};
-    bool ok = gguf_parse(&m.file, &e);
-    struct error in_vocabulary = {""};
-    if (ok && gguf_has_tokenizer(&m.file)) {
-        struct ids ids = {0};
-        bool loaded = tokenizer_load(&t, &m.file, &in_vocabulary);
-        if (loaded) tokenize(&t, (const char *)data, n < 64 ? n : 64, true, &ids);
-        else if (!in_vocabulary.text[0]) abort();  // refused without a word
-        if (loaded) tokenizer_close(&t);
-        free(ids.p);
-    }
-    ok = ok && model_bind(&m, &e);
-    if (ok && m.c.n_layer < 4 && m.c.d_model <= 64 && m.c.d_inner <= 256 && m.c.n_vocab <= 256) {
-        struct context *ctx = context_new(&m, choose_kernels(), 1, 8, 1);
-        struct sequence *s = sequence_new(&m.c);
-        forward(ctx, &(struct segment){s, (int32_t[8]){0}, 8, true}, 1, m.c.n_layer);
-        sequence_free(s);
-        context_free(ctx);
-    }
-    if (ok == (e.text[0] != 0)) abort();  // refused without a word, or accepted with one
-    m.file.map = NULL;               // not mapped
-    model_close(&m);
-}
-
-// A text in one of the vocabularies that `tokenizers` holds, which the first byte chooses: its ids are in the vocabulary,
-// give the text back as it was after normalisation, and are those of its two parts where it can be cut.
-static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers, const uint8_t *data, size_t n) {
-    if (n == 0) return;
-    const struct tokenizer *t = &tokenizers[data[0] % n_tokenizers];
-    const bool parse_special = data[0] & 128;
-    struct ids ids = {0};
-    struct buffer expected = {0}, found = {0};
-    const char *text = (const char *)data + 1;
-    tokenize(t, text, n - 1, parse_special, &ids);
-    struct ids parts = {0};
-    const size_t cut = n > 1 ? last_cut(t, text, 1, n - 1) : 0;
-    if (cut) tokenize(t, text, cut, parse_special, &parts);
-    if (cut) tokenize(t, text + cut, n - 1 - cut, parse_special, &parts);
-    if (cut && (parts.n != ids.n || memcmp(parts.p, ids.p, ids.n * sizeof *ids.p) != 0)) abort();
-    free(parts.p);
-    for (size_t i = 0; i < ids.n; i++) {
-        if (ids.p[i] < 0 || ids.p[i] >= t->n_tokens) abort();
-        buffer_add(&found, t->token[ids.p[i]].p, t->token[ids.p[i]].n);
-    }
-    if (t->characters) buffer_add(&expected, text, n - 1);
-    else repair_utf8(text, n - 1, &expected);
-    size_t normal_n = 0;
-    char *normal = t->nfc && !parse_special ? nfc(expected.p, expected.n, &normal_n) : NULL;
-    bool every_byte = true;  // a vocabulary that lacks bytes loses them
-    for (int b = 0; b < 256; b++) every_byte &= t->byte_token[b] >= 0;
-    struct str wanted = {normal ? normal : expected.p, normal ? normal_n : expected.n};
-    bool normalised_in_parts = t->nfc && parse_special;
-    bool same = found.n == wanted.n && (!wanted.n || memcmp(found.p, wanted.p, wanted.n) == 0);
-    if (every_byte && !normalised_in_parts && !same) abort();
-    free(normal);
-    free(expected.p);
-    free(found.p);
-    free(ids.p);
-}
-#endif
-
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
@@ -5732,7 +5618,6 @@ static void fuzz_tokenizer(const struct tokenizer *tokenizers, int n_tokenizers,
 struct sampling {
     float temperature, top_p, min_p, repeat_penalty;
     int top_k, repeat_last_n;
-    bool greedy;
     uint64_t seed;
 };
 
@@ -5803,6 +5688,9 @@ static double choice_probabilities(struct sampler *s, int n, float scale) {
     return sum;
 }
 
+// So cold that nothing but the likeliest token has a chance, and 1/T could overflow.
+static bool is_greedy(const struct sampling *how) { return how->temperature < 1e-5f; }
+
 // The token at position t, from logits [n_vocab]; -1 when none is left to choose from. banned: tokens that are not drawn.
 static int32_t sample(struct sampler *s, const struct sampling *how, const float *logits, const struct ids *banned,
                       const struct resume *past, int64_t t) {
@@ -5819,7 +5707,7 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
     for (int32_t id = 0; id < s->n_vocab; id++)
         if (c[id].logit > -INFINITY) c[n++] = c[id];
     if (n == 0) return -1;
-    bool greedy = how->greedy || how->temperature < 1e-5f;  // so cold that nothing else has a chance, and 1/T could overflow
+    const bool greedy = is_greedy(how);
     int k = greedy ? 1 : how->top_k > 0 ? min_int(how->top_k, n) : n;
     if (k == n && how->top_p >= 1 && !(how->min_p > 0)) best_to_front(c, n);  // all may be drawn: no order is needed
     else select_best(c, n, k);
@@ -6024,8 +5912,8 @@ static void add_json_string(struct buffer *b, struct str s) {
 }
 
 // JSON has no word for infinity and what is not a number.
-static void add_json_number(struct buffer *b, int decimals, double v) {
-    if (isfinite(v)) buffer_printf(b, "%.*f", decimals, v);
+static void add_json_number(struct buffer *b, double v) {
+    if (isfinite(v)) buffer_printf(b, "%.6f", v);
     else buffer_printf(b, "null");
 }
 
@@ -6086,7 +5974,8 @@ static bool fasta_open(struct fasta *fa, const char *path, bool keep_case, struc
     fa->n_read = at > 0 ? at : 0;
     fasta_peek(fa);
     if (is_gzip(fa->chunk, fa->n))
-        return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -", fa->path);
+        return fail(e, "%s is compressed; use: zcat FILE | mamba ... --fasta -, or for --bed and --vcf: zcat FILE > genome.fa",
+                    fa->path);
     fa->at = byte_order_mark(fa->chunk, fa->n);
     return true;
 }
@@ -6215,7 +6104,7 @@ static bool fasta_index(struct fasta *fa, struct error *e) {
     struct fasta_line line = {0};
     const char *old_mac = "%s has lines that end as on old Macs; use: tr '\\r' '\\n' < FILE";
     if (fseeko(fa->f, 0, SEEK_CUR) != 0)
-        return fail(e, "%s is a pipe; regions need a file that can be read at any place", fa->path);
+        return fail(e, "%s is a pipe; regions and variants need a file that can be read at any place", fa->path);
     while (fasta_peek(fa) != EOF) {
         struct fasta_record *r = fa->n_indexed ? &fa->records[fa->n_indexed - 1] : NULL;
         if (r && !(fa->line_begins && fasta_peek(fa) == '>')) {
@@ -6305,7 +6194,8 @@ static const struct fasta_record *bed_parse(const struct fasta *fa, struct str l
                                             struct error *e) {
     struct str f[3];
     uint64_t from, to;
-    if (split_line(line.p, line.n, true, f, 3) < 3)
+    const bool has_tabs = line.n && memchr(line.p, '\t', line.n);  // then an empty column is one
+    if (split_line(line.p, line.n, !has_tabs, f, 3) < 3)
         return set_error(e, "fewer than three columns; expected record, start and end"), NULL;
     if (!parse_u64(f[1], &from) || !parse_u64(f[2], &to) || from > to) {
         set_error(e, "start \"%.*s\" and end \"%.*s\"; expected two integers, the first not above the second", str_show(f[1]),
@@ -6478,101 +6368,6 @@ static void reverse_complement(uint8_t *bases, size_t n) {
     }
 }
 
-#ifdef MAMBA_FUZZ
-// A FASTA file from a stranger, through a pipe of memory: names and bases are what they should be, nothing is lost, and what
-// a record's region holds is what was read from beginning to end.
-static void fuzz_fasta(const uint8_t *data, size_t n) {
-    static struct fasta fa;
-    struct error e = {""};
-    struct buffer all = {0};  // of each record without a wrong letter: its name, a 0, its bases, '\n'
-    const struct fasta start = {.path = "fuzz", .line_begins = true, .keep_case = n % 2};
-    uint8_t bases[7];
-    fa = start;
-    if (!(fa.f = fmemopen((void *)data, n, "rb"))) return;
-    while (fasta_next(&fa, &e)) {
-        if (strpbrk(fa.name, " \t\n")) abort();
-        const size_t begin = all.n;
-        buffer_add(&all, fa.name, strlen(fa.name) + 1);
-        for (size_t got = sizeof bases; got == sizeof bases;) {
-            got = fasta_read(&fa, bases, sizeof bases, &e);
-            for (size_t i = 0; i < got; i++)
-                if (!strchr("ACGTNacgtn", bases[i])) abort();
-            buffer_add(&all, bases, got);
-        }
-        buffer_add(&all, "\n", 1);
-        if (e.text[0]) all.n = begin;
-        e.text[0] = 0;
-    }
-    fasta_close(&fa);
-    fa = start;
-    if (!(fa.f = fmemopen((void *)data, n, "rb"))) abort();
-    bool indexed = !e.text[0] && fasta_index(&fa, &e);
-    for (size_t at = 0, next; indexed && at < all.n; at = next) {
-        const char *name = all.p + at, *from = name + strlen(name) + 1;
-        const size_t n_bases = (size_t)((char *)memchr(from, '\n', (size_t)(all.p + all.n - from)) - from);
-        next = (size_t)(from - all.p) + n_bases + 1;
-        const struct fasta_record *r = fasta_find(&fa, str_of(name), &e);
-        for (size_t begin = 0; r && begin < n_bases && !e.text[0]; begin += 3) {
-            const size_t end = begin + sizeof bases < n_bases ? begin + sizeof bases : n_bases;
-            if (!fasta_seek(&fa, r, (int64_t)begin, (int64_t)end, &e)) abort();
-            size_t got = fasta_read(&fa, bases, sizeof bases, &e);
-            if (!e.text[0] && (got != end - begin || memcmp(bases, from + begin, got) != 0)) abort();
-        }
-        e.text[0] = 0;
-    }
-    fasta_close(&fa);
-    free(all.p);
-}
-
-// A line of BED from a stranger, about a file of ours: a region lies in its record, and its bases are there.
-static void fuzz_bed(const uint8_t *data, size_t n) {
-    static struct fasta fa;
-    struct str line = {(const char *)data, n};
-    struct error e = {""};
-    int64_t begin, end;
-    uint8_t bases[32];
-    if (!fa.f) {
-        static char file[] = ">a\nACGTACGT\nACG\n>chr1\nACGTACG\nACGTACG\n>track1\nA\n>empty\n";
-        fa = (struct fasta){.f = fmemopen(file, sizeof file - 1, "rb"), .path = "fuzz", .line_begins = true};
-        if (!fa.f || !fasta_index(&fa, &e)) abort();
-    }
-    if (bed_is_comment(line)) return;
-    const struct fasta_record *r = bed_parse(&fa, line, &begin, &end, &e);
-    if (!r != !!e.text[0]) abort();
-    if (!r) return;
-    if (begin < 0 || begin > end || end > r->n_bases || !fasta_seek(&fa, r, begin, end, &e)) abort();
-    if (fasta_read(&fa, bases, sizeof bases, &e) != (size_t)(end - begin) || e.text[0]) abort();
-}
-
-// A line of VCF from a stranger. What is written is read again, and written as the same bytes.
-static void fuzz_vcf(const uint8_t *data, size_t n) {
-    struct buffer first = {0}, second = {0};
-    struct error e = {""};
-    struct str line = {(const char *)data, n};
-    if (n && !memchr(data, '\n', n) && data[0] == '#') add_vcf_header(&first, line);
-    for (int run = 0; run < 2 && n && data[0] != '#' && !memchr(data, '\n', n); run++) {
-        struct variant *v = xcalloc(1, sizeof *v);
-        if (run) line = (struct str){first.p, first.n - 1};
-        if (variant_parse(v, line, &e)) {
-            if (n % 3 == 0) v->problem = "REF_MISMATCH";
-            if (v->n_alleles < 1 || v->position < -1) abort();
-            v->nll[0] = 1;
-            add_variant_line(run ? &second : &first, v);
-            add_variant_rows(&second, v);
-            if (!run) second.n = 0;
-            else if (second.n < first.n || memcmp(first.p, second.p, first.n) != 0) abort();
-        } else if (run) {
-            abort();
-        } else {
-            run = 2;
-        }
-        variant_free(v);
-    }
-    free(first.p);
-    free(second.p);
-}
-#endif
-
 // ====================================================================================================================
 // 12. Sound: WAV and mu-law.
 // A clip becomes codes from 0 to 255, which are the tokens of an audio model, and back. WAV files come from anywhere. Calls
@@ -6742,24 +6537,6 @@ static void add_sound(struct buffer *b, enum sound_format format, const uint8_t 
     }
 }
 
-#ifdef MAMBA_FUZZ
-// A WAV file from a stranger. What comes out is finite, and its codes are codes.
-static void fuzz_wav(const uint8_t *data, size_t n) {
-    struct wav w;
-    struct error e = {""};
-    bool ok = wav_parse(&w, data, n, &e);
-    if (ok == (e.text[0] != 0)) abort();  // refused without a word
-    for (int loudness = LOUDNESS_MINMAX; ok && loudness <= LOUDNESS_NONE; loudness++) {
-        const struct clip_scale scale = clip_scale(w.samples, w.n, (enum loudness)loudness);
-        for (size_t i = 0; i < w.n; i++) {
-            const int32_t code = mu_law_encode((double)w.samples[i], &scale);
-            if (code < 0 || code > 255 || !isfinite(mu_law_decode(code, &scale))) abort();
-        }
-    }
-    free(w.samples);
-}
-#endif
-
 // ====================================================================================================================
 // 13. Requests.
 // A request is a text that a command works on: of the command line, of a line of --jsonl, of a record of --fasta. Here is
@@ -6805,7 +6582,7 @@ struct options {            // the command line, parsed; defaults are llama.cpp'
     enum sound_format sound_format;
     int n_threads, ubatch, n_parallel;  // n_parallel 0: as many as the input is worth
     bool seed_given;
-    bool ignore_eos, print_ids, parse_special, quiet;
+    bool greedy, ignore_eos, print_ids, parse_special, quiet;
     bool jsonl, unordered, sandbox;
     const char *prefix, *save_state, *load_state, *tokenizer;
     enum device_option device;
@@ -6877,7 +6654,7 @@ static void on_signal(int signal) {
 // end_at_once() until something runs that is to end in good order, then on_signal(). A read or write that waits is cut short.
 // What whoever started the program had it ignore (nohup, a shell's background) stays ignored.
 static void catch_signals(void (*handler)(int signal)) {
-    static const int signals[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU};
+    static const int signals[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU};  // USR1: a cluster's warning
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         struct sigaction action = {.sa_handler = handler}, before;
         if (sigaction(signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
@@ -6974,6 +6751,8 @@ static bool parse_ids(const char *text, int n_vocab, struct ids *out, struct err
 
 static bool need_tokenizer(const struct session *s, struct error *e) {
     if (s->has_tokenizer) return true;
+    if (s->model.c.sample_rate && s->o->command == TOKENIZE)
+        return fail(e, "%s is an audio model: samples have no vocabulary", s->o->model);
     if (s->model.c.sample_rate) return fail(e, "%s is an audio model: it reads --wav FILE, or codes with --ids", s->o->model);
     return fail(e, "%s: the file carries no tokenizer and tokenizer.bin does not fit; use --ids, or --tokenizer FILE", s->o->model);
 }
@@ -7183,7 +6962,6 @@ struct request {            // one text; owner of all it points to but seq, base
     struct resume *resume;  // generate only
     struct clip_scale scale;  // of the clip that it continues
     struct emitter text;    // generate: writes to body, or to out when that is text
-    struct ids generated;   // generate --jsonl --print-ids: the answer
     int64_t n_out_ids;      // generate --print-ids: ids written
     int64_t n_generated, n_before;  // tokens drawn; tokens of the base that were fed
     double nll;             // score: of n_scored tokens, in nats
@@ -7220,7 +6998,7 @@ static struct request *request_new(const struct session *s, struct base *base) {
 static void request_strip(struct request *r) {
     variant_free(r->variant);
     text_close(&r->file);
-    void *owned[] = {r->id, r->record, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p, r->generated.p,
+    void *owned[] = {r->id, r->record, r->line, r->settings.stops, r->tokens.p, r->resume, r->text.held.p,
                      r->logprobs.p, r->tops.p, r->sum, r->pooled, r->strand, r->body.p, r->answer.p};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     *r = (struct request){.next = r->next, .out = r->out, .track = r->track, .done = r->done};
@@ -7283,12 +7061,15 @@ static const struct request_field {
     {"metadata", R_IGNORED, 0, 0, 0},
 #undef FIELD
 };
+enum { N_REQUEST_FIELDS = sizeof request_fields / sizeof *request_fields };
+_Static_assert(N_REQUEST_FIELDS <= 32, "a field has no bit in struct request_parse");
 
 struct request_parse {
     struct json j;
     struct request *r;
     struct str prompt;
     bool has_prompt, has_ids;
+    uint32_t seen;          // a bit a field
     int n_vocab;
 };
 
@@ -7344,7 +7125,9 @@ static bool request_stops(struct request_parse *q) {
 static bool request_id(struct request_parse *q) {
     struct buffer id = {0};
     struct str s;
-    bool is_text = json_peek(&q->j) == '"';
+    const int first = json_peek(&q->j);
+    const bool is_text = first == '"';
+    if (!is_text && first != '-' && !(first >= '0' && first <= '9')) return json_fail(&q->j, "a string or a number");
     if (!(is_text ? json_string(&q->j, &s) : json_number(&q->j, &s))) return false;
     if (is_text) add_json_string(&id, s);
     else buffer_add(&id, s.p, s.n);
@@ -7371,14 +7154,13 @@ static bool request_value(struct request_parse *q, const struct request_field *f
     case R_INTEGER:
     case R_NUMBER:
         if (!request_number(q, f, &v)) return false;
-        if (field == &q->r->settings.sampling.temperature) q->r->settings.sampling.greedy = false;
         if (f->kind == R_NUMBER) *(float *)field = (float)v;
         else *(int *)field = (int)v;
         return true;
     case R_SEED:
         if (!json_number(&q->j, &s)) return false;
         if (!str_is(s, "-1") && !parse_u64(s, field))  // -1: the command line's
-            set_error(q->j.error, "seed %.*s: expected an integer from 0 to 2^64 - 1", str_show(s), s.p);
+            set_error(q->j.error, "seed %.*s: expected an integer from 0 to 2^64 - 1, or -1", str_show(s), s.p);
         return true;
     }
     return false;
@@ -7405,9 +7187,12 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
             struct str name;
             const struct request_field *f = NULL;
             ok = json_string(j, &name) && json_expect(j, ':', "a colon");
-            for (size_t i = 0; ok && i < sizeof request_fields / sizeof *request_fields; i++)
+            for (int i = 0; ok && i < N_REQUEST_FIELDS; i++)
                 if (str_is(name, request_fields[i].name)) f = &request_fields[i];
+            const uint32_t bit = f ? 1u << (f - request_fields) : 0;
             if (ok && !f) set_error(&r->error, "unknown field \"%.*s\"", str_show(name), name.p);
+            if (q.seen & bit) set_error(&r->error, "%s is given twice", f->name);
+            q.seen |= bit;
             ok = ok && (f ? field_value(&q, f) : json_skip(j, 0));
         } while (ok && json_take(j, ','));
         ok = ok && json_expect(j, '}', "a comma or the end of the object");
@@ -7417,29 +7202,6 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
     *prompt = q.has_ids ? (struct str){NULL, 0} : q.prompt;
     return !r->error.text[0];
 }
-
-#ifdef MAMBA_FUZZ
-// A line of --jsonl. What is read as a prompt is written as the same string.
-static void fuzz_jsonl(const uint8_t *data, size_t n) {
-    const struct settings settings = {.n_predict = 1};
-    const struct options o = {.settings = settings};
-    struct request *r = request_new(&(struct session){.o = &o}, NULL);
-    struct str prompt, again;
-    struct buffer repaired = {0}, written = {0};
-    if (!request_parse(r, (struct str){(const char *)data, n}, 300, &prompt)) {
-        if (!r->error.text[0]) abort();  // refused without a word
-        prompt.n = 0;
-    }
-    if (prompt.n) repair_utf8(prompt.p, prompt.n, &repaired);
-    add_json_string(&written, (struct str){repaired.p, repaired.n});
-    struct json j = {written.p, written.p, written.p + written.n, &r->error};
-    r->error.text[0] = 0;
-    if (!json_string(&j, &again) || again.n != repaired.n || (again.n && memcmp(again.p, repaired.p, again.n) != 0)) abort();
-    free(repaired.p);
-    free(written.p);
-    request_free(r);
-}
-#endif
 
 // ---- Answers ----
 
@@ -7460,12 +7222,6 @@ static void add_json_token(struct buffer *b, const struct session *s, int32_t id
     free(bytes.p);
 }
 
-static void add_json_ids(struct buffer *b, const struct ids *ids) {
-    buffer_printf(b, "[");
-    for (size_t i = 0; i < ids->n; i++) buffer_printf(b, i ? ", %" PRId32 : "%" PRId32, ids->p[i]);
-    buffer_printf(b, "]");
-}
-
 // OpenAI's object: parallel arrays, an element a token.
 static void add_json_logprobs(struct buffer *b, const struct session *s, const struct request *r) {
     const struct token_logprob *l = (const struct token_logprob *)r->logprobs.p;
@@ -7480,7 +7236,7 @@ static void add_json_logprobs(struct buffer *b, const struct session *s, const s
     buffer_printf(b, "], \"token_logprobs\": [");
     for (size_t i = 0; i < n; i++) {
         if (i) buffer_printf(b, ", ");
-        add_json_number(b, 6, l[i].logprob);
+        add_json_number(b, l[i].logprob);
     }
     buffer_printf(b, "]");
     if (r->settings.logprobs > 0) {
@@ -7492,7 +7248,7 @@ static void add_json_logprobs(struct buffer *b, const struct session *s, const s
                 if (k) buffer_printf(b, ", ");
                 add_json_token(b, s, top[k].id);
                 buffer_printf(b, ": ");
-                add_json_number(b, 6, (double)top[k].p);
+                add_json_number(b, (double)top[k].p);
             }
             if (top->id >= 0) buffer_printf(b, "}");
         }
@@ -7534,7 +7290,7 @@ enum { HELD_BYTES = 1 << 26 };  // answers that wait for an older one; with more
 
 struct row {                // of logits
     struct request *r;
-    size_t at;              // it stands behind token `at` of the request; behind the last of n_tokens_of(r), one is drawn
+    size_t at;              // it stands behind token `at` of the request; from n_tokens_of(r) - 1 on, one is drawn
     float max;              // of the logits
     struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
     struct choice top[MAX_TOP];  // the likeliest in its place, as many as are asked for; p is the log-probability
@@ -7695,6 +7451,13 @@ static void add_npy_header(struct buffer *b, int64_t rows, int64_t cols) {
     buffer_printf(b, "%-117s\n", text);
 }
 
+static void write_npy_header(FILE *f, int64_t rows, int64_t cols) {
+    struct buffer header = {0};
+    add_npy_header(&header, rows, cols);
+    fwrite(header.p, 1, header.n, f);
+    free(header.p);
+}
+
 // A token's bytes, or a file's name, in a column of a table.
 static void add_escaped(struct buffer *b, struct str s) {
     for (size_t i = 0, len; i < s.n; i += len) {
@@ -7738,7 +7501,7 @@ static void generate_write(struct engine *en, struct request *r, struct emitter 
         write_sound(en, r, false);
         return;
     }
-    if (ids && s->o->jsonl) ids_add(&r->generated, token);
+    if (ids && s->o->jsonl) buffer_printf(&r->answer, "%s%" PRId32, r->n_out_ids++ ? ", " : ", \"ids\": [", token);
     else if (ids) buffer_printf(&r->out, r->n_out_ids++ ? " %" PRId32 : "%" PRId32, token);
     struct str shown = token_text(s, token);
     if (writes_fasta(s->o) && shown.n != 1) shown = str_of("N");  // no letter
@@ -7821,9 +7584,8 @@ static void generate_end(struct engine *en, struct request *r) {
     if (en->s->sound) {
         write_sound(en, r, true);
     } else if (en->s->o->jsonl) {
-        buffer_printf(&r->answer, en->s->o->print_ids ? ", \"ids\": " : ", \"text\": ");
-        if (en->s->o->print_ids) add_json_ids(&r->answer, &r->generated);
-        else add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
+        buffer_printf(&r->answer, !en->s->o->print_ids ? ", \"text\": " : r->n_out_ids ? "]" : ", \"ids\": []");
+        if (!en->s->o->print_ids) add_json_string(&r->answer, (struct str){r->body.p, r->body.n});
         buffer_printf(&r->answer, ", \"finish_reason\": \"%s\"", r->finish_reason);
     } else if (writes_fasta(en->s->o)) {
         add_fasta_record(&r->out, r->id, r->body.p, r->body.n);
@@ -7870,9 +7632,9 @@ static void score_end(const struct session *s, struct request *r) {
         if (!isnan(r->strand[i])) add_track(r, (int64_t)i, (double)r->strand[i]);
     if (s->o->jsonl) {
         buffer_printf(&r->answer, ", \"tokens\": %" PRId64 ", \"nll\": %.6f, \"bits_per_token\": ", r->n_scored, r->nll);
-        add_json_number(&r->answer, 6, mean / log(2));
+        add_json_number(&r->answer, mean / log(2));
         buffer_printf(&r->answer, ", \"perplexity\": ");
-        add_json_number(&r->answer, 6, exp(mean));
+        add_json_number(&r->answer, exp(mean));
     } else if (!s->o->per_token && r->n_scored) {
         buffer_printf(&r->out, "%s\t%.17g\t%.6f\t%.6f\t%.6f\n", r->id, (double)r->n_scored / strands, r->nll / strands,
                       mean / log(2), exp(mean));
@@ -7893,7 +7655,7 @@ static void embed_rows(struct engine *en, struct request *r, int token0, int n) 
         const struct level *v = &ctx->level[0];
         const float *row = normed ? v->normed.f + (size_t)(token0 + t) * (size_t)v->normed.ld
                                   : v->x + (size_t)(token0 + t) * (size_t)v->ld_model;
-        check_finite(en->s, ctx->k->finite_max(row, d), (int64_t)r->n_fed + t + 1);
+        check_finite(en->s, ctx->k->finite_max(row, d), r->n_before + (int64_t)r->n_fed + t + 1);
         if (r->n_fed + (size_t)t < r->n_carried) continue;
         if (all) buffer_add(o->jsonl ? &r->body : &r->out, row, (size_t)d * sizeof *row);
         for (int i = 0; i < d && mean; i++) r->sum[i] += (double)row[i];
@@ -7978,10 +7740,7 @@ static void add_header(struct engine *en, struct request *r) {
     if (o->command == EMBED && !o->fasta)
         add_npy_header(&r->out, o->pool == POOL_NONE ? n : o->n_inputs, en->s->model.c.d_model);
     if (!o->logits) return;
-    struct buffer header = {0};
-    add_npy_header(&header, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
-    fwrite(header.p, 1, header.n, en->s->out.f);
-    free(header.p);
+    write_npy_header(en->s->out.f, (int64_t)r->tokens.n, en->s->model.c.n_vocab);
 }
 
 // The request's tokens are known: sets up what its command keeps. False: it has failed.
@@ -8191,19 +7950,20 @@ static void read_bases(struct engine *en, struct request *r) {
     en->long_record = r->streams || is_long ? r : NULL;
 }
 
-// The next line of --bed or --vcf that is not to be skipped; LINE_TOO_LONG with an error.
-static enum line next_genome_line(struct engine *en, bool (*skip)(struct str line), struct str *line, struct error *e) {
+// The next line of --jsonl, --bed or --vcf that is not to be skipped. False: there is none, or none yet. An error: it is too long.
+static bool next_input_line(struct engine *en, bool (*skip)(struct str line), struct str *line, struct error *e) {
+    const struct options *o = en->s->o;
     enum line kind;
     do {
         kind = next_line(&en->lines, !en->first, line);
-        if (kind == LINE && en->lines.n_lines == 1 && str_begins(*line, "\x1f\x8b"))
-            die("%s is compressed; use: %s", en->lines.path,
-                en->s->o->bed ? "zcat FILE | mamba ... --bed -" : "bcftools view FILE | mamba ... --vcf -");
+        if (kind == LINE && en->lines.n_lines == 1 && is_gzip(line->p, line->n))
+            die("%s is compressed; use: %s", en->lines.path, o->jsonl ? "zcat FILE | mamba ... --jsonl"
+                : o->bed ? "zcat FILE | mamba ... --bed -" : "bcftools view FILE | mamba ... --vcf -");
         if (kind == LINE && line->n && line->p[line->n - 1] == '\r') line->n--;
     } while (kind == LINE && skip(*line));
     if (kind == LINE_TOO_LONG) set_error(e, "the line has more than %d bytes", MAX_LINE);
     en->no_more = kind == NO_MORE_LINES;
-    return kind;
+    return kind == LINE || kind == LINE_TOO_LONG;
 }
 
 // A request that has failed: what is wrong with the present line.
@@ -8217,10 +7977,8 @@ static struct request *line_error(struct engine *en, const char *what) {
 static bool next_region(struct engine *en, struct request **r) {
     struct error e = {""};
     struct str line;
-    *r = NULL;
-    const enum line kind = next_genome_line(en, bed_is_comment, &line, &e);
-    if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return false;
-    if (kind == LINE) {
+    if (!next_input_line(en, bed_is_comment, &line, &e)) return false;
+    if (!e.text[0]) {
         int64_t begin, end;
         const struct fasta_record *record = bed_parse(&en->fasta, line, &begin, &end, &e);
         if (record && fasta_seek(&en->fasta, record, begin, end, &e)) return true;
@@ -8340,14 +8098,17 @@ static bool variant_window(struct engine *en, struct variant *v, struct error *e
 static struct request *next_variant_request(struct engine *en) {
     struct str line;
     struct error e = {""};
-    const enum line kind = next_genome_line(en, is_blank, &line, &e);
-    if (kind == NO_MORE_LINES && !en->vcf_declared) die("%s: no line #CHROM; expected a VCF", en->lines.path);
-    if (kind == NO_LINE_YET || kind == NO_MORE_LINES) return NULL;
-    if (kind == LINE_TOO_LONG) return line_error(en, e.text);
+    const bool found = next_input_line(en, is_blank, &line, &e);
+    if (en->no_more && !en->vcf_declared) die("%s: no line #CHROM; expected a VCF", en->lines.path);
+    if (!found) return NULL;
+    if (e.text[0]) return line_error(en, e.text);
     struct request *r = request_new(en->s, NULL);
     if (!en->has_header) add_header(en, r);
     const size_t n_before = r->out.n;
     if (line.p[0] == '#') {
+        if (str_begins(line, "#CHROM") && split_line(line.p, line.n, false, NULL, 0) < VCF_COLUMNS)
+            die("%s: line %" PRId64 ": fewer than %d columns between tabs; expected those of a VCF, up to INFO", en->lines.path,
+                en->lines.n_lines, VCF_COLUMNS);
         en->vcf_declared |= add_vcf_header(&r->out, line);
         if (en->s->o->tsv) r->out.n = n_before;
         return r;
@@ -8377,18 +8138,14 @@ static struct request *next_variant_request(struct engine *en) {
 }
 
 // A line of --jsonl; empty ones are passed over. A line that cannot be used is a request with an error.
-static struct request *next_line_request(struct engine *en, bool wait) {
+static struct request *next_line_request(struct engine *en) {
     struct session *s = en->s;
-    struct str line = {NULL, 0}, prompt = {NULL, 0};
-    enum line kind;
-    do {
-        kind = next_line(&en->lines, wait, &line);
-        en->no_more = kind == NO_MORE_LINES;
-        if (kind == NO_LINE_YET || en->no_more) return NULL;
-    } while (kind == LINE && is_blank(line));
+    struct str line, prompt = {NULL, 0};
+    struct error e = {""};
+    if (!next_input_line(en, is_blank, &line, &e)) return NULL;
     struct request *r = request_new(s, s->base);
-    if (kind == LINE_TOO_LONG) set_error(&r->error, "the line has more than %d bytes", MAX_LINE);
-    else if (request_parse(r, line, s->model.c.n_vocab, &prompt) && prompt.p)
+    r->error = e;
+    if (!e.text[0] && request_parse(r, line, s->model.c.n_vocab, &prompt) && prompt.p)
         read_text(s, prompt, s->base != NULL, &r->tokens, &r->error);
     if (!r->id) {  // the line's number tells answers without an id apart
         struct buffer id = {0};
@@ -8401,7 +8158,7 @@ static struct request *next_line_request(struct engine *en, bool wait) {
 // The next request of the input; NULL: there is none, or none yet.
 static struct request *next_request(struct engine *en) {
     const struct options *o = en->s->o;
-    if (o->jsonl) return next_line_request(en, !en->first);
+    if (o->jsonl) return next_line_request(en);
     if (o->vcf) return next_variant_request(en);
     if (o->window) return next_window_request(en);
     return o->fasta ? next_record_request(en) : next_input_request(en);
@@ -8555,7 +8312,7 @@ static bool all_greedy(const struct engine *en, int n) {
         const struct sampling *how = &settings->sampling;
         if (!en->segments[i].want_logits) continue;
         n_rows++;
-        if (!(how->greedy || how->temperature < 1e-5f) || how->repeat_penalty != 1.0f || settings->logprobs >= 0) return false;
+        if (!is_greedy(how) || how->repeat_penalty != 1.0f || settings->logprobs >= 0) return false;
     }
     return n_rows > 0;
 }
@@ -8572,6 +8329,9 @@ static void say_long(struct engine *en, bool is_end) {
     en->said_long = true;
 }
 
+// The one that logits for drawing stand behind: of the text, or drawn.
+static size_t last_token(const struct request *r) { return n_tokens_of(r) - 1 + (size_t)r->n_generated; }
+
 // One forward, and what its results mean to each request.
 static void engine_step(struct engine *en) {
     const enum command command = en->s->o->command;
@@ -8583,7 +8343,7 @@ static void engine_step(struct engine *en) {
     for (int i = 0; i < n && trained; i++) en->is_long |= en->segments[i].seq->n_past > trained;
     say_long(en, false);
     for (int i = 0; i < n; i++)  // logits that the forward made: of tokens that are drawn
-        if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = n_tokens_of(en->batch[i])};
+        if (en->segments[i].want_logits) en->rows[n_rows++] = (struct row){.r = en->batch[i], .at = last_token(en->batch[i])};
     engine_take_rows(en, n_rows);
     en->ctx->only_choices = false;
     engine_score(en, n);
@@ -8715,12 +8475,11 @@ static bool open_default_tokenizer(struct session *s, struct error *e) {
     for (int i = 0; i < 3; i++) {
         if (!default_tokenizer_path(s->o, i, path, sizeof path) || access(path, R_OK) != 0) continue;
         struct gguf g;
+        struct error inner = {""};
         if (!gguf_open(&g, path, e)) return false;
-        if (!tokenizer_load(&s->tokenizer, &g, e)) {
-            gguf_close(&g);
-            return false;
-        }
-        s->tokenizer.file = g;
+        const bool ok = tokenizer_load(&s->tokenizer, &g, &inner);
+        gguf_close(&g);
+        if (!ok) return fail(e, "%s: %s", path, inner.text);
         // Only a model that was made for this vocabulary has about as many rows: they are padded to a multiple of 8 to 128.
         int spare = s->model.c.n_vocab - s->tokenizer.n_tokens;
         s->has_tokenizer = spare >= 0 && spare < 128;
@@ -8742,11 +8501,11 @@ static void open_tokenizer(struct session *s) {
     }
     if (gguf_has_tokenizer(g)) {
         if (!tokenizer_load(&s->tokenizer, g, &e)) die("%s: %s", path, e.text);
-        s->tokenizer.file = other;
         s->has_tokenizer = true;
     } else if (!open_default_tokenizer(s, &e)) {
         die("%s", e.text);
     }
+    gguf_close(&other);
     if (s->has_tokenizer && s->tokenizer.n_tokens > s->model.c.n_vocab)
         die("%s: a vocabulary of %" PRId32 " tokens; expected at most %d, the rows of the embedding", path,
             s->tokenizer.n_tokens, s->model.c.n_vocab);
@@ -8881,6 +8640,7 @@ static void fill_defaults(struct session *s) {
     struct options *o = &s->own;
     struct sampling *how = &o->settings.sampling;
     const bool audio = s->model.c.sample_rate != 0;
+    if (o->greedy) how->temperature = 0;
     if (isnan(how->temperature)) how->temperature = audio ? 1.0f : 0.8f;
     if (how->top_k < 0) how->top_k = audio ? 0 : 40;
     if (isnan(how->top_p)) how->top_p = audio ? 1.0f : 0.95f;
@@ -9071,10 +8831,13 @@ static int close_engine(struct engine *en) {
     const struct options *o = en->s->o;
     double seconds = now_seconds() - en->progress.start;
     if (o->jsonl && (!o->quiet || en->n_failed))
-        fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed, %.1f requests/s; prompts %" PRId64
-                " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s\n",
-                interrupted ? "interrupted: " : "", en->n_requests, en->n_failed, (double)en->n_requests / seconds, en->n_fed,
-                (double)en->n_fed / seconds, en->n_sampled, (double)en->n_sampled / seconds);
+        fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed", interrupted ? "interrupted: " : "", en->n_requests,
+                en->n_failed);
+    if (o->jsonl && !o->quiet)
+        fprintf(stderr, ", %.1f requests/s; prompts %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s",
+                (double)en->n_requests / seconds, en->n_fed, (double)en->n_fed / seconds, en->n_sampled,
+                (double)en->n_sampled / seconds);
+    if (o->jsonl && (!o->quiet || en->n_failed)) fputc('\n', stderr);
     say_long(en, true);
     int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
     base_free(en->s->base);  // its state may be on the engine's device
@@ -9173,12 +8936,8 @@ static int command_generate(const struct options *o) {
 // embed --fasta: nobody knew the number of rows before.
 static void write_array(struct engine *en) {
     const size_t d = (size_t)en->s->model.c.d_model;
-    struct buffer header = {0};
-    add_npy_header(&header, (int64_t)(en->array.n / (d * sizeof(float))), (int64_t)d);
-    fwrite(header.p, 1, header.n, en->output);
+    write_npy_header(en->output, (int64_t)(en->array.n / (d * sizeof(float))), (int64_t)d);
     fwrite(en->array.p, 1, en->array.n, en->output);
-    free(header.p);
-    if (en->output == stdout) check_stdout();
 }
 
 // What goes to a file gets its name only when nothing failed.
@@ -9286,8 +9045,8 @@ static void add_value(struct buffer *out, const struct gguf_kv *kv, const uint8_
     if (kv->type == GGUF_STRING) {
         struct str s = gguf_next_str(at);
         buffer_printf(out, "\"");
-        add_escaped(out, (struct str){s.p, s.n < 200 ? s.n : 200});
-        buffer_printf(out, s.n < 200 ? "\"" : "...\" (%zu bytes)", s.n);
+        add_escaped(out, (struct str){s.p, s.n <= 200 ? s.n : 200});
+        buffer_printf(out, s.n <= 200 ? "\"" : "...\" (%zu bytes)", s.n);
         return;
     }
     union {
@@ -9432,31 +9191,25 @@ static double read_bandwidth(int n_threads) {
     return best;
 }
 
-static void read_cpu_name(char *to, size_t size) {
+// What stands behind a name and a colon in a file of the kernel's; `to` stays as it is where there is none.
+static void read_kernel_value(const char *path, const char *name, char *to, size_t size) {
     char line[256];
-    snprintf(to, size, "unknown");
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    if (!f) return;
-    while (fgets(line, sizeof line, f)) {
-        char *value = strncmp(line, "model name", 10) == 0 ? strchr(line, ':') : NULL;
-        if (!value) continue;
-        value[strcspn(value, "\n")] = 0;
-        snprintf(to, size, "%s", value + 2);
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f)) {
+        const char *colon = strncmp(line, name, strlen(name)) == 0 ? strchr(line, ':') : NULL;
+        if (!colon) continue;
+        snprintf(to, size, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
         break;
     }
-    fclose(f);
+    if (f) fclose(f);
 }
 
 // Bytes. What getrusage() says begins at the size of the process that started this one.
 static long peak_resident_set(void) {
     struct rusage usage;
-    char line[128];
-    long kib = 0;
-    FILE *f = fopen("/proc/self/status", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtol(line + 6, NULL, 10);
-    if (f) fclose(f);
-    if (kib) return kib * 1024;
+    char kib[32] = "";
+    read_kernel_value("/proc/self/status", "VmHWM", kib, sizeof kib);
+    if (*kib) return strtol(kib, NULL, 10) * 1024;
     getrusage(RUSAGE_SELF, &usage);
     return usage.ru_maxrss * 1024;
 }
@@ -9466,10 +9219,10 @@ static int32_t random_token(const struct model *m, int sequence, int position) {
 }
 
 // One run: prompts one after the other in passes of at most max_tokens, then all sequences a token a pass.
-static void bench_run(struct context *ctx, struct sequence **seqs, const struct bench_test *t, int n_gen, double *seconds,
+static void bench_run(struct context *ctx, struct sequence **seqs, const struct bench_test *t, double *seconds,
                       double *prompt_seconds) {
     const struct model *m = ctx->m;
-    int32_t *tokens = xmalloc((size_t)(ctx->max_tokens > t->n_parallel ? ctx->max_tokens : t->n_parallel) * sizeof *tokens);
+    int32_t *tokens = xmalloc((size_t)ctx->max_tokens * sizeof *tokens);
     struct segment *segments = xcalloc((size_t)t->n_parallel, sizeof *segments);
     for (int s = 0; s < t->n_parallel; s++) sequence_reset(seqs[s], &m->c);
     double start = now_seconds();
@@ -9481,7 +9234,7 @@ static void bench_run(struct context *ctx, struct sequence **seqs, const struct 
             stop_if_interrupted();
         }
     *prompt_seconds = now_seconds() - start;
-    for (int i = 0; i < n_gen; i++) {
+    for (int i = 0; i < t->n_gen; i++) {
         for (int s = 0; s < t->n_parallel; s++) {
             tokens[s] = random_token(m, s, t->n_prompt + i);
             segments[s] = (struct segment){seqs[s], &tokens[s], 1, true};
@@ -9505,8 +9258,9 @@ static void bench_measure(struct bench *b, const struct bench_test *t, struct be
     double ignored;
     struct bench_test warm_up = *t;
     warm_up.n_prompt = pass;
-    bench_run(ctx, seqs, &warm_up, min_int(t->n_gen, 2), &ignored, &ignored);
-    for (int i = 0; i < b->o->repeats; i++) bench_run(ctx, seqs, t, t->n_gen, &r->seconds[i], &r->prompt_seconds[i]);
+    warm_up.n_gen = min_int(t->n_gen, 2);
+    bench_run(ctx, seqs, &warm_up, &ignored, &ignored);
+    for (int i = 0; i < b->o->repeats; i++) bench_run(ctx, seqs, t, &r->seconds[i], &r->prompt_seconds[i]);
     r->logits_hash = hash_bytes(1, ctx->logits, (size_t)b->model.c.n_vocab * sizeof(float));
     for (int s = 0; s < t->n_parallel; s++) sequence_free(seqs[s]);
     free(seqs);
@@ -9652,20 +9406,19 @@ static void print_csv_row(const struct field *f, int n) {
     putchar('\n');
 }
 
+static const char *value_of(const struct field *f, const char *name) {
+    while (strcmp(f->name, name) != 0) f++;
+    return f->value;
+}
+
 // llama-bench's table, one row a test.
-static void print_md_row(const struct bench *b, const struct bench_test *t, const struct field *f, int n) {
-    char test[48], speed[48] = "", bandwidth[32] = "";
-    double avg = 0, deviation = 0;
-    for (int i = 0; i < n; i++) {
-        if (strcmp(f[i].name, "avg_ts") == 0) avg = strtod(f[i].value, NULL);
-        if (strcmp(f[i].name, "stddev_ts") == 0) deviation = strtod(f[i].value, NULL);
-        if (strcmp(f[i].name, "weight_gb_per_s") == 0 && t->n_gen) snprintf(bandwidth, sizeof bandwidth, "%.5s", f[i].value);
-    }
+static void print_md_row(const struct bench *b, const struct bench_test *t, const struct field *f) {
+    char test[48], speed[64];
     if (t->n_prompt && t->n_gen) snprintf(test, sizeof test, "pp%d+tg%d", t->n_prompt, t->n_gen);
     else snprintf(test, sizeof test, "%s%d", t->n_gen ? "tg" : "pp", t->n_gen ? t->n_gen : t->n_prompt);
-    snprintf(speed, sizeof speed, "%.2f ± %.2f", avg, deviation);
-    printf("| %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8s | %5.1f |\n", b->title, (double)b->model_size / 1048576,
-           (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, bandwidth,
+    snprintf(speed, sizeof speed, "%s ± %s", value_of(f, "avg_ts"), value_of(f, "stddev_ts"));
+    printf("| %s | %.2f MiB | %.2f M | %7d | %9d | %12s | %20s | %8.5s | %5.1f |\n", b->title, (double)b->model_size / 1048576,
+           (double)b->n_params / 1e6, t->n_threads, t->n_parallel, test, speed, t->n_gen ? value_of(f, "weight_gb_per_s") : "",
            b->gpu.bytes ? b->gpu.read_gb_per_s : t->read_gb_per_s);
 }
 
@@ -9677,7 +9430,7 @@ static void bench_print(const struct bench *b, const struct bench_test *t, const
         if (first)
             printf("| model | size | params | threads | sequences | test | t/s | GB/s | of GB/s |\n"
                    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
-        print_md_row(b, t, f, n);
+        print_md_row(b, t, f);
     } else if (format == BENCH_CSV) {
         for (int i = 0; i < n && first; i++) printf("%s%s", f[i].name, i + 1 < n ? "," : "\n");
         print_csv_row(f, n);
@@ -9782,7 +9535,7 @@ static void bench_open(struct bench *b) {
 }
 
 static int command_bench(const struct options *o) {
-    struct bench b = {.o = o};
+    struct bench b = {.o = o, .cpu = "unknown"};
     struct bench_test *tests;
     int n_tests = bench_tests(o, &tests);
     if (!n_tests) usage_error("nothing to measure: the lists of -p and -n hold only 0");
@@ -9794,14 +9547,13 @@ static int command_bench(const struct options *o) {
         while (tests[j].n_threads != tests[i].n_threads) j++;
         tests[i].read_gb_per_s = j < i ? tests[j].read_gb_per_s : read_bandwidth_apart(tests[i].n_threads) / 1e9;
     }
-    read_cpu_name(b.cpu, sizeof b.cpu);
+    read_kernel_value("/proc/cpuinfo", "model name", b.cpu, sizeof b.cpu);
     catch_signals(on_signal);
     for (int i = 0; i < n_tests; i++) {
-        struct bench_result *r = xcalloc(1, sizeof *r);
-        if (o->bench_op == OP_SCAN) scan_measure(o, &tests[i], r);
-        else bench_measure(&b, &tests[i], r);
-        bench_print(&b, &tests[i], r, i == 0, i + 1 == n_tests);
-        free(r);
+        struct bench_result r = {.logits_hash = 0};
+        if (o->bench_op == OP_SCAN) scan_measure(o, &tests[i], &r);
+        else bench_measure(&b, &tests[i], &r);
+        bench_print(&b, &tests[i], &r, i == 0, i + 1 == n_tests);
     }
     free(tests);
     model_close(&b.model);
@@ -9874,7 +9626,7 @@ static const struct option {
      FIELD(settings.sampling.repeat_penalty), 0.01, 100},
     {NULL, "--repeat-last-n", "N", "how far back the penalty looks (64; 4096 at most)", INTEGER, ON(GENERATE),
      FIELD(settings.sampling.repeat_last_n), 0, RECENT_MAX},
-    {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(settings.sampling.greedy), 0, 0},
+    {NULL, "--greedy", NULL, "always the likeliest token", FLAG, ON(GENERATE), FIELD(greedy), 0, 0},
     {NULL, "--stop", "TEXT", "end before this text; may be repeated", STOP_TEXT, ON(GENERATE), 0, 0, 0},
     {NULL, "--ignore-eos", NULL, "never end by the end-of-text token", FLAG, ON(GENERATE), FIELD(ignore_eos), 0, 0},
     {NULL, "--echo", NULL, "print the prompt too", FLAG, ON(GENERATE), FIELD(settings.echo), 0, 0},
@@ -10010,11 +9762,15 @@ static void apply_option(struct options *o, const struct option *opt, const char
     case INTEGER: *(int *)field = (int)parse_number(opt, value); break;
     case NUMBER: *(float *)field = (float)parse_number(opt, value); break;
     case CHOICE: *(int *)field = parse_choice(opt, value); break;
-    case TEXT: case READS: case WRITES: *(const char **)field = value; break;
+    case READS: case WRITES:
+        if (!*value) usage_error("%s: the name is empty", opt->name);
+        *(const char **)field = value;
+        break;
+    case TEXT: *(const char **)field = value; break;
     case SEED:
         o->seed_given = strcmp(value, "-1") != 0;  // llama.cpp's word for a new one
         if (o->seed_given && !parse_u64(str_of(value), &o->settings.sampling.seed))
-            usage_error("--seed %s: expected an integer from 0 to 2^64 - 1", value);
+            usage_error("--seed %s: expected an integer from 0 to 2^64 - 1, or -1", value);
         break;
     case INPUT: add_input(o, (enum source)opt->field, value); break;
     case STOP_TEXT:
@@ -10188,7 +9944,8 @@ static bool parse_arguments(struct options *o, int argc, char **argv) {
     o->help = argc > 1 && strcmp(argv[1], "help") == 0;
     int command = argc > 1 + o->help ? find_command(argv[1 + o->help]) : -1;  // options follow it, and depend on it
     o->command = command >= 0 ? (enum command)command : GENERATE;
-    if (command >= 0) snprintf(usage_hint, sizeof usage_hint, "mamba help %s", command_names[command]);
+    if (command >= 0 || (argc > 1 && access(argv[1], F_OK) == 0))  // the second: a model, for the default command
+        snprintf(usage_hint, sizeof usage_hint, "mamba help %s", command_names[o->command]);
     for (int i = 1 + o->help; i < argc; i++) {
         const char *value;
         const int arg = i;

@@ -144,7 +144,7 @@ def test_a_line_of_many_alleles(genome):
     bases = "".join((genome / "ref.fa").read_text().split(">")[1].splitlines()[1:]).upper()
     pos = bases.index("ACG") + 1
     alts = ",".join("A" + "".join("ACGT"[i >> 2 * k & 3] for k in range(8)) for i in range(20000))
-    (genome / "many.vcf").write_text(f"#CHROM\nchr1\t{pos}\t.\tA\t{alts}\t.\t.\t.\n")
+    (genome / "many.vcf").write_text(f"#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\nchr1\t{pos}\t.\tA\t{alts}\t.\t.\t.\n")
     run = subprocess.Popen([PROGRAM, "score", genome / "dna.bin", "-q", "--fasta", genome / "ref.fa", "--vcf", genome / "many.vcf", "--window", "1024", "--rc-average"],
                            stdout=subprocess.DEVNULL)
     time.sleep(4)

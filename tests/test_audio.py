@@ -395,14 +395,15 @@ def test_the_reader_of_a_fifo_leaves(unet, tmp_path):
     assert run.wait(60) == 0 and b"Broken" not in run.stderr.read()
 
 
-def test_an_interrupted_redirection_is_whole(unet, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # the second: a cluster's warning
+def test_an_interrupted_redirection_is_whole(unet, tmp_path, number):
     """-o - > FILE, with a number of samples that was not reached."""
     with open(tmp_path / "out.wav", "wb") as out:
         run = subprocess.Popen([PROGRAM, unet[0], "-n", "100000000", "-s", "1", "-o", "-"], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE)
         while os.fstat(out.fileno()).st_size < 4000:
             time.sleep(0.02)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == 128 + signal.SIGTERM
+        run.send_signal(number)
+        assert run.wait(60) == 128 + number
     data = (tmp_path / "out.wav").read_bytes()
     assert len(samples_of(data)) * 2 + 44 == len(data)
 

@@ -45,6 +45,7 @@ def test_help(mamba, command):
 def test_hints(mamba, tmp_path):
     """A wrong command line sends to the help of its command; --prefix says when a word was no file's name."""
     assert b"Try: mamba help score\n" in mamba("score", MODEL, "--nonsense", check=False).stderr
+    assert b"Try: mamba help generate\n" in mamba(MODEL, "-n", "many", check=False).stderr
     assert b"Try: mamba --help\n" in mamba("--nonsense", check=False).stderr
     said = lambda *options: b"there is no file " in mamba("score", ROOT / "models/tales.bin", "-p", "a dog", *options).stderr
     (tmp_path / "short").write_text("He had")
@@ -67,7 +68,8 @@ def test_general_help(mamba):
     ([MODEL, "-n", "1.5"], ["--n-predict 1.5", "integer"]),
     ([MODEL, "--top-p", "2"], ["--top-p 2", "0 to 1"]),
     ([MODEL, "--temp", "nan"], ["--temp nan"]),
-    ([MODEL, "-s", "-2"], ["--seed -2"]),
+    ([MODEL, "-s", "-2"], ["--seed -2", "or -1"]),
+    ([MODEL, "--prefix", ""], ["--prefix: the name is empty"]),
     ([MODEL, "-t", "0"], ["--threads 0"]),
     ([MODEL, "--stop", ""], ["--stop"]),
     ([MODEL, "--greedy=yes"], ["--greedy takes no value"]),
@@ -188,6 +190,16 @@ def test_wrong_number_in_weights(mamba, tmp_path, tensor, value, words):
     one_line(mamba(path, *IDS, "--print-ids", check=False), 1, path, *words)
 
 
+@pytest.mark.parametrize("command, token", [(["generate", "--print-ids"], 4), (["score", "--logits", "l.npy"], 1), (["embed", "-o", "e.npy"], 1)])
+def test_where_the_output_is_no_number(mamba, tmp_path, command, token):
+    """Behind which token, of those before a prefix's end too: generate looks at the last logits, the others at each row."""
+    gguf = pytest.importorskip("gguf")
+    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == "blk.0.ssm_in.weight")
+    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", float("nan"))))
+    options = [tmp_path / option if option.endswith(".npy") else option for option in command[1:]]
+    assert f"after token {token} is not a finite" in mamba(command[0], path, *IDS, *options, check=False).stderr.decode()
+
+
 def test_metadata_of_a_wrong_type(mamba, tmp_path):
     """Not the default in its place: the model would be another one."""
     def retype(d):
@@ -196,6 +208,42 @@ def test_metadata_of_a_wrong_type(mamba, tmp_path):
         assert d[at:at + 4] == struct.pack("<I", 6)  # float32 becomes uint32
         d[at:at + 4] = struct.pack("<I", 4)
     one_line(mamba("score", changed_model(tmp_path, retype), *IDS, check=False), 1, "layer_norm_rms_epsilon", "wrong type", "float32")
+    def retype_count(d):
+        key = b"mamba.block_count"
+        at = d.index(key) + len(key)
+        assert d[at:at + 4] == struct.pack("<I", 4)
+        d[at:at + 4] = struct.pack("<I", 6)
+    one_line(mamba("score", changed_model(tmp_path, retype_count), *IDS, check=False), 1, "'mamba.block_count' is missing, or no integer")
+
+
+def vocabulary_file(path, model="gpt2", merges=()):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "mamba")
+    writer.add_string("tokenizer.ggml.model", model)
+    writer.add_array("tokenizer.ggml.tokens", list("ab"))
+    writer.add_array("tokenizer.ggml.token_type", [1, 1])
+    if merges:
+        writer.add_array("tokenizer.ggml.merges", merges)
+    writer.add_string("general.description", "d" * 200)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_broken_vocabularies(mamba, tmp_path):
+    """The file is named, also where it is one that nobody named; and merges of a wrong type are not none."""
+    (tmp_path / "model.bin").write_bytes(MODEL.read_bytes())
+    beside = vocabulary_file(tmp_path / "tokenizer.bin", "unigram")
+    one_line(mamba("score", tmp_path / "model.bin", "-p", "a", check=False), 1, f"{beside}: tokenizer.ggml.model")
+    numbers = vocabulary_file(tmp_path / "numbers.bin", merges=[1, 2])
+    one_line(mamba("tokenize", numbers, "-p", "ab", check=False), 1, "tokenizer.ggml.merges is no array of strings")
+
+
+def test_inspect_cuts_what_is_longer(mamba, tmp_path):
+    """Texts of 200 bytes are whole."""
+    shown = mamba("inspect", vocabulary_file(tmp_path / "v.bin")).stdout.decode()
+    assert f'"{"d" * 200}"\n' in shown
 
 
 def test_tensors_that_overlap(mamba, tmp_path):

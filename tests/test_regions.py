@@ -49,11 +49,11 @@ def test_bad_lines_of_bed(mamba, model, tmp_path):
     """File and line number; the others are scored, and the exit status tells."""
     path = fasta(tmp_path, write(GENOME))
     regions = [("chr1", 0, 10), ("chrX", 0, 10), ("chr1", 5), ("chr1", -5, 10), ("chr1", 10, 5), ("chr1", 3000, 3001), ("chr1", "a", "b"),
-               ("chr1", 0, 2 ** 64), ("chr1", 2 ** 62, 2 ** 63 - 1), ("chr1", 5000, 5000), ("chr1", 2 ** 63 - 1, 2 ** 63 - 1), ("last", 1, 3)]
+               ("chr1", "", 0, 5), ("chr1", 0, 2 ** 64), ("chr1", 2 ** 62, 2 ** 63 - 1), ("chr1", 5000, 5000), ("chr1", 2 ** 63 - 1, 2 ** 63 - 1), ("last", 1, 3)]
     done = mamba("score", model, "-q", "--fasta", path, "--bed", bed(tmp_path, *regions), check=False)
     assert done.returncode == 1 and [row[0] for row in rows(done.stdout)] == ["chr1:1-10", "last:2-3"]
     lines = done.stderr.decode().splitlines()
-    assert [line.split(":")[2] for line in lines] == [f" line {i}" for i in range(2, 12)]
+    assert [line.split(":")[2] for line in lines] == [f" line {i}" for i in range(2, 13)]
     assert "no record chrX" in lines[0] and "three columns" in lines[1] and "chr1, which has 3000" in lines[4]
 
 
@@ -149,6 +149,7 @@ def test_compressed_lines(mamba, model, tmp_path):
 # ---- VCF ----
 
 HEADER = ["##fileformat=VCFv4.2", "##contig=<ID=chr1,length=3000>", "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"]
+COLUMNS = f"{HEADER[-1]}\n".encode()
 
 
 def vcf(tmp_path, *variants, header=HEADER, end="\n"):
@@ -263,7 +264,7 @@ def test_comments_in_a_header(mamba, model, tmp_path):
 def test_a_zero_byte_in_a_sample(mamba, model, tmp_path):
     path, bases = fasta(tmp_path, write(GENOME)), GENOME["chr1"]
     line = f"chr1\t9\t.\t{bases[8]}\t{other(bases[8])}\t.\t.\t.\tGT\ta\0b\tc\n".encode()
-    done = mamba("score", model, "--fasta", path, "--vcf", "-", input=b"#CHROM\n" + line)
+    done = mamba("score", model, "--fasta", path, "--vcf", "-", input=COLUMNS + line)
     assert done.stdout.endswith(b"\tGT\ta\0b\tc\n")
 
 
@@ -284,10 +285,10 @@ def test_the_file_stays_as_it_is(mamba, model, tmp_path):
 
 
 @pytest.mark.parametrize("text, words, status", [
-    (b"chr1\t5\t.\tA\tC\t.\t.\t.\n", "no line #CHROM came before it", 1), (b"#CHROM\nchr1\t5\t.\tA\tC\n", "line 2: 5 columns between tabs", 1),
-    (b"#CHROM\nchr1\tx\t.\tA\tC\t.\t.\t.\n", 'line 2: POS "x"', 1), (b"#CHROM\nchr1\t5\t.\tA\t\t.\t.\t.\n", "line 2: column 5 is empty", 1),
-    (b"", "no line #CHROM; expected a VCF", 1), (b"##fileformat=VCFv4.2\n", "no line #CHROM; expected a VCF", 1), (b"#CHROM\n\n", "", 0),
-    (b"\xef\xbb\xbf#CHROM\n\n", "", 0)])
+    (b"chr1\t5\t.\tA\tC\t.\t.\t.\n", "no line #CHROM came before it", 1), (COLUMNS + b"chr1\t5\t.\tA\tC\n", "line 2: 5 columns between tabs", 1),
+    (COLUMNS + b"chr1\tx\t.\tA\tC\t.\t.\t.\n", 'line 2: POS "x"', 1), (COLUMNS + b"chr1\t5\t.\tA\t\t.\t.\t.\n", "line 2: column 5 is empty", 1),
+    (b"", "no line #CHROM; expected a VCF", 1), (b"##fileformat=VCFv4.2\n", "no line #CHROM; expected a VCF", 1), (COLUMNS + b"\n", "", 0),
+    (b"\xef\xbb\xbf" + COLUMNS + b"\n", "", 0), (COLUMNS.replace(b"\t", b" "), "line 1: fewer than 8 columns", 1)])
 def test_bad_lines_of_vcf(mamba, model, tmp_path, text, words, status):
     path = fasta(tmp_path, write(GENOME))
     done = mamba("score", model, "-q", "--fasta", path, "--vcf", "-", input=text, check=False)

@@ -1,4 +1,5 @@
 """Many sequences at once: --jsonl, -np, --prefix, classify, --sandbox. Each answer is what a run of its own gives, byte for byte."""
+import gzip
 import io
 import json
 import os
@@ -115,6 +116,8 @@ def test_ids_and_defaults(mamba):
     ('{"prompt": "a", "echo": 1}', ["true or false"]),
     ('{"prompt": "a", "logprobs": 21}', ["logprobs 21", "0 to 20"]),
     ('{"prompt": "a", "max_token": 3}', ["unknown field", "max_token"]),
+    ('{"prompt": "a", "seed": 1, "prompt": "b"}', ["prompt is given twice"]),
+    ('{"prompt": "a", "id": [1]}', ["id: column", "a string or a number"]),
     ('{"ids": [4096]}', ["4096", "0 to 4095"]),
     ('{"ids": [1, -1]}', ["-1"]),
     ('{"ids": "1 2"}', ["array"]),
@@ -190,6 +193,20 @@ def test_summary(mamba):
     """The speeds of reading and of generating are two."""
     said = mamba(TALES, "--jsonl", input=b'{"prompt": "Once upon a time", "max_tokens": 3}\n' * 4).stderr.decode()
     assert re.fullmatch(r"mamba: 4 requests, 0 failed, [\d.]+ requests/s; prompts 20 tokens, [\d.]+ tokens/s; generated 12 tokens, [\d.]+ tokens/s\n", said)
+
+
+def test_a_quiet_summary(mamba):
+    """Only when something failed, and then without timings."""
+    done = mamba(TALES, "--jsonl", "-q", input=b'{"prompt": "a", "max_tokens": 1}\n{}\n', check=False)
+    assert done.stderr == b"mamba: 2 requests, 1 failed\n"
+    assert mamba(TALES, "--jsonl", "-q", input=b'{"prompt": "a", "max_tokens": 1}\n').stderr == b""
+
+
+def test_compressed_requests(mamba, tmp_path):
+    path = tmp_path / "requests.gz"
+    path.write_bytes(gzip.compress(lines_of(some_requests(5))))
+    done = mamba(TALES, "--jsonl", "-f", path, check=False)
+    assert done.returncode == 1 and b"zcat FILE" in done.stderr and done.stdout == b""
 
 
 def test_requests_from_a_file(mamba, tmp_path):

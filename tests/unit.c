@@ -710,7 +710,7 @@ static void test_sampler(void) {
         CHECK(distinct >= cases[c].allowed - 1, "case %zu drew %d of %d tokens", c, distinct, cases[c].allowed);
     }
 
-    struct sampling greedy = {.greedy = true, .repeat_penalty = 1, .repeat_last_n = 3};
+    struct sampling greedy = {.repeat_penalty = 1, .repeat_last_n = 3};
     int32_t four = 4, every[V];
     const struct ids ban_four = {.p = &four, .n = 1}, ban_all = {.p = every, .n = V};
     for (int i = 0; i < V; i++) every[i] = i;

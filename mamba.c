@@ -329,7 +329,6 @@ struct phase {
 struct level {
     struct level_size size;
     int ld_model, ld_dbc, ld_up;  // floats from token to token
-    int ld_inner;              // from tap to tap of a convolution's weights and state
     float *x;                  // [max_tokens][ld_model] residual stream
     struct act normed;         // [max_tokens][d_model] input of in_proj; after a forward, in level 0: the final norm's output
     struct act u;              // [max_tokens][d_inner] x of equation 2, after convolution and SiLU
@@ -766,7 +765,7 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
 // ====================================================================================================================
 // 2. GGUF.
 // Reads the header of an untrusted file through a cursor that cannot overrun, and checks every size before use. Calls
-// section 1; called by section 3, the tokenizer and `inspect`. Errors name the byte offset where it helps.
+// section 1; called by section 3, the tokenizer, `inspect` and bench. Errors name the byte offset where it helps.
 // ====================================================================================================================
 
 static const struct {
@@ -1265,8 +1264,8 @@ static const float *bind_vector(struct binder *b, const char *name, int n) {
     return to;
 }
 
-// Copies a tensor [d_inner][d_state * parts] to plain memory, which the caller frees; NULL after an error or while sizes are
-// counted.
+// Copies a tensor [d_inner][d_state * parts] to plain memory, which the caller frees. NULL while sizes are counted; after an error it
+// holds nothing of use.
 static float *read_states(struct binder *b, const char *name, const struct level_size *size, int n_state) {
     if (!b->next) {
         copy_floats(b, name, size->d_inner, n_state, NULL, 0, 0);
@@ -1509,10 +1508,10 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 
 // ====================================================================================================================
 // 4. Kernels.
-// Everything that touches many numbers. Calls section 1; called by sections 5 and 6 through struct kernels. Each kernel
+// Everything that touches many numbers. Calls sections 1 and 2; called by 5, 6, 9, 14 and 16 through struct kernels. Each kernel
 // is written once, over vectors of 16 lanes, and compiled once per instruction set: this file includes itself, and the
-// part between the two ISA PASS lines below is the body. What differs is the vocabulary of a dozen vector operations at
-// its head. The plain C vocabulary defines what the others must compute, bit for bit.
+// part between the two ISA PASS lines below is the body. What differs is the vocabulary of vector operations at its
+// head. The plain C vocabulary defines what the others must compute, bit for bit.
 //
 // The order of summation, which every kernel keeps:
 //   float weights   lane j adds the products k = j, j+16, j+32 ... by fused multiply-add; then the lanes are added as a
@@ -1526,7 +1525,7 @@ static bool model_open(struct model *m, const char *path, struct error *e) {
 
 enum {
     ITEM_BYTES = 49152,     // of weights; telling another core of an item takes as long as multiplying less than these
-    STATE_BYTES = 16,       // of weights that take as long as a channel's state of a scan
+    STATE_BYTES = 16,       // of weights that take as long as one state of one channel does in a scan
     ROW_TOKENS = 4,         // of so few tokens memory sets the pace: float weights are multiplied as they are read
     SHORT_ROW = 512,        // columns; rows of F32 that are no longer are multiplied several at a time even then
     FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
@@ -3975,7 +3974,7 @@ static void in_conv_phase(struct team *t, struct level *v, const struct layer *l
             ctx->k->conv_silu(&(struct conv_args){
                 .w = l->conv_w + c, .b = l->conv_b + c, .state = seq->conv + l->conv_at + c,
                 .next_state = next->conv + l->conv_at + c, .in = rows, .out = rows, .d_conv = cfg->d_conv,
-                .n_tokens = v->n_new[s], .n = n_padded, .ld_w = v->ld_inner, .ld = ld});
+                .n_tokens = v->n_new[s], .n = n_padded, .ld_w = round_up(v->size.d_inner, 16), .ld = ld});
             if (l->s4)
                 ctx->k->fixed_scan(&(struct fixed_scan_args){
                     .decay = l->decay + (size_t)c * n_state, .weight = l->weight + (size_t)c * n_state, .d = l->d + c,
@@ -4244,7 +4243,6 @@ static void level_init(struct level *v, const struct model *m, int i, int max_to
     if (i > 0) q_in |= is_quantized(&m->pools[i - 1].up);
     v->size = c->level[i];
     v->ld_model = leading_dimension(v->size.d_model);
-    v->ld_inner = round_up(v->size.d_inner, 16);
     v->ld_dbc = leading_dimension(v->size.dt_rank + 2 * c->d_state * (1 + any_complex));
     v->x = xcalloc(n * (size_t)v->ld_model, sizeof(float));
     v->normed = act_new(max_tokens, v->size.d_model, q_in);
@@ -5612,7 +5610,7 @@ static void emit(struct emitter *e, struct str text) {
 // ====================================================================================================================
 // 9. Sampler.
 // From logits to a token. Candidates pass, as in llama.cpp, the repeat penalty, top-k, top-p, min-p and the temperature.
-// Calls sections 1 and 4; called by section 14.
+// Calls sections 1, 4, 7 and 8; called by section 14.
 // ====================================================================================================================
 
 struct sampling {
@@ -5762,8 +5760,8 @@ static void sampler_free(struct sampler *s) {
 
 // ====================================================================================================================
 // 10. JSON.
-// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by section 13
-// and by bench.
+// Reads a line's values in place and appends values to a buffer (RFC 8259). Calls sections 1 and 8; called by sections 13
+// and 14 and by bench.
 // ====================================================================================================================
 
 struct json {               // cursor over a text that changes under it: strings are decoded where they stand
@@ -6371,7 +6369,7 @@ static void reverse_complement(uint8_t *bases, size_t n) {
 // ====================================================================================================================
 // 12. Sound: WAV and mu-law.
 // A clip becomes codes from 0 to 255, which are the tokens of an audio model, and back. WAV files come from anywhere. Calls
-// section 1; called by sections 13 to 15.
+// sections 1 and 7; called by sections 13 to 15.
 // ====================================================================================================================
 
 struct wav {                // a clip, all channels in one; owner of samples
@@ -6540,7 +6538,7 @@ static void add_sound(struct buffer *b, enum sound_format format, const uint8_t 
 // ====================================================================================================================
 // 13. Requests.
 // A request is a text that a command works on: of the command line, of a line of --jsonl, of a record of --fasta. Here is
-// what it is made from and how it is answered. Calls everything above; called by section 14.
+// what it is made from and how it is answered. Calls everything above; called by sections 14 to 17.
 // ====================================================================================================================
 
 enum command { GENERATE, SCORE, EMBED, CLASSIFY, TOKENIZE, BENCH, INSPECT, N_COMMANDS };
@@ -6623,7 +6621,6 @@ struct session {            // what every command that runs a model has open
     struct model model;
     struct tokenizer tokenizer;
     bool has_tokenizer;
-    int n_threads;
     struct ids banned;      // tokens that are never drawn
     int32_t unscored[2];    // N and n of nucleotides, which nothing is to be said about; -1: there is none
     struct base *base;      // what every request continues: --prefix, --load-state; NULL: nothing
@@ -7359,7 +7356,7 @@ static struct engine *engine_new(struct session *s, int n_slots, int64_t max_tok
     struct engine *en = xcalloc(1, sizeof *en);
     const struct options *o = s->o;
     const struct kernels *k = choose_kernels();
-    const int n_threads = s->n_threads;
+    const int n_threads = o->n_threads;
     int n_tokens = max_tokens < o->ubatch ? (int)max_tokens : o->ubatch;
     if (n_tokens < n_slots) n_tokens = n_slots;
     int n_rows = n_slots;   // a row for each sequence that draws; prompts whose tokens are scored use more
@@ -8675,8 +8672,9 @@ static void keep_case(struct session *s) {
 // output: the file that the command writes, besides standard output or in its place; NULL: none.
 static void open_session(struct session *s, const struct options *o, const char *output) {
     struct error e = {""};
-    *s = (struct session){.own = *o, .n_threads = o->n_threads ? o->n_threads : default_threads()};  // asks files of the kernel
+    *s = (struct session){.own = *o};
     s->o = &s->own;
+    if (!s->own.n_threads) s->own.n_threads = default_threads();  // before the sandbox: it asks files of the kernel
     catch_signals(end_at_once);
     if (!outfile_open(&s->out, output, &e)) die("%s", e.text);  // better now than after an hour
     if (o->save_state && !outfile_open(&s->state, o->save_state, &e)) die("%s", e.text);

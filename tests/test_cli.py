@@ -192,7 +192,7 @@ def test_wrong_number_in_weights(mamba, tmp_path, tensor, value, words):
 
 @pytest.mark.parametrize("command, token", [(["generate", "--print-ids"], 4), (["score", "--logits", "l.npy"], 1), (["embed", "-o", "e.npy"], 1)])
 def test_where_the_output_is_no_number(mamba, tmp_path, command, token):
-    """Behind which token, of those before a prefix's end too: generate looks at the last logits, the others at each row."""
+    """generate looks at the last token's logits, the others at each row."""
     gguf = pytest.importorskip("gguf")
     offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == "blk.0.ssm_in.weight")
     path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", float("nan"))))

@@ -1264,8 +1264,8 @@ static const float *bind_vector(struct binder *b, const char *name, int n) {
     return to;
 }
 
-// Copies a tensor [d_inner][d_state * parts] to plain memory, which the caller frees. NULL while sizes are counted; after an error it
-// holds nothing of use.
+// Copies a tensor [d_inner][d_state * parts] to plain memory, which the caller frees. NULL while sizes are counted; after an error
+// it holds nothing of use.
 static float *read_states(struct binder *b, const char *name, const struct level_size *size, int n_state) {
     if (!b->next) {
         copy_floats(b, name, size->d_inner, n_state, NULL, 0, 0);
@@ -1527,7 +1527,7 @@ enum {
     ITEM_BYTES = 49152,     // of weights; telling another core of an item takes as long as multiplying less than these
     STATE_BYTES = 16,       // of weights that take as long as one state of one channel does in a scan
     ROW_TOKENS = 4,         // of so few tokens memory sets the pace: float weights are multiplied as they are read
-    SHORT_ROW = 512,        // columns; rows of F32 that are no longer are multiplied several at a time even then
+    SHORT_ROW = 128,        // columns; rows of F32 that are no longer are multiplied several at a time even then
     FETCH_AHEAD = 8192,     // bytes of a row read alone that are fetched early: the processor's own guesses end with each page
     FETCH_TOKENS = 4,       // and tokens, where a few channels of each are gone through
     SECOND_CACHE = 2,       // for __builtin_prefetch, of weights: the first cache has few buffers for what is on its way
@@ -1700,6 +1700,7 @@ struct kernels {
 #define panel_dot ISA_NAME(panel_dot)
 #define panels_dot ISA_NAME(panels_dot)
 #define tile ISA_NAME(tile)
+#define fetch_rows_below ISA_NAME(fetch_rows_below)
 #define tile_rows ISA_NAME(tile_rows)
 #define wide_product ISA_NAME(wide_product)
 #define narrow_panel ISA_NAME(narrow_panel)
@@ -2410,12 +2411,19 @@ struct operands {
     bool first;                      // sums begin here
     float (*sums)[ROW_GROUP][16];    // [token][row][lane]
     struct fetch *fetch;             // a line at each step of a tile of several rows
-    bool near;                       // that is not enough: the first tokens fetch the next tile's rows, or what lies there
+    bool few;                        // tokens: not that, but the next tile's rows, or what lies there
+    bool near;                       // that is not enough: the first tokens fetch the next tile's rows too
 };
 
 LANE vt t_load_weights(enum format format, const uint8_t *w) {
     if (format == F32) return t_load((const float *)w);
     return format == F16 ? t_load_f16((const uint16_t *)w) : t_load_bf16((const uint16_t *)w);
+}
+
+// Of the rows below a tile's, the lines that lie k columns behind w.
+LANE void fetch_rows_below(enum format format, int rows, size_t row_bytes, const uint8_t *w, int k) {
+    UNROLL for (int r = 0; r < rows; r++)
+        __builtin_prefetch(w + (size_t)(rows + r) * row_bytes + (size_t)(k * formats[format].bytes));
 }
 
 // `rows` rows from `row` on times `tokens` tokens from `token` on. It goes through the columns for `registers` registers of lanes
@@ -2424,7 +2432,7 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
     const uint8_t *w = o.w + (size_t)row * o.row_bytes;
     const float *x = o.x + (size_t)token * o.ldx;
     const uint8_t *ahead = o.fetch->at;
-    const bool more = rows > 1 && ahead < o.fetch->end, near = rows > 1 && o.near && token == 0;
+    const bool more = rows > 1 && !o.few && ahead < o.fetch->end, near = rows > 1 && o.near && token == 0;
     for (int lane = 0; lane < 16; lane += registers * TILE_LANES) {
         vt sum[4][6][16 / TILE_LANES], wv[4][16 / TILE_LANES];  // of the largest tile: a size that varies would be no constant
         UNROLL for (int t = 0; t < tokens; t++)
@@ -2433,12 +2441,11 @@ LANE void tile(enum format format, int rows, int tokens, int registers, const st
                     sum[r][t][i] = o.first ? t_zero() : t_load(o.sums[token + t][row + r] + lane + i * TILE_LANES);
         NO_UNROLL for (int k = lane; k < o.n; k += 16) {
             if (rows == 1) __builtin_prefetch(w + k * formats[format].bytes + FETCH_AHEAD, 0, SECOND_CACHE);
+            if (rows > 1 && o.few) fetch_rows_below(format, rows, o.row_bytes, w, k);
             if (more) {
                 __builtin_prefetch(ahead, 0, SECOND_CACHE);
                 ahead += 64;
-                if (near)
-                    UNROLL for (int r = 0; r < rows; r++)
-                        __builtin_prefetch(w + (size_t)(rows + r) * o.row_bytes + (size_t)(k * formats[format].bytes));
+                if (near) fetch_rows_below(format, rows, o.row_bytes, w, k);
             }
             UNROLL for (int r = 0; r < rows; r++)
                 UNROLL for (int i = 0; i < registers; i++)
@@ -2510,21 +2517,21 @@ LANE void wide_product(enum format format, const struct matrix *m, int row0, int
     float sums[TOKEN_BLOCK][ROW_GROUP][16], floats[ROW_GROUP][COLUMN_BLOCK];
     const size_t bytes = (size_t)formats[format].bytes;
     const uint8_t *end = m->data + (size_t)m->rows * m->row_bytes;
-    const bool is_short = format == F32 && m->cols <= SHORT_ROW, few = tokens <= ROW_TOKENS && !is_short;
-    // F32 has more lines than tiles take steps.
-    const bool near = m->cols > SHORT_ROW && ceil_div(tokens, TILE_TOKENS) < TILE_ROWS * TILE_LANES / 16;
+    const bool few = tokens <= ROW_TOKENS, by_rows = few && (format != F32 || m->cols > SHORT_ROW);
+    const bool near = ceil_div(tokens, TILE_TOKENS) < TILE_ROWS * TILE_LANES / 16;  // F32 has more lines than tiles take steps
     for (int r = 0; r < n_rows; r += ROW_GROUP) {
         const int rows = min_int(ROW_GROUP, n_rows - r);
         const uint8_t *next = m->data + (size_t)(row0 + r + rows) * m->row_bytes;  // only fetched: it may lie behind the matrix
         struct fetch fetch = {.at = next, .end = next + (size_t)rows * m->row_bytes};
         for (int k = 0, n; k < m->cols; k += n) {
             const uint8_t *w = m->data + (size_t)(row0 + r) * m->row_bytes + (size_t)k * bytes;
-            n = few ? m->cols - k : min_int(COLUMN_BLOCK, m->cols - k);
-            const bool in_place = n >= 16 && (few || format == F32);
+            n = by_rows ? m->cols - k : min_int(COLUMN_BLOCK, m->cols - k);
+            const bool in_place = n >= 16 && (by_rows || format == F32);
             if (in_place) n = n / 16 * 16;
-            struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums, &fetch, in_place && near};
+            struct operands o = {w, m->row_bytes, x + k, ldx, round_up(n, 16), k == 0, sums, &fetch, in_place && few,
+                                 in_place && near};
             if (in_place) {
-                if (few) row_by_row(format, rows, tokens, o);
+                if (by_rows) row_by_row(format, rows, tokens, o);
                 else tiles(rows, tokens, o);
                 continue;
             }

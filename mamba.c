@@ -3886,11 +3886,12 @@ static void quantize_rows(const struct kernels *k, struct act *a, int row0, int 
 // tokens; but several a thread, so that nobody waits long for the last one, where each is worth an item. More than one token may
 // have rows in groups of 32.
 static int rows_of_block(const struct context *ctx, int rows, size_t row_bytes, int n_tokens) {
-    const int group = n_tokens == 1 ? 16 : 32, n = ctx->n_threads;
+    const int group = n_tokens == 1 ? 16 : 32, n = ctx->n_threads, most = 4 * n;
     const int64_t worth = (int64_t)rows * (int64_t)row_bytes * n_tokens / ITEM_BYTES;
-    const int n_blocks = worth >= 4 * n ? 4 * n : worth > n ? (int)worth / n * n : worth > 1 ? (int)worth : 1;
+    const int n_items = worth < most ? (int)worth : most, n_blocks = n_items > n ? n_items / n * n : n_items;
+    if (n_blocks <= 1) return round_up(rows, group);
     const int block = round_up(ceil_div(rows, n_blocks), group);
-    return n_blocks < 4 * n ? block : min_int(block, 128);
+    return n_blocks < most ? block : min_int(block, 128);
 }
 
 // w times the rows of x, cut into blocks of rows and tokens; the whole product is one phase. It is added to what y holds, or to
@@ -7980,7 +7981,7 @@ static struct request *line_error(struct engine *en, const char *what) {
 // --bed: the next region, as if it were a record. False: there is none yet, or (r: an error of its own) it cannot be read.
 static bool next_region(struct engine *en, struct request **r) {
     struct error e = {""};
-    struct str line;
+    struct str line = {NULL, 0};
     if (!next_input_line(en, bed_is_comment, &line, &e)) return false;
     if (!e.text[0]) {
         int64_t begin, end;
@@ -9747,7 +9748,7 @@ static double parse_number(const struct option *o, const char *value) {
 // The place of a value among the words that an option takes, as in "last|mean|none", counted from o->min.
 static int parse_choice(const struct option *o, const char *value) {
     int choice = (int)o->min;
-    for (const char *word = o->takes; *word; choice++) {
+    for (const char *word = o->takes; word && *word; choice++) {
         const size_t n = strcspn(word, "|");
         if (str_is((struct str){word, n}, value)) return choice;
         word += n + (word[n] == '|');

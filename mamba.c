@@ -7067,14 +7067,13 @@ static const struct request_field {
 #undef FIELD
 };
 enum { N_REQUEST_FIELDS = sizeof request_fields / sizeof *request_fields };
-_Static_assert(N_REQUEST_FIELDS <= 32, "a field has no bit in struct request_parse");
 
 struct request_parse {
     struct json j;
     struct request *r;
     struct str prompt;
     bool has_prompt, has_ids;
-    uint32_t seen;          // a bit a field
+    bool seen[N_REQUEST_FIELDS];
     int n_vocab;
 };
 
@@ -7194,10 +7193,10 @@ static bool request_parse(struct request *r, struct str line, int n_vocab, struc
             ok = json_string(j, &name) && json_expect(j, ':', "a colon");
             for (int i = 0; ok && i < N_REQUEST_FIELDS; i++)
                 if (str_is(name, request_fields[i].name)) f = &request_fields[i];
-            const uint32_t bit = f ? 1u << (f - request_fields) : 0;
+            bool *seen = f ? &q.seen[f - request_fields] : NULL;
             if (ok && !f) set_error(&r->error, "unknown field \"%.*s\"", str_show(name), name.p);
-            if (q.seen & bit) set_error(&r->error, "%s is given twice", f->name);
-            q.seen |= bit;
+            if (seen && *seen) set_error(&r->error, "%s is given twice", f->name);
+            if (seen) *seen = true;
             ok = ok && (f ? field_value(&q, f) : json_skip(j, 0));
         } while (ok && json_take(j, ','));
         ok = ok && json_expect(j, '}', "a comma or the end of the object");
@@ -8836,14 +8835,15 @@ static struct engine *open_engine(struct session *s, FILE *output) {
 static int close_engine(struct engine *en) {
     const struct options *o = en->s->o;
     double seconds = now_seconds() - en->progress.start;
-    if (o->jsonl && (!o->quiet || en->n_failed))
+    if (o->jsonl && (!o->quiet || en->n_failed)) {
         fprintf(stderr, "mamba: %s%" PRId64 " requests, %" PRId64 " failed", interrupted ? "interrupted: " : "", en->n_requests,
                 en->n_failed);
-    if (o->jsonl && !o->quiet)
-        fprintf(stderr, ", %.1f requests/s; prompts %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64 " tokens, %.1f tokens/s",
-                (double)en->n_requests / seconds, en->n_fed, (double)en->n_fed / seconds, en->n_sampled,
-                (double)en->n_sampled / seconds);
-    if (o->jsonl && (!o->quiet || en->n_failed)) fputc('\n', stderr);
+        if (!o->quiet)
+            fprintf(stderr, ", %.1f requests/s; prompts %" PRId64 " tokens, %.1f tokens/s; generated %" PRId64
+                    " tokens, %.1f tokens/s", (double)en->n_requests / seconds, en->n_fed, (double)en->n_fed / seconds,
+                    en->n_sampled, (double)en->n_sampled / seconds);
+        fputc('\n', stderr);
+    }
     say_long(en, true);
     int status = interrupted ? 128 + interrupted : en->n_failed ? 1 : 0;
     base_free(en->s->base);  // its state may be on the engine's device

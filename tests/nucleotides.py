@@ -94,12 +94,14 @@ def write(records, width=60, end="\n", last=True):
     return end.join(lines) + end * last
 
 
-def vocabulary(tmp_path, tokens, types=None, **more):
+def vocabulary(tmp_path, tokens, types=None, model="gpt2", merges=(), **more):
     """A vocabulary-only file of these letters, or of tokens of any types."""
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "mamba")
-    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.model", model)
     writer.add_array("tokenizer.ggml.tokens", tokens)
     writer.add_array("tokenizer.ggml.token_type", types or [2 if t == "<unk>" else 1 for t in tokens])
+    if merges:
+        writer.add_array("tokenizer.ggml.merges", merges)
     for key, value in more.items():
         writer.add_uint32(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()

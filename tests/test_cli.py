@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import FIXTURES, PROGRAM, ROOT
+from nucleotides import vocabulary
 
 MODEL = FIXTURES / "mamba_tied.f32.bin"
 TALES = ROOT / "models" / "tales.bin"
@@ -179,70 +180,54 @@ def test_wrong_shape(mamba, tmp_path):
     one_line(mamba("score", changed_model(tmp_path, shrink), *IDS, check=False), 1, "shape", "expected")
 
 
+def changed_weight(tmp_path, tensor, value):
+    """The fixture with another number at the beginning of a tensor."""
+    gguf = pytest.importorskip("gguf")
+    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor)
+    return changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", value)))
+
+
 @pytest.mark.parametrize("tensor, value, words", [
     ("blk.0.ssm_d", float("nan"), ["blk.0.ssm_d", "finite"]),
     ("blk.0.ssm_in.weight", float("nan"), ["not a finite number"]),
     ("blk.0.ssm_a", 0.5, ["blk.0.ssm_a", "holds 0.5 at [0, 0]", "-exp(A_log)"])])
 def test_wrong_number_in_weights(mamba, tmp_path, tensor, value, words):
-    gguf = pytest.importorskip("gguf")
-    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == tensor)
-    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", value)))
+    path = changed_weight(tmp_path, tensor, value)
     one_line(mamba(path, *IDS, "--print-ids", check=False), 1, path, *words)
 
 
 @pytest.mark.parametrize("command, token", [(["generate", "--print-ids"], 4), (["score", "--logits", "l.npy"], 1), (["embed", "-o", "e.npy"], 1)])
 def test_where_the_output_is_no_number(mamba, tmp_path, command, token):
     """generate looks at the last token's logits, the others at each row."""
-    gguf = pytest.importorskip("gguf")
-    offset = next(t.data_offset for t in gguf.GGUFReader(str(MODEL)).tensors if t.name == "blk.0.ssm_in.weight")
-    path = changed_model(tmp_path, lambda d: d.__setitem__(slice(offset, offset + 4), struct.pack("<f", float("nan"))))
+    path = changed_weight(tmp_path, "blk.0.ssm_in.weight", float("nan"))
     options = [tmp_path / option if option.endswith(".npy") else option for option in command[1:]]
     assert f"after token {token} is not a finite" in mamba(command[0], path, *IDS, *options, check=False).stderr.decode()
 
 
-def test_metadata_of_a_wrong_type(mamba, tmp_path):
-    """Not the default in its place: the model would be another one."""
+@pytest.mark.parametrize("key, words", [("mamba.attention.layer_norm_rms_epsilon", ["layer_norm_rms_epsilon", "wrong type", "float32"]),
+                                        ("mamba.block_count", ["'mamba.block_count' is missing, or no integer"])])
+def test_metadata_of_a_wrong_type(mamba, tmp_path, key, words):
+    """Not the default in its place: the model would be another one. A float32 becomes a uint32, or the other way round."""
+    uint32, float32 = struct.pack("<I", 4), struct.pack("<I", 6)
     def retype(d):
-        key = b"mamba.attention.layer_norm_rms_epsilon"
-        at = d.index(key) + len(key)
-        assert d[at:at + 4] == struct.pack("<I", 6)  # float32 becomes uint32
-        d[at:at + 4] = struct.pack("<I", 4)
-    one_line(mamba("score", changed_model(tmp_path, retype), *IDS, check=False), 1, "layer_norm_rms_epsilon", "wrong type", "float32")
-    def retype_count(d):
-        key = b"mamba.block_count"
-        at = d.index(key) + len(key)
-        assert d[at:at + 4] == struct.pack("<I", 4)
-        d[at:at + 4] = struct.pack("<I", 6)
-    one_line(mamba("score", changed_model(tmp_path, retype_count), *IDS, check=False), 1, "'mamba.block_count' is missing, or no integer")
-
-
-def vocabulary_file(path, model="gpt2", merges=()):
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(str(path), "mamba")
-    writer.add_string("tokenizer.ggml.model", model)
-    writer.add_array("tokenizer.ggml.tokens", list("ab"))
-    writer.add_array("tokenizer.ggml.token_type", [1, 1])
-    if merges:
-        writer.add_array("tokenizer.ggml.merges", merges)
-    writer.add_string("general.description", "d" * 200)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
+        at = d.index(key.encode()) + len(key)
+        assert d[at:at + 4] == (float32 if "epsilon" in key else uint32)
+        d[at:at + 4] = uint32 if "epsilon" in key else float32
+    one_line(mamba("score", changed_model(tmp_path, retype), *IDS, check=False), 1, *words)
 
 
 def test_broken_vocabularies(mamba, tmp_path):
     """The file is named, also where it is one that nobody named; and merges of a wrong type are not none."""
     (tmp_path / "model.bin").write_bytes(MODEL.read_bytes())
-    beside = vocabulary_file(tmp_path / "tokenizer.bin", "unigram")
+    beside = vocabulary(tmp_path, list("ab"), model="unigram").rename(tmp_path / "tokenizer.bin")
     one_line(mamba("score", tmp_path / "model.bin", "-p", "a", check=False), 1, f"{beside}: tokenizer.ggml.model")
-    numbers = vocabulary_file(tmp_path / "numbers.bin", merges=[1, 2])
+    numbers = vocabulary(tmp_path, list("ab"), merges=[1, 2])
     one_line(mamba("tokenize", numbers, "-p", "ab", check=False), 1, "tokenizer.ggml.merges is no array of strings")
 
 
 def test_inspect_cuts_what_is_longer(mamba, tmp_path):
     """Texts of 200 bytes are whole."""
-    shown = mamba("inspect", vocabulary_file(tmp_path / "v.bin")).stdout.decode()
+    shown = mamba("inspect", vocabulary(tmp_path, list("ab"), model="d" * 200)).stdout.decode()
     assert f'"{"d" * 200}"\n' in shown
 
 

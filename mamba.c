@@ -8993,10 +8993,14 @@ static bool decode_lines(const struct session *s, const struct input *in, struct
     if (ok && b.n && memchr(b.p, 0, b.n)) ok = fail(e, "%s: holds a byte 0; expected ids", input_name(in->value));
     if (b.n && b.p[b.n - 1] == '\n') b.n--;
     buffer_add(&b, "\n", 2);
-    for (char *line = b.p, *end; ok && (end = strchr(line, '\n')); line = end + 1) {
+    long number = 1;
+    for (char *line = b.p, *end; ok && (end = strchr(line, '\n')); line = end + 1, number++) {
         struct ids ids = {0};
+        struct error why = {""};
         *end = 0;
-        ok = parse_ids(line, s->tokenizer.n_tokens, &ids, e);
+        if (!parse_ids(line, s->tokenizer.n_tokens, &ids, &why))
+            ok = in->source == FROM_FILE ? fail(e, "%s: line %ld: %s", input_name(in->value), number, why.text)
+                                         : fail(e, "%s", why.text);
         if (ok) print_decoded(&s->tokenizer, &ids);
         free(ids.p);
     }

@@ -15,9 +15,14 @@ import numpy as np  # noqa: E402
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    with wave.open(sys.argv[1]) as file:  # 16-bit, one channel, as `mamba generate -o` writes it
-        rate = file.getframerate()
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    try:
+        with wave.open(sys.argv[1]) as file:  # as `mamba generate -o` writes it
+            if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+                raise wave.Error(f"{file.getnchannels()} channels of {file.getsampwidth()} bytes; expected one of 2")
+            rate = file.getframerate()
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    except (OSError, EOFError, wave.Error) as error:
+        sys.exit(f"draw_sound.py: {sys.argv[1]}: {error if str(error) else 'not a whole WAV file'}")
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(10, 5), height_ratios=(1, 2))
     above.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4)
     above.set(ylabel="amplitude", ylim=(-1, 1), xlim=(0, len(samples) / rate))

@@ -465,3 +465,8 @@ def test_digits(mamba, tmp_path):
     assert own < 6 and shuffled > own + 1, table
     subprocess.run([sys.executable, ROOT / "models" / "draw_sound.py", file, tmp_path / "digits.png"], check=True)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    for wrong in (tmp_path / "shuffled.wav").read_bytes()[:20], b"", sounds.wav(bytes(400), channels=2, rate=8000):
+        (tmp_path / "wrong.wav").write_bytes(wrong)
+        done = subprocess.run([sys.executable, ROOT / "models" / "draw_sound.py", tmp_path / "wrong.wav", tmp_path / "wrong.png"],
+                              stderr=subprocess.PIPE)
+        assert done.returncode == 1 and done.stderr.startswith(b"draw_sound.py: ") and done.stderr.count(b"\n") == 1

@@ -108,6 +108,13 @@ def test_ids_that_are_none(mamba, ids):
     assert error.startswith("mamba: ") and error.count("\n") == 1 and error.endswith("\n")
 
 
+def test_a_bad_id_of_a_file_is_found_by_its_line(mamba, tmp_path):
+    (tmp_path / "ids").write_text("12092\n1533 x\n")
+    done = mamba("tokenize", FIXTURES / NEOX, "--decode", "-f", tmp_path / "ids", check=False)
+    assert (done.returncode, done.stdout) == (1, b"Hello\n")
+    assert done.stderr.decode() == f'mamba: {tmp_path / "ids"}: line 2: token id "x": expected a number from 0 to 50276\n'
+
+
 def test_a_file_that_is_not_there(mamba, tmp_path):
     done = mamba("tokenize", FIXTURES / NEOX, "-f", tmp_path / "nothing", check=False)
     assert done.returncode == 1 and b"nothing" in done.stderr and done.stderr.count(b"\n") == 1

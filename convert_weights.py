@@ -23,6 +23,7 @@ import re
 import signal
 import struct
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -36,6 +37,8 @@ try:
 except ImportError as e:
     sys.exit(f"convert_weights.py: {e}; to install what it needs: "
              "pip install 'gguf>=0.18' huggingface_hub numpy safetensors tqdm")
+except KeyboardInterrupt:
+    sys.exit("convert_weights.py: interrupted; nothing was written")
 
 # ---------------------------------------------------------------- 1 errors and small helpers
 
@@ -58,7 +61,8 @@ def read_json(path, default=None):
         return default
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair, "\ud83d", is no text that GGUF can hold
+    except (ValueError, RecursionError) as e:
         raise ConvertError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ConvertError(f"{path}: found a JSON {type(value).__name__}, expected an object")
@@ -97,6 +101,26 @@ class Config:
         return self.dt_rank + 2 * self.d_state
 
 
+INTEGER = "a positive integer", lambda value: type(value) is int and 0 < value < 2**31
+FACTOR = "a positive number up to 1024", lambda value: type(value) in (int, float) and 0 < value <= 1024
+EPSILON = "a number between 1e-37 and 1", lambda value: isinstance(value, float) and 1e-37 < value < 1    # above 0 as float32, too
+FLAG = "true or false", lambda value: isinstance(value, bool)
+
+
+def take(config, path, key, kind, default=...):
+    """The value of a key of config.json, of this kind; without a default the key must be there."""
+    value = config[key] if default is ... else config.get(key, default)
+    what, fits = kind
+    if value is not default and not fits(value):
+        raise ConvertError(f"{path}: {key} is {value!r}, expected {what}")
+    return value
+
+
+def take_dt_rank(config, path, key, d_model):
+    rank = None if config.get(key) == "auto" else take(config, path, key, INTEGER, None)
+    return rank or math.ceil(d_model / 16)
+
+
 def refuse(config, path, **expected):
     """Every key in `expected` that config.json sets must have exactly this value: nothing else is implemented."""
     for key, value in expected.items():
@@ -116,31 +140,31 @@ def config_hf(c, path):
     """transformers' MambaConfig and FalconMambaConfig."""
     refuse(c, path, rms_norm=True, use_bias=False, hidden_act="silu")
     falcon = c["model_type"] == "falcon_mamba"
-    d_model = c["hidden_size"]
-    dt_rank = c.get("time_step_rank", "auto")
+    d_model = take(c, path, "hidden_size", INTEGER)
     return Config(
-        d_model=d_model, n_layer=c["num_hidden_layers"], vocab_size=c["vocab_size"],
-        d_inner=c.get("intermediate_size") or int(c.get("expand", 2) * d_model),
-        d_state=c.get("state_size", 16), d_conv=c.get("conv_kernel", 4),
-        dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
-        rms_eps=c.get("layer_norm_epsilon", 1e-5), conv_bias=c.get("use_conv_bias", True),
-        tied=c.get("tie_word_embeddings"), dt_b_c_eps=c.get("mixer_rms_eps", 1e-6) if falcon else None,
-        context_length=c.get("max_position_embeddings") or 2**20, labels=class_labels(c, path))
+        d_model=d_model, n_layer=take(c, path, "num_hidden_layers", INTEGER), vocab_size=take(c, path, "vocab_size", INTEGER),
+        d_inner=take(c, path, "intermediate_size", INTEGER, None) or int(take(c, path, "expand", FACTOR, 2) * d_model),
+        d_state=take(c, path, "state_size", INTEGER, 16), d_conv=take(c, path, "conv_kernel", INTEGER, 4),
+        dt_rank=take_dt_rank(c, path, "time_step_rank", d_model), rms_eps=take(c, path, "layer_norm_epsilon", EPSILON, 1e-5),
+        conv_bias=take(c, path, "use_conv_bias", FLAG, True), tied=take(c, path, "tie_word_embeddings", FLAG, None),
+        dt_b_c_eps=take(c, path, "mixer_rms_eps", EPSILON, 1e-6) if falcon else None,
+        context_length=take(c, path, "max_position_embeddings", INTEGER, None) or 2**20, labels=class_labels(c, path))
 
 
 def config_state_spaces(c, path):
     """The state-spaces/mamba package's MambaConfig, whose defaults these are."""
     ssm = c.get("ssm_cfg") or {}
     refuse(c, path, rms_norm=True, d_intermediate=0, attn_layer_idx=[])
-    refuse(ssm, f"{path}: ssm_cfg", layer="Mamba1", bias=False)
-    d_model = c["d_model"]
-    pad = c.get("pad_vocab_size_multiple", 8)
-    dt_rank = ssm.get("dt_rank", "auto")
+    inside = f"{path}: ssm_cfg"
+    refuse(ssm, inside, layer="Mamba1", bias=False)
+    d_model = take(c, path, "d_model", INTEGER)
+    pad = take(c, path, "pad_vocab_size_multiple", INTEGER, 8)
     return Config(
-        d_model=d_model, n_layer=c["n_layer"], vocab_size=math.ceil(c["vocab_size"] / pad) * pad,
-        d_inner=int(ssm.get("expand", 2) * d_model), d_state=ssm.get("d_state", 16), d_conv=ssm.get("d_conv", 4),
-        dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
-        rms_eps=1e-5, conv_bias=ssm.get("conv_bias", True), tied=c.get("tie_embeddings"), dt_b_c_eps=None,
+        d_model=d_model, n_layer=take(c, path, "n_layer", INTEGER),
+        vocab_size=math.ceil(take(c, path, "vocab_size", INTEGER) / pad) * pad,
+        d_inner=int(take(ssm, inside, "expand", FACTOR, 2) * d_model), d_state=take(ssm, inside, "d_state", INTEGER, 16),
+        d_conv=take(ssm, inside, "d_conv", INTEGER, 4), dt_rank=take_dt_rank(ssm, inside, "dt_rank", d_model), rms_eps=1e-5,
+        conv_bias=take(ssm, inside, "conv_bias", FLAG, True), tied=take(c, path, "tie_embeddings", FLAG, None), dt_b_c_eps=None,
         labels=class_labels(c, path), context_length=2**20)     # a recurrence has no limit of its own; llama.cpp's converter writes this number too
 
 
@@ -208,9 +232,7 @@ def config_unet(c, path):
         raise ConvertError(f"{path}: pool is {config.pool!r}, expected one to four integers from 2 on")
     if len(config.stages) != 2 * len(config.pool) + 1 or any(list(stage) not in kinds for stage in config.stages):
         raise ConvertError(f"{path}: stages is {config.stages!r}, expected {2 * len(config.pool) + 1} pairs of s4 or s6 and real or complex")
-    eps = config.layer_norm_epsilon
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ConvertError(f"{path}: layer_norm_epsilon is {eps!r}, expected a number between 0 and 1")
+    take(c, path, "layer_norm_epsilon", EPSILON, 1e-5)
     return config
 
 
@@ -224,26 +246,16 @@ def load_config(folder):
         if kind == "mamba_unet":
             return config_unet(c, path)
         if kind in ("mamba", "falcon_mamba"):
-            config = config_hf(c, path)
-        elif kind is None and "d_model" in c and "n_layer" in c:
-            config = config_state_spaces(c, path)
-        else:
-            found = f"model_type {kind!r}" if kind else f"no model_type, architectures {c.get('architectures')}"
-            raise ConvertError(f"{path}: {found}, expected model_type mamba, falcon_mamba or mamba_unet, "
-                               "or the d_model and n_layer of a state-spaces checkpoint")
-        for key in ("d_model", "n_layer", "vocab_size", "d_inner", "d_state", "d_conv", "dt_rank", "context_length"):
-            value = getattr(config, key)
-            if not isinstance(value, int) or not 0 < value < 2**31:
-                raise ConvertError(f"{path}: {key} is {value!r}, expected a positive integer")
-        for key in ("rms_eps", "dt_b_c_eps") if kind == "falcon_mamba" else ("rms_eps",):
-            value = getattr(config, key)
-            if not (isinstance(value, float) and 0 < value < 1):
-                raise ConvertError(f"{path}: {key} is {value!r}, expected a number between 0 and 1")
+            return config_hf(c, path)
+        if kind is None and "d_model" in c and "n_layer" in c:
+            return config_state_spaces(c, path)
     except KeyError as e:
         raise ConvertError(f"{path}: {e.args[0]} is missing") from None
-    except (TypeError, AttributeError, ValueError, ArithmeticError) as e:
+    except (TypeError, AttributeError) as e:
         raise ConvertError(f"{path}: a value of the wrong kind: {e}") from None
-    return config
+    found = f"model_type {kind!r}" if kind else f"no model_type, architectures {c.get('architectures')}"
+    raise ConvertError(f"{path}: {found}, expected model_type mamba, falcon_mamba or mamba_unet, "
+                       "or the d_model and n_layer of a state-spaces checkpoint")
 
 
 # ---------------------------------------------------------------- 3 the checkpoint's tensors
@@ -280,14 +292,20 @@ class TorchFile:
             import torch
         except ImportError:
             raise ConvertError(f"{path}: reading it needs the torch package (pip install torch)") from None
+        warnings.simplefilter("ignore")                 # torch's, on what is new or old in torch
         try:
             try:
                 self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:                        # torch's format before 1.6 cannot be mapped
                 self.tensors = torch.load(path, map_location="cpu", weights_only=True)
             self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
-        except Exception as e:                          # unpickling fails in many ways; all of them mean this
-            raise ConvertError(f"{path}: not a PyTorch state dictionary: {first_line(e)}") from None
+            if not all(isinstance(name, str) and t.layout == torch.strided and not t.is_meta for name, t in self.tensors.items()):
+                raise TypeError
+        except OSError:
+            raise
+        except Exception:                               # unpickling fails in many ways, with pages of advice; all of them mean this
+            raise ConvertError(f"{path}: damaged, or not a PyTorch state dictionary of dense tensors and nothing else; "
+                               "fetch it again, or save the model as model.safetensors") from None
         self.path = path
 
     def read(self, name):
@@ -474,10 +492,10 @@ class Tensor:
         if not np.isfinite(peak):
             what = "NaN" if np.isnan(peak) else "infinity"
             raise ConvertError(f"{self.place}: found {what}, expected finite weights")
-        # F16, and the F16 scales of the quantised types, end at 65504; no trained Mamba comes near it.
-        if self.type not in (GGMLType.F32, GGMLType.BF16) and peak > 65504:
-            raise ConvertError(f"{self.place}: found a weight of {peak:g}, {self.type.name} ends at "
-                               "65504; use --type bf16 or f32")
+        # F16, and the F16 scales of the quantised types, end at 65504; no trained Mamba comes near it. BF16 ends just below F32.
+        end, use = {GGMLType.F32: (np.inf, ""), GGMLType.BF16: (2.0**128 - 2.0**120, "f32")}.get(self.type, (65504, "bf16 or f32"))
+        if peak > end:
+            raise ConvertError(f"{self.place}: found a weight of {peak:g}, {self.type.name} ends at {end:g}; use --type {use}")
         with np.errstate(all="ignore"):                 # blocks of denormals: scale 0, whatever their quotients are
             return np.ascontiguousarray(gguf.quants.quantize(values, self.type))
 
@@ -505,7 +523,7 @@ def plan_tensors(checkpoint, config, wanted, folder):
         config.labels = []                              # transformers writes two names into every config
     elif not config.labels:                             # and leaves them out where they are these two
         file, name = checkpoint[classifier[0][1]]
-        config.labels = [f"LABEL_{i}" for i in range(file.shapes[name][0])]
+        config.labels = [f"LABEL_{i}" for i in range(max([1, *file.shapes[name][:1]]))]     # its shape is checked below
     for name, sources, dims, takes_type, *arrange in itertools.chain(tensor_table(config), classifier):
         shape = tuple(d if isinstance(d, int) else getattr(config, d) for d in dims)
         tensor = Tensor(name, shape, storage_type(shape, wanted) if takes_type else GGMLType.F32, *(arrange or [None]))
@@ -592,6 +610,10 @@ def read_pre_tokenizer(spec, path):
     """llama.cpp's name for it, or "characters" where every character stands alone."""
     steps = as_list(spec.get("pre_tokenizer"))
     names = [step["type"] for step in steps]
+    empty_split = names == ["Split"] and steps[0].get("pattern") in ({"Regex": ""}, {"String": ""}) \
+        and steps[0].get("behavior") == "Isolated"
+    if spec["model"].get("type") == "WordLevel" and not empty_split:   # it looks up what stands between two splits as a whole
+        raise unsupported(path, f"a WordLevel model with pre-tokenizer {' + '.join(names) or None}")
     byte_level = next((step for step in steps if step["type"] == "ByteLevel"), None)
     if byte_level and (byte_level.get("add_prefix_space", True) or not byte_level.get("use_regex", True)):
         raise unsupported(path, "a ByteLevel pre-tokenizer with add_prefix_space or without use_regex")
@@ -603,8 +625,6 @@ def read_pre_tokenizer(spec, path):
                 and split.get("pattern") == {"Regex": "[0-9][0-9][0-9]"} and split.get("behavior") == "Isolated"
                 and not split.get("invert")):
             return "falcon"
-    empty_split = names == ["Split"] and steps[0].get("pattern") in ({"Regex": ""}, {"String": ""}) \
-        and steps[0].get("behavior") == "Isolated"
     if names == [] or empty_split:
         return "characters"
     raise unsupported(path, f"pre-tokenizer {' + '.join(names)}")
@@ -619,18 +639,12 @@ def read_model(spec, path):
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
         if model.get(option):
             raise unsupported(path, f"{option} = {json.dumps(model[option])} in the tokenizer model")
-    vocab = model.get("vocab", {})
-    merges = []
-    for merge in model.get("merges", []):
-        pair = merge.split(" ") if isinstance(merge, str) else list(merge)
-        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ConvertError(f"{path}: merge {merge!r}: expected two tokens of the vocabulary that join to a third")
-        merges.append(" ".join(pair))
-    return vocab, merges, model.get("unk_token")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    return model.get("vocab", {}), merges, model.get("unk_token")
 
 
-def added_bos(spec, path):
-    """The id that the post-processor puts in front of a text, or None."""
+def added_bos(spec, ids, path):
+    """The id, one of `ids`, that the post-processor puts in front of a text, or None."""
     bos = None
     for step in as_list(spec.get("post_processor")):
         template = step.get("single", [])
@@ -639,7 +653,10 @@ def added_bos(spec, path):
             continue                                    # changes offsets only, or nothing
         if step["type"] != "TemplateProcessing" or kinds != ["SpecialToken", "Sequence"] or bos is not None:
             raise unsupported(path, f"a post-processor ({step['type']}) that adds more than one token in front of the text")
-        bos = step["special_tokens"][template[0]["SpecialToken"]["id"]]["ids"][0]
+        adds = step["special_tokens"][template[0]["SpecialToken"]["id"]]["ids"]
+        if len(adds) != 1 or type(adds[0]) is not int or adds[0] not in ids:
+            raise unsupported(path, f"a post-processor that adds {adds}, not one id of the vocabulary,")
+        bos = adds[0]
     return bos
 
 
@@ -649,19 +666,27 @@ def build_tokenizer(vocab, added, merges, pre, normalizer, path):
     added_ids = {a["id"] for a in added}
     texts = {token: i for token, i in vocab.items() if i not in added_ids}
     ids = {*texts.values(), *added_ids}
-    if not all(isinstance(i, int) and 0 <= i < 2**24 for i in ids) or not 0 < len(ids) == len(texts) + len(added):
+    if not all(type(i) is int and 0 <= i < 2**24 for i in ids) or not 0 < len(ids) == len(texts) + len(added):
         raise ConvertError(f"{path}: {len(texts) + len(added)} tokens, expected some, each with a small number of its own")
     if not merges and any(len(token) != 1 for token in texts):
         longest = max(texts, key=len)
         raise unsupported(path, f"a vocabulary without merges that holds more than single characters ({longest!r})")
     if merges and characters:
         raise unsupported(path, "merges without a ByteLevel pre-tokenizer")
+    alphabet = set(BYTE_ALPHABET.values())
+    ordinary = {token for token in texts if token and alphabet.issuperset(token)}      # an added token may have taken an id
+    for merge in merges:
+        pair = merge.split(" ")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ordinary:
+            raise unsupported(path, f"merge {merge!r}, not two ordinary tokens that join to a third,")
     n = 1 + max(ids)
     tokens, types = [f"[PAD{i}]" for i in range(n)], [TokenType.UNUSED] * n
     for token, i in texts.items():
         tokens[i] = "".join(BYTE_ALPHABET[b] for b in token.encode()) if characters else token
         types[i] = TokenType.NORMAL
     for a in added:
+        if not isinstance(a["content"], str):
+            raise ConvertError(f"{path}: added token {a['id']} has the content {a['content']!r}, expected a text")
         if not a["special"] and (a.get("lstrip") or a.get("rstrip") or a.get("single_word")):
             raise unsupported(path, f"added token {a['content']!r} with lstrip, rstrip or single_word")
         tokens[a["id"]] = a["content"]
@@ -678,11 +703,11 @@ def special_ids(folder, id_of, control):
         for source in sources:
             token = source.get(f"{short}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if token in id_of:
+            if isinstance(token, str) and token in id_of:
                 ids.setdefault(key, id_of[token])
         number = config.get(f"{short}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if number in control:       # its default is 0, which in a vocabulary of characters may be a letter
+        if type(number) is int and number in control:   # its default is 0, which in a vocabulary of characters may be a letter
             ids.setdefault(key, number)
     return ids
 
@@ -703,18 +728,21 @@ def tokenizer_from_json(folder):
     vocab, merges, unknown = read_model(spec, path)
     added = spec.get("added_tokens") or []
     tokenizer = build_tokenizer(vocab, added, merges, read_pre_tokenizer(spec, path), read_normalizer(spec, path), path)
-    bos = added_bos(spec, path)
     id_of = {**vocab, **{a["content"]: a["id"] for a in added}}
+    bos = added_bos(spec, set(id_of.values()), path)
     tokenizer.ids = special_ids(folder, id_of, {a["id"] for a in added if a["special"]})
     # The unknown token that text can turn into is the model's; transformers' unk_token only names one.
     tokenizer.ids.pop("unknown", None)
     if unknown in id_of:
         tokenizer.ids["unknown"] = id_of[unknown]
-        if not merges and spec["model"].get("fuse_unk"):
-            raise unsupported(path, "fuse_unk in a vocabulary of characters")
+        if spec["model"].get("fuse_unk") and not vocab.keys() >= {*BYTE_ALPHABET.values()}:  # else no text has an unknown part
+            raise unsupported(path, "fuse_unk with an unknown token")
     if bos is not None:
         tokenizer.ids["bos"] = bos
     tokenizer.add_bos = bos is not None or bool(options.get("add_bos_token") and "bos" in tokenizer.ids)
+    for option in ("truncation", "padding"):
+        if spec.get(option):
+            say(f"{path}: its {option} is not kept, a text gives all of its tokens and no more")
     return tokenizer
 
 
@@ -811,6 +839,7 @@ def own_tokenizer(folder):
 
 
 NEOX_TOKENS = 50277         # in tokenizer.bin
+SHARED_TOKENIZER = Path(__file__).resolve().with_name("tokenizer.bin")
 
 
 def dna_tokenizer():
@@ -824,11 +853,10 @@ def model_tokenizer(folder, vocab_size, vocab=None):
     """The one of --vocab; the checkpoint's own; the repository's tokenizer.bin when the vocabulary fits it; else None."""
     tokenizer = dna_tokenizer() if vocab == "dna" else own_tokenizer(folder)
     if tokenizer is None:
-        shared = Path(__file__).resolve().with_name("tokenizer.bin")
         # Embeddings are padded to a multiple of 8 to 64; a vocabulary of another size is another vocabulary.
-        if not NEOX_TOKENS <= vocab_size < NEOX_TOKENS + 64 or not shared.is_file():
+        if not NEOX_TOKENS <= vocab_size < NEOX_TOKENS + 64 or not SHARED_TOKENIZER.is_file():
             return None
-        tokenizer = tokenizer_from_gguf(shared)
+        tokenizer = tokenizer_from_gguf(SHARED_TOKENIZER)
     n = len(tokenizer.tokens)
     if n > vocab_size:
         raise ConvertError(f"{folder}: {tokenizer.origin} has {n} tokens, the embedding only {vocab_size} rows; "
@@ -932,9 +960,10 @@ def write_gguf(path, name, config, file_type, tokenizer, plan):
     """Write to a temporary file beside `path`, sync and rename: `path` is complete or untouched."""
     if path.exists() and not path.is_file():
         raise ConvertError(f"{path}: found a folder or device, expected the name of a file to write")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))           # a symbolic link stays one
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     writer = Writer(temporary, "mamba-unet" if isinstance(config, UNetConfig) else "mamba")
-    writer.add_name(name)
+    writer.add_name(os.fsencode(name).decode(errors="replace"))     # a folder's name need not be UTF-8
     if config:
         add_config(writer, config, file_type)
     add_tokenizer(writer, tokenizer)
@@ -943,7 +972,7 @@ def write_gguf(path, name, config, file_type, tokenizer, plan):
         writer.flush()
         os.fsync(writer.fout[0].fileno())
         writer.close()
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as e:
         raise ConvertError(f"{path}: {e.strerror or e}; nothing was written") from None
     finally:                    # after success there is nothing left to remove
@@ -979,7 +1008,7 @@ def download(repo_id, revision, weights):
     except ConvertError:
         raise
     except Exception as e:      # errors of HTTP, of the network, of authentication, of the cache folder: all one line
-        raise ConvertError(f"{repo_id}: cannot be fetched from the Hugging Face hub: {first_line(e)}") from None
+        raise ConvertError(f"{repo_id}: no such folder, and cannot be fetched from the Hugging Face hub: {first_line(e)}") from None
 
 
 def source_folder(args):
@@ -992,6 +1021,17 @@ def source_folder(args):
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", args.src):
         raise ConvertError(f"{path}: no such folder, and not a Hugging Face id (OWNER/NAME)")
     return download(args.src, args.revision, weights=not args.tokenizer_only), args.src.split("/")[1]
+
+
+def refuse_source(out, source, *others):
+    """Nothing that is read may be written over, by whatever name: in the source's folder OUT may only replace a GGUF file."""
+    if not out.is_file():
+        return
+    with open(out, "rb") as f:
+        lost = f.read(4) not in (b"GGUF", b"")
+    for path in [source, *others, *(source.iterdir() if lost and source.is_dir() else [])]:
+        if path.exists() and out.samefile(path):
+            raise ConvertError(f"{out}: would replace {path}; give the output another name")
 
 
 def convert_tokenizer(source, name, out):
@@ -1048,9 +1088,12 @@ one, tokenizer.bin beside this script when the vocabulary has its size; else non
 
 def main(argv=None):
     args = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ends as Ctrl-C does, temporary file removed
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:          # as under nohup
+            signal.signal(signum, signal.default_int_handler)   # ends as Ctrl-C does, temporary file removed
     try:
         source, name = source_folder(args)
+        refuse_source(args.out, source, *([] if args.tokenizer_only else [SHARED_TOKENIZER]))
         if args.tokenizer_only:
             convert_tokenizer(source, name, args.out)
         else:

@@ -118,15 +118,16 @@ def write_bf16(path, weights):
 
 @pytest.fixture
 def convert(capsys):
-    """convert(*arguments) -> (exit status, standard error); standard output must stay empty."""
-    def run(*args):
-        before = signal.getsignal(signal.SIGTERM)
+    """convert(*arguments) -> (exit status, standard error); standard output must stay empty. hangup: what SIGHUP did before."""
+    def run(*args, hangup=signal.SIG_DFL):
+        before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM), signal.SIGHUP: signal.signal(signal.SIGHUP, hangup)}
         try:
             status = convert_weights.main([str(a) for a in args])
         except SystemExit as e:                         # argparse
             status = e.code
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
         captured = capsys.readouterr()
         assert captured.out == ""
         return status, captured.err
@@ -216,6 +217,11 @@ def test_classifier_mistakes(tmp_path, convert):
     assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", "score.weight", "[3, 32]", "[2, 32]")
     folder = write_checkpoint(tmp_path / "gap", weights, hf_config(id2label={"0": "a", "2": "b"}))
     assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", "id2label")
+    folder = write_checkpoint(tmp_path / "half", weights, hf_config(id2label={"0": "a", "1": "b", "2": "\ud83d"}))
+    assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", "config.json: not valid JSON", "surrogates not allowed")
+    for shape in ((0, D_MODEL), ()):
+        folder = write_checkpoint(tmp_path / "none", {**weights, "score.weight": np.ones(shape, np.float32)}, hf_config())
+        assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", f"score.weight: found shape {list(shape)}, expected [1, 32]")
 
 
 def test_names_of_classes_without_a_classifier(tmp_path, convert):
@@ -263,9 +269,10 @@ def test_saved_without_head(tmp_path, convert):
     """MambaModel.save_pretrained: names without "backbone."."""
     weights = random_weights()
     stored = {name.removeprefix("backbone."): values for name, values in weights.items()}
-    folder = write_checkpoint(tmp_path / "tiny", stored, hf_config(time_step_rank="auto", intermediate_size=None))
-    assert convert(folder, tmp_path / "m.bin", "--type", "f32")[0] == 0
-    assert_converted(tmp_path / "m.bin", weights)
+    for rank in ("auto", None):
+        folder = write_checkpoint(tmp_path / "tiny", stored, hf_config(time_step_rank=rank, intermediate_size=None))
+        assert convert(folder, tmp_path / "m.bin", "--type", "f32")[0] == 0
+        assert_converted(tmp_path / "m.bin", weights)
 
 
 def test_no_conv_bias(tmp_path, convert):
@@ -307,8 +314,13 @@ def test_pytorch_bin(tmp_path, convert):
     assert convert(folder, tmp_path / "m.bin", "--type", "f32")[0] == 0
     assert_converted(tmp_path / "m.bin", {name.replace("embedding.", "embeddings."): v.float().numpy()
                                           for name, v in half.items() if name != "lm_head.weight"})
-    torch.save({"optimizer": [1, 2, 3]}, folder / "pytorch_model.bin")
-    assert_failed(convert(folder, tmp_path / "n.bin"), tmp_path / "n.bin", "not a PyTorch state dictionary")
+    for bad in ({"optimizer": [1, 2, 3]}, {0: torch.ones(2)}, {"backbone.a": torch.eye(2).to_sparse()}, [torch.ones(2)],
+                {"backbone.a": torch.ones(2, device="meta")}, {"backbone.a": np.float64(1)}, b"garbage"):
+        torch.save(bad, folder / "pytorch_model.bin")
+        if isinstance(bad, bytes):
+            (folder / "pytorch_model.bin").write_bytes(bad)
+        assert_failed(convert(folder, tmp_path / "n.bin"), tmp_path / "n.bin", "pytorch_model.bin: damaged, or not a PyTorch state "
+                      "dictionary of dense tensors and nothing else; fetch it again, or save the model as model.safetensors\n")
 
 
 def test_pytorch_bin_runs_no_code(tmp_path, convert):
@@ -393,6 +405,18 @@ def test_default_type_is_f16(tmp_path, convert):
     assert Result(tmp_path / "m.bin").types["blk.1.ssm_in.weight"].name == "F16"
 
 
+def test_end_of_bf16(tmp_path, convert):
+    weights, out, last = random_weights(), tmp_path / "m.bin", np.float32(2.0**128 - 2.0**120)
+    weights[LAYER1 + "mixer.in_proj.weight"][0, 7] = -last
+    folder = write_checkpoint(tmp_path / "tiny", weights, hf_config())
+    assert convert(folder, out, "--type", "bf16")[0] == 0
+    assert Result(out).tensors["blk.1.ssm_in.weight"][0, 7] == -last
+    out.unlink()
+    weights[LAYER1 + "mixer.in_proj.weight"][0, 7] = -3.4028e38                                 # rounds to infinity
+    save_file(weights, folder / "model.safetensors")
+    assert_failed(convert(folder, out, "--type", "bf16"), out, "found a weight of 3.4028e+38, BF16 ends at 3.38953e+38; use --type f32")
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -428,12 +452,19 @@ MISTAKES = {
     "activation": (lambda w, c: c.update(hidden_act="gelu"), 'hidden_act is "gelu"'),
     "no width": (lambda w, c: c.pop("hidden_size"), "hidden_size is missing"),
     "width in words": (lambda w, c: c.update(hidden_size="thirty-two"), "config.json"),
-    "no state": (lambda w, c: c.update(state_size=0), "d_state is 0, expected a positive integer"),
-    "epsilon": (lambda w, c: c.update(layer_norm_epsilon="small"), "rms_eps is 'small'"),
-    "no epsilon": (lambda w, c: c.update(layer_norm_epsilon=None), "rms_eps is None"),
-    "Falcon's epsilon": (lambda w, c: c.update(model_type="falcon_mamba", mixer_rms_eps=None), "dt_b_c_eps is None"),
-    "expansion": (lambda w, c: (c.pop("intermediate_size"), c.update(expand=float("inf"))), "a value of the wrong kind"),
-    "length": (lambda w, c: c.update(max_position_embeddings=-1), "context_length is -1"),
+    "width in a string": (lambda w, c: c.update(hidden_size="64"), "hidden_size is '64', expected a positive integer"),
+    "true layers": (lambda w, c: c.update(num_hidden_layers=True), "num_hidden_layers is True, expected a positive integer"),
+    "no state": (lambda w, c: c.update(state_size=0), "state_size is 0, expected a positive integer"),
+    "fractional state": (lambda w, c: c.update(state_size=16.0), "state_size is 16.0, expected a positive integer"),
+    "rank in words": (lambda w, c: c.update(time_step_rank="Auto"), "time_step_rank is 'Auto', expected a positive integer"),
+    "epsilon": (lambda w, c: c.update(layer_norm_epsilon="small"), "layer_norm_epsilon is 'small'"),
+    "no epsilon": (lambda w, c: c.update(layer_norm_epsilon=None), "layer_norm_epsilon is None"),
+    "0 as float32": (lambda w, c: c.update(layer_norm_epsilon=1e-50), "layer_norm_epsilon is 1e-50, expected a number between 1e-37 and 1"),
+    "Falcon's epsilon": (lambda w, c: c.update(model_type="falcon_mamba", mixer_rms_eps=None), "mixer_rms_eps is None"),
+    "bias in a string": (lambda w, c: c.update(use_conv_bias="false"), "use_conv_bias is 'false', expected true or false"),
+    "tied in a string": (lambda w, c: c.update(tie_word_embeddings="false"), "tie_word_embeddings is 'false', expected true or false"),
+    "expansion": (lambda w, c: (c.pop("intermediate_size"), c.update(expand=float("inf"))), "expand is inf, expected a positive number"),
+    "length": (lambda w, c: c.update(max_position_embeddings=-1), "max_position_embeddings is -1"),
     "two heads": (lambda w, c: w.update({head: np.ones((2, D_MODEL), np.float32) for head in ("score.weight", "classifier.weight")}),
                   "classifier.weight [2, 32]: expected no such"),
 }
@@ -452,7 +483,8 @@ def test_mistakes(tmp_path, convert, name):
     ({"ssm_cfg": {"layer": "Mamba2"}}, 'ssm_cfg: layer is "Mamba2", only "Mamba1"'), ({"rms_norm": False}, "rms_norm"),
     ({"attn_layer_idx": [3]}, "attn_layer_idx is [3]"), ({"d_intermediate": 64}, "d_intermediate is 64"),
     ({"ssm_cfg": {"bias": True}}, "bias is true"), ({"pad_vocab_size_multiple": 64}, "expected [64, 32]"),
-    ({"pad_vocab_size_multiple": 0}, "a value of the wrong kind")])
+    ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0, expected a positive integer"),
+    ({"ssm_cfg": {"d_state": "4"}}, "ssm_cfg: d_state is '4'"), ({"ssm_cfg": [4]}, "a value of the wrong kind")])
 def test_state_spaces_mistakes(tmp_path, convert, change, text):
     folder = write_checkpoint(tmp_path / "tiny", random_weights(), state_spaces_config(**change))
     assert_failed(convert(folder, tmp_path / "m.bin"), tmp_path / "m.bin", text)
@@ -471,6 +503,8 @@ def test_broken_files(tmp_path, convert):
     assert_failed(convert(folder, out), out, "no weight_map")
     (folder / "config.json").write_text("{")
     assert_failed(convert(folder, out), out, "config.json: not valid JSON")
+    (folder / "config.json").write_text("[" * 100_000)
+    assert_failed(convert(folder, out), out, "config.json: not valid JSON: maximum recursion depth")
     (folder / "config.json").write_text("[]")
     assert_failed(convert(folder, out), out, "found a JSON list, expected an object")
     (folder / "config.json").unlink()
@@ -517,8 +551,56 @@ def test_overwrites_only_when_complete(tmp_path, convert):
     assert_converted(out, random_weights(seed=1))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(tmp_path, convert, monkeypatch, signum):
+def test_sources_are_left_alone(tmp_path, convert, monkeypatch):
+    """Neither under their own names nor under others; a GGUF file beside them is written over."""
+    folder = write_checkpoint(tmp_path / "tiny", random_weights(vocab=408), hf_config(vocab_size=408))
+    small_bpe().save(str(folder / "tokenizer.json"))
+    (tmp_path / "symbolic").symlink_to(folder / "model.safetensors")
+    os.link(folder / "model.safetensors", tmp_path / "hard")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for out in (*sorted(folder.iterdir()), tmp_path / "symbolic", tmp_path / "hard"):
+        for options in ((), ("--tokenizer-only",)):
+            status, err = convert(folder, out, *options)
+            assert status == 1 and f"{out}: would replace {folder}/" in err and err.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    for _ in range(2):
+        assert convert(folder, folder / "m.bin")[0] == 0
+    status, err = convert("--tokenizer-only", folder / "m.bin", folder / "m.bin")
+    assert status == 1 and "m.bin: would replace" in err and Result(folder / "m.bin").tensors
+    monkeypatch.setattr(convert_weights, "SHARED_TOKENIZER", folder / "m.bin")
+    assert convert(folder, folder / "m.bin")[0] == 1 and convert("--tokenizer-only", folder, folder / "m.bin")[0] == 0
+
+
+def test_symbolic_link_stays_one(tmp_path, convert):
+    weights = random_weights()
+    folder = write_checkpoint(tmp_path / "tiny", weights, hf_config())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "m.bin").symlink_to("there/n.bin")
+    for _ in range(2):                                  # without and with the file that it names
+        assert convert(folder, tmp_path / "m.bin", "--type", "f32")[0] == 0
+        assert os.readlink(tmp_path / "m.bin") == "there/n.bin" and os.listdir(tmp_path / "there") == ["n.bin"]
+        assert_converted(tmp_path / "there" / "n.bin", weights)
+        (tmp_path / "there" / "n.bin").write_bytes(b"GGUF")
+
+
+def test_folder_whose_name_is_not_utf8(tmp_path, convert):
+    folder = write_checkpoint(tmp_path / os.fsdecode(b"mod\xe8le"), random_weights(), hf_config())
+    assert convert(folder, tmp_path / "m.bin")[0] == 0
+    assert Result(tmp_path / "m.bin").key["general.name"] == "mod\ufffdle"
+
+
+def test_interrupted_at_once(tmp_path):
+    """Most of the first second goes into the packages: here one of them is interrupted."""
+    (tmp_path / "gguf.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path, tmp_path / "m.bin"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert_failed((done.returncode, done.stderr), tmp_path / "m.bin", "interrupted; nothing was written")
+
+
+@pytest.mark.parametrize("signum,hangup", [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL),
+                                           (signal.SIGHUP, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_IGN)])
+def test_interrupted(tmp_path, convert, monkeypatch, signum, hangup):
+    """The last is nohup's."""
     folder, out, encode = write_checkpoint(tmp_path / "tiny", random_weights(), hf_config()), tmp_path / "m.bin", []
 
     def interrupted(tensor, original=convert_weights.Tensor.encode):
@@ -528,7 +610,11 @@ def test_interrupted(tmp_path, convert, monkeypatch, signum):
             os.kill(os.getpid(), signum)
         return original(tensor)
     monkeypatch.setattr(convert_weights.Tensor, "encode", interrupted)
-    assert_failed(convert(folder, out), out, "interrupted")
+    run = convert(folder, out, hangup=hangup)
+    if hangup == signal.SIG_IGN:
+        assert run[0] == 0 and Result(out).tensors
+    else:
+        assert_failed(run, out, "interrupted")
 
 
 def test_file_size_limit(tmp_path):
@@ -646,6 +732,12 @@ def test_bos_from_template(tmp_path, convert):
     tokenizer.post_processor = processors.TemplateProcessing("$A <|end|>", special_tokens=[("<|end|>", 0)])
     (tmp_path / "m.bin").unlink()
     assert_failed(convert_with_tokenizer(tmp_path, convert, tokenizer), tmp_path / "m.bin", "post-processor", "--no-tokenizer")
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    spec = json.loads(tokenizer.to_str())
+    for ids in ([0, 1], [], [402], [-1], ["x"], [False], [[0]]):
+        spec["post_processor"]["special_tokens"]["<|end|>"]["ids"] = ids
+        assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), tmp_path / "m.bin",
+                      f"a post-processor that adds {ids}, not one id of the vocabulary, is not supported; --no-tokenizer")
 
 
 def test_bos_from_options(tmp_path, convert):
@@ -653,6 +745,27 @@ def test_bos_from_options(tmp_path, convert):
     assert convert_with_tokenizer(tmp_path, convert, small_bpe(), files=files)[0] == 0
     key = Result(tmp_path / "m.bin").key
     assert key["tokenizer.ggml.add_bos_token"] is True and key["tokenizer.ggml.bos_token_id"] == 0
+
+
+def test_ids_of_no_kind(tmp_path, convert):
+    """A special token that is no text, or an id that is no number, names none: the other files are asked."""
+    for nothing in ([], {}, ["<|end|>"]):
+        files = {"tokenizer_config.json": {"bos_token": nothing, "eos_token": {"content": nothing}}}
+        config = {"bos_token_id": 0, "eos_token_id": nothing}
+        assert convert_with_tokenizer(tmp_path, convert, small_bpe(), files=files, **config)[0] == 0
+        key = Result(tmp_path / "m.bin").key
+        assert key["tokenizer.ggml.bos_token_id"] == 0 and "tokenizer.ggml.eos_token_id" not in key
+
+
+def test_truncation_is_not_kept(tmp_path, convert):
+    tokenizer = small_bpe()
+    tokenizer.enable_truncation(3)
+    status, err = convert_with_tokenizer(tmp_path, convert, tokenizer)
+    assert status == 0 and "tokenizer.json: its truncation is not kept" in err and err.count("\n") == 2
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=9)
+    status, err = convert_with_tokenizer(tmp_path, convert, tokenizer)
+    assert status == 0 and "tokenizer.json: its padding is not kept" in err and err.count("\n") == 2
 
 
 def falcon_pre_tokenizer(**split):
@@ -674,6 +787,32 @@ def changed(**options):
     return change
 
 
+def words(pre_tokenizer):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[": 2}, "unk_token": "["}
+    return lambda s: s.update(model=model, added_tokens=[], pre_tokenizer=pre_tokenizer or s["pre_tokenizer"])
+
+
+def merged(names_part):
+    """An added token that a merge makes, or that is a part of one."""
+    def change(spec):
+        first = spec["model"]["merges"][0]
+        left, right = first.split(" ") if isinstance(first, str) else first
+        content = left if names_part else left + right
+        spec["added_tokens"].append({"id": spec["model"]["vocab"][content], "content": content, "special": False})
+    return change
+
+
+def ideographs(spec):
+    spec["model"]["vocab"].update({"中": 402, "中a": 403})
+    spec["model"]["merges"].append(["中", "a"])
+
+
+def fused(spec):
+    """Unknown bytes side by side are one token; where every byte has a token, fuse_unk changes nothing."""
+    spec["model"].update(unk_token="<|end|>", fuse_unk=True)
+    del spec["model"]["vocab"]["ÿ"]
+
+
 UNSUPPORTED_TOKENIZERS = {
     "falcon with other digits": (falcon_pre_tokenizer(pattern="[0-9]"), None, "pre-tokenizer Punctuation + ByteLevel"),
     "prefix space": (pre_tokenizers.ByteLevel(add_prefix_space=True), None, "add_prefix_space"),
@@ -687,6 +826,12 @@ UNSUPPORTED_TOKENIZERS = {
     "Unigram": (None, changed(type="Unigram"), "type Unigram"),
     "merges of characters": (None, lambda s: s.update(pre_tokenizer=None), "merges without a ByteLevel pre-tokenizer"),
     "stripping": (None, lambda s: s["added_tokens"][1].update(lstrip=True), "added token '<tool>' with lstrip"),
+    "words of bytes": (None, words(None), "a WordLevel model with pre-tokenizer ByteLevel"),
+    "the text as a word": (None, words({"type": "Sequence", "pretokenizers": []}), "a WordLevel model with pre-tokenizer None"),
+    "added token of a merge": (None, merged(names_part=False), ", not two ordinary tokens that join to a third, is"),
+    "added token in a merge": (None, merged(names_part=True), ", not two ordinary tokens that join to a third, is"),
+    "merge outside of the alphabet": (None, ideographs, "merge '中 a', not two ordinary tokens that join to a third, is"),
+    "fused unknown tokens": (None, fused, "fuse_unk"),
     "whole words": (None, lambda s: s["added_tokens"][2].update(single_word=True), "single_word"),
 }
 
@@ -711,12 +856,18 @@ def test_damaged_tokenizers(tmp_path, convert):
     for key in ("added_tokens", "pre_tokenizer", "post_processor", "normalizer"):
         spec = {**json.loads(good), key: [17]}
         assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "tokenizer.json: not a tokenizer")
-    for vocab in ({}, {"a": 0, "b": 0}, {"a": -1}, {"a": 2**60}, {"a": "b"}):
+    for vocab in ({}, {"a": 0, "b": 0}, {"a": -1}, {"a": True}, {"a": 2**60}, {"a": "b"}):
         spec = {**json.loads(good), "model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []}
         assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "each with a small number of its own")
     spec = json.loads(good)
     spec["model"]["merges"][5] = ["x", "nowhere"]
-    assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "merge ['x', 'nowhere']")
+    assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "merge 'x nowhere'")
+    spec = json.loads(good)
+    spec["added_tokens"][1]["content"] = 5
+    assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "added token 400 has the content 5, expected a text")
+    for half in ("\ud83d", "\udc4d"):
+        spec["added_tokens"][1]["content"] = half
+        assert_failed(convert_with_tokenizer(tmp_path, convert, json.dumps(spec)), out, "tokenizer.json: not valid JSON", "surrogates")
     assert_failed(convert_with_tokenizer(tmp_path, convert, good, vocab=400), out, "402 tokens, the embedding only 400 rows")
     assert_failed(convert_with_tokenizer(tmp_path, convert, good, files={"tokenizer_config.json": {"add_eos_token": True}}), out,
                   "add_eos_token in tokenizer_config.json")
@@ -967,7 +1118,7 @@ def test_hub_sharded(tmp_path, hub):
 
 def test_hub_mistakes(tmp_path, hub, convert):
     out = tmp_path / "m.bin"
-    for repo, text in (("owner/none", "owner/none: cannot be fetched from the Hugging Face hub"),
+    for repo, text in (("owner/none", "owner/none: no such folder, and cannot be fetched from the Hugging Face hub"),
                        ("owner/tiny", "no Mamba checkpoint in this repository, it has README.md")):
         done, _ = hub({"README.md": b"# nothing else"}, repo, out)
         assert_failed((done.returncode, done.stderr), out, text)

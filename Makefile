@@ -65,7 +65,9 @@ demo-audio: mamba $(VENV)/quick
 test: mamba tests/unit $(VENV)/quick
 	$(VENV)/bin/python tests/run.py quick
 
-check: test $(VENV)/full
+# After the tests: they do not run while packages are exchanged below them.
+check: test
+	$(MAKE) $(VENV)/full
 	$(VENV)/bin/python tests/run.py slow
 
 test-cuda: mamba $(VENV)/full
@@ -74,9 +76,10 @@ test-cuda: mamba $(VENV)/full
 tests/unit: tests/unit.c mamba.c Makefile
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -Wno-unused-function $< -o $@ $(STACK) $(LDFLAGS) $(LIBS)
 
-# The stamps hold the requirements that were installed; other requirements make another installation.
+# The stamps hold the requirements that were installed; other requirements make another installation. Where venv failed before it
+# had pip (Debian without python3-venv), it begins again.
 $(VENV)/quick: tests/requirements.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	cmp -s $< $@ || $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	cp $< $@
 

@@ -2000,6 +2000,7 @@ struct device *device_open(const struct model *m, struct device_shape shape, unp
         if (take_memory(d, unpack, e)) {
             cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, 0);  // kHz; twice that many transfers
             cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, 0);
+            cudaGetLastError();  // without them a figure is missing; kernels do not fail for it
             snprintf(d->facts.name, sizeof d->facts.name, "%.127s", properties.name);
             d->facts.bytes = d->bytes;
             d->facts.read_gb_per_s = 2.0 * clock * 1e3 * width / 8 / 1e9;

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("llama.cpp")  # which is built once
 ])
 def test_script(arguments, words):
     done = subprocess.run([sys.executable, BENCH / arguments[0], *arguments[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if "compare_llama.py: " in done.stderr and done.returncode != 0:
-        pytest.skip(done.stderr)  # llama.cpp could not be built here
+    if done.returncode == 1 and done.stderr.startswith("compare_llama.py: llama.cpp"):
+        pytest.skip(done.stderr)  # it cannot be built here, for want of a tool or the network
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words), done.stdout

@@ -28,8 +28,8 @@ def run_unit_tests():
     print("tests/unit: ".join(["", *done.stdout.splitlines(keepends=True)]), end="", flush=True)
     counts = re.search(r"(\d+) passed, (\d+) failed\n$", done.stdout)
     passed, failed = map(int, counts.groups()) if counts else (0, 0)
-    if done.returncode != 0 and failed == 0:
-        print(f"tests/unit ended with status {done.returncode}")
+    if failed == 0 and (done.returncode != 0 or not counts):
+        print(f"tests/unit ended with status {done.returncode}" + ("" if counts else " and no counts"))
         failed = 1
     return passed, failed, 0
 
@@ -49,7 +49,8 @@ def run_pytest(files, n_workers):
             total += int(suite.get("tests"))
             failed += int(suite.get("failures")) + int(suite.get("errors"))
             skipped += int(suite.get("skipped"))
-        if done.returncode not in (0, 1) and failed == 0:
+        if done.returncode != 0 and failed == 0:
+            print(f"pytest ended with status {done.returncode}")
             failed = 1
         return total - failed - skipped, failed, skipped
 

@@ -251,13 +251,20 @@ struct sequence {              // one stream of tokens; owner of its buffers
     int slot;
 };
 
-// Activations, one row a token: floats, and for block-quantised weights the same numbers as int8 blocks of 32.
+// 256 columns of a token's activations in blocks of 32, value = q * scale: all that products with quantised weights read of them.
+struct act_chunk {
+    int8_t q[256];
+    float scale[8];
+    float scaled_sum[8];       // scale * sum of q, of each 32
+    int32_t surplus[8];        // 128 * sum of q, of each 32: by so much the product with weights that are 128 too high is too high
+    int32_t surplus_16[16];    // likewise, of each 16
+};
+
+// Activations, one row a token: floats, and for block-quantised weights the same numbers as integers.
 struct act {
-    float *f;                  // [tokens][ld]; what pads a row to ld stays zero
-    int8_t *q;                 // [tokens][ld], NULL when no consumer is block-quantised
-    float *scale;              // [tokens][ld/32], value = q * scale
-    int32_t *sum;              // [tokens][ld/16], sums of q
-    int ld;                    // a multiple of 32
+    float *f;                  // [n_rows][ld]; what pads a row to ld stays zero
+    struct act_chunk *q;       // [ceil(columns/256)][n_rows], NULL when no consumer is block-quantised
+    int ld, n_rows;            // ld is a multiple of 32
 };
 
 struct segment {               // the new tokens of one sequence in a batch
@@ -1543,10 +1550,21 @@ static inline const uint8_t *row_or_last(const struct matrix *m, int r) {
     return m->data + (size_t)min_int(r, m->rows - 1) * m->row_bytes;
 }
 
-// What starts at a token and a column, which is a multiple of 16, of quantised activations.
-static inline struct act act_from(struct act x, int token, int column) {
-    const size_t at = (size_t)token * (size_t)x.ld + (size_t)column;
-    return (struct act){x.f + at, x.q + at, x.scale + at / 32, x.sum + at / 16, x.ld};
+// The chunk of a token that holds a column.
+static inline struct act_chunk *act_chunk_of(const struct act *x, int token, int column) {
+    return x->q + (size_t)(column / 256) * (size_t)x->n_rows + token;
+}
+
+// By how much the product of a group of weights with these activations is too high where the weights are `zero` too high. zero
+// divides 128, or is 0.
+static inline int32_t surplus_of(const struct act_chunk *x, int zero, int group, int g) {
+    const int32_t of_128 = group == 32 ? x->surplus[g] : x->surplus_16[g];
+    return zero == 128 ? of_128 : of_128 / 128 * zero;
+}
+
+// scale * sum of q of a group: what a minimum of weights is multiplied with.
+static inline float scaled_sum_of(const struct act_chunk *x, int group, int g) {
+    return group == 32 ? x->scaled_sum[g] : x->scale[g / 2] * (float)(x->surplus_16[g] / 128);
 }
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel
@@ -1596,7 +1614,7 @@ struct kernels {
                    int ldy, bool add);
     void (*dequantize)(enum format format, const uint8_t *row, int n, float *x);
     unpack_row *unpack_weights;
-    void (*quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum);  // n a multiple of 32
+    void (*quantize)(const float *x, int n, struct act_chunk *to, int column);  // these n columns of it; multiples of 32
     void (*norm)(const float *x, const float *w, const float *b, float *y, int n, float eps);  // b NULL: RMSNorm; w NULL: 1
     void (*conv_silu)(const struct conv_args *a);
     void (*scan)(const struct scan_args *a);
@@ -1762,7 +1780,6 @@ struct kernels {
 #define NARROW_TOKENS OF_ISA(6, 5, 4, 1)              // tokens whose sums are in registers together, of few columns
 #define Q_TOKENS      OF_ISA(OF_VNNI(12, 8), 4, 4, 1)  // tokens, and panels of 16 quantised rows, likewise
 #define Q_PANELS      OF_ISA(OF_VNNI(2, 1), 1, 1, 1)
-#define SIGNED_PANELS OF_ISA(OF_VNNI(false, true), OF_VNNI(false, true), true, true)  // 8-bit weights keep their sign
 #define SCAN_STATES   OF_ISA(4, 2, 1, 1)              // whose exponentials are computed together
 // In plain C every operation is a loop: copies of these functions take seconds to compile.
 #define MATH          OF_ISA(LANE, LANE, LANE, static __attribute__((noinline)))
@@ -2697,8 +2714,9 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     }
 }
 
-// Signed q are stored as unsigned bytes, q + 128, where the dot product wants those.
-#define FLIPPED(format) ((format) == Q8_0 && !SIGNED_PANELS)
+// How much too high a panel's weights are. The dot products of VNNI want them unsigned, and what 128 add to a product is known
+// beforehand; others have q as it is in the file.
+#define PANEL_ZERO(format) (OF_VNNI((format) == Q8_0 || formats[format].zero, false) ? 128 : formats[format].zero)
 
 // 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
@@ -2960,20 +2978,20 @@ LANE void prefetch(enum format format, const uint8_t *rows, int i) {
 // Adds a chunk, whose scales are in p, times one token to sums [16]. The format is a constant at every call. 16 rows are 16
 // streams, more than the processor follows by itself: `ahead`, what the next 16 rows hold of as many bytes, is fetched in
 // between, in file order.
-LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, struct act x, const struct panel *p,
-                   float *sums) {
+LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const struct act_chunk *x,
+                   const struct panel *p, float *sums) {
     const bool has_min = formats[format].has_min;
     const int zero = formats[format].zero, group = formats[format].group;
     vf s = v_load(sums);
     for (int i = 0; i < c->n / 32; i++) {
         vi first, second;
         prefetch(format, ahead, i);
-        dot_16_rows(format, c, i, x.q + 32 * i, &first, &second);
+        dot_16_rows(format, c, i, x->q + 32 * i, &first, &second);
         UNROLL for (int h = 0; h < 32 / group; h++) {
             const vi dot = group == 32 ? v_add_int(first, second) : h ? second : first;
-            const int x_sum = group == 32 ? x.sum[2 * i] + x.sum[2 * i + 1] : x.sum[2 * i + h];
-            s = add_group(p, has_min, 32 / group * i + h, v_add_int(dot, v_set_int(-zero * x_sum)), x.scale[i],
-                          x.scale[i] * (float)x_sum, s);
+            const int g = 32 / group * i + h;
+            s = add_group(p, has_min, g, v_add_int(dot, v_set_int(-surplus_of(x, zero, group, g))), x->scale[i],
+                          scaled_sum_of(x, group, g), s);
         }
     }
     v_store(sums, s);
@@ -3016,22 +3034,17 @@ LANE void fetch_sums(const float *y, int ldy, int n_rows, int tokens) {
 }
 
 // Adds Q_PANELS panels of n columns, times `tokens` tokens, to sums [tokens][Q_PANELS][16]. format and tokens are constants at
-// every call. x: from the first token and the panels' first column on.
-LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, struct act x, float (*sums)[Q_PANELS][16]) {
-    const int group = formats[format].group, zero = FLIPPED(format) ? 128 : formats[format].zero;
-    const bool is_signed = format == Q8_0 && SIGNED_PANELS;
+// every call.
+LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens, const struct act_chunk *x,
+                    float (*sums)[Q_PANELS][16]) {
+    const int group = formats[format].group, zero = PANEL_ZERO(format);
+    const bool is_signed = format == Q8_0 && !zero;
     const int together = min_int(group / 4, format == Q8_0 ? 1 : 1 << (7 - formats[format].bits));  // products in a vw
     const int abreast = together <= 2 ? 1 : tokens;  // registers for a few weights and all sums, or for all tokens' vw
     for (int g = 0; g < n / group; g++) {
         vi dot[Q_TOKENS][Q_PANELS];
-        float x_scale[Q_TOKENS], x_min[Q_TOKENS];
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const struct act xt = act_from(x, t, g * group);
-            const int32_t x_sum = group == 32 ? xt.sum[0] + xt.sum[1] : xt.sum[0];
-            x_scale[t] = *xt.scale;
-            x_min[t] = x_scale[t] * (float)x_sum;
-            UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_set_int(-zero * x_sum);
-        }
+        UNROLL for (int t = 0; t < tokens; t++)
+            UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_set_int(-surplus_of(x + t, zero, group, g));
         UNROLL for (int k = 0; k < group / 4; k += together)
             UNROLL for (int t0 = 0; t0 < tokens; t0 += abreast) {
                 vw dots[Q_TOKENS][Q_PANELS];
@@ -3040,15 +3053,14 @@ LANE void panel_dot(enum format format, const struct panel *p, int n, int tokens
                 UNROLL for (int j = k; j < k + together; j++)
                     UNROLL for (int t = t0; t < t0 + abreast; t++)
                         UNROLL for (int i = 0; i < Q_PANELS; i++)
-                            dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0],
-                                                act_from(x, t, g * group).q + 4 * j, is_signed);
+                            dots[t][i] = v_dot4(dots[t][i], p[i].w[g * group / 4 + j][0], x[t].q + g * group + 4 * j, is_signed);
                 UNROLL for (int t = t0; t < t0 + abreast; t++)
                     UNROLL for (int i = 0; i < Q_PANELS; i++) dot[t][i] = v_dots_end(dot[t][i], dots[t][i]);
             }
         UNROLL for (int t = 0; t < tokens; t++)
             UNROLL for (int i = 0; i < Q_PANELS; i++)
-                v_store(sums[t][i], add_group(p + i, formats[format].has_min, g, dot[t][i], x_scale[t], x_min[t],
-                                              v_load(sums[t][i])));
+                v_store(sums[t][i], add_group(p + i, formats[format].has_min, g, dot[t][i], x[t].scale[g * group / 32],
+                                              scaled_sum_of(x + t, group, g), v_load(sums[t][i])));
     }
 }
 
@@ -3062,12 +3074,12 @@ LANE void panels_fill(enum format format, const struct chunk *c, int less, struc
 
 // chunk_dot() for more than one token. Nothing is fetched in front of a step of Q_TOKENS: gcc 12 would then keep the tokens'
 // pointers in memory, and take half as long again.
-LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const struct act_chunk *x,
                      float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     const int few = Q_TOKENS < 4 ? Q_TOKENS : 4;
     struct panel p[Q_PANELS];
     struct fetch f = fetch_of(format, ahead, c->n, n_tokens % Q_TOKENS);
-    panels_fill(format, c, FLIPPED(format) ? 128 : 0, &f, p);
+    panels_fill(format, c, formats[format].zero - PANEL_ZERO(format), &f, p);
     for (int left = n_tokens, step; left > 0; left -= step) {
         if (left >= Q_TOKENS) {
             panel_dot(format, p, c->n, step = Q_TOKENS, x, sums);
@@ -3078,9 +3090,8 @@ LANE void panels_dot(enum format format, const struct chunk *c, const uint8_t *a
             fetch_shares(&f, step = 1);
             panel_dot(format, p, c->n, 1, x, sums);
         }
-        fetch_sums(y, ldy, 16 * Q_PANELS, step);
-        x = act_from(x, step, 0);
-        y += (size_t)step * (size_t)ldy;
+        if (y) fetch_sums(y + (size_t)(n_tokens - left) * (size_t)ldy, ldy, 16 * Q_PANELS, step);
+        x += step;
         sums += step;
     }
 }
@@ -3104,37 +3115,23 @@ static const struct {
     uint8_t rows[16];
 } amx_registers = {1, 0, {0}, {64, 32, 64}, {AMX_TOKENS, AMX_TOKENS, 8}};
 
-// Scales of a token's activations in n groups and, for the minima, their scaled sums.
-LANE void amx_scales(struct act x, int n, bool has_min, float scale[8], float scaled_sum[8]) {
-    const __mmask8 groups = (__mmask8)((1u << n) - 1);
-    const __m256 scales = _mm256_maskz_loadu_ps(groups, x.scale);
-    _mm256_storeu_ps(scale, scales);
-    if (!has_min) return;
-    const __m512i sums = _mm512_maskz_loadu_epi64(groups, x.sum);  // two to a group
-    const __m256i both = _mm512_cvtepi64_epi32(_mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32)));
-    _mm256_storeu_ps(scaled_sum, _mm256_mul_ps(scales, _mm256_cvtepi32_ps(both)));
-}
-
 // panel_dot() for AMX_TOKENS tokens, of which the first `done` had their turn before.
-LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x, int done, struct fetch *f,
+LANE void amx_dot(enum format format, const struct panel *p, int n, const struct act_chunk *x, int done, struct fetch *f,
                   float (*sums)[Q_PANELS][16]) {
-    const bool has_min = formats[format].has_min;
     int32_t dots[AMX_TOKENS][16] __attribute__((aligned(64)));
-    float x_scale[AMX_TOKENS][8], x_min[AMX_TOKENS][8];
-    for (int t = 0; t < AMX_TOKENS; t++) amx_scales(act_from(x, t, 0), n / 32, has_min, x_scale[t], x_min[t]);
     for (int i = 0; i < Q_PANELS; i++) {
         vf sum[AMX_TOKENS];
         fetch_shares(f, n / 32);
         UNROLL for (int t = 0; t < AMX_TOKENS; t++) sum[t] = v_load(sums[t][i]);
         for (int g = 0; g < n / 32; g++) {
             _tile_zero(AMX_DOTS);
-            _tile_loadd(AMX_X, x.q + 32 * g, x.ld);
+            _tile_loadd(AMX_X, x->q + 32 * g, sizeof *x);
             _tile_loadd(AMX_W, p[i].w[8 * g], 64);
             _tile_dpbssd(AMX_DOTS, AMX_X, AMX_W);
             _tile_stored(AMX_DOTS, dots, 64);
             UNROLL for (int t = 0; t < AMX_TOKENS; t++) {
                 const vi dot = _mm512_load_si512(dots[t]);
-                sum[t] = add_group(p + i, has_min, g, dot, x_scale[t][g], has_min ? x_min[t][g] : 0, sum[t]);
+                sum[t] = add_group(p + i, formats[format].has_min, g, dot, x[t].scale[g], x[t].scaled_sum[g], sum[t]);
             }
         }
         UNROLL for (int t = 0; t < AMX_TOKENS; t++)
@@ -3143,7 +3140,7 @@ LANE void amx_dot(enum format format, const struct panel *p, int n, struct act x
 }
 
 // chunk_dot() for AMX_TOKENS tokens at least: when fewer are left, some have their turn again.
-LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
+LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ahead, int n_tokens, const struct act_chunk *x,
                     float (*sums)[Q_PANELS][16], const float *y, int ldy) {
     struct panel p[Q_PANELS];
     if (formats[format].group != 32) return;  // never called for these: no code for them
@@ -3152,17 +3149,17 @@ LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ah
     __asm__ volatile("" ::: "memory");  // gcc is not told that tiles are loaded from memory
     for (int token = 0; token < n_tokens; token += AMX_TOKENS) {
         const int from = min_int(token, n_tokens - AMX_TOKENS);
-        amx_dot(format, p, c->n, act_from(x, from, 0), token - from, &f, sums + from);
-        fetch_sums(y + (size_t)from * (size_t)ldy, ldy, 16 * Q_PANELS, AMX_TOKENS);
+        amx_dot(format, p, c->n, x + from, token - from, &f, sums + from);
+        if (y) fetch_sums(y + (size_t)from * (size_t)ldy, ldy, 16 * Q_PANELS, AMX_TOKENS);
     }
 }
 #endif
 
 // Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of one
-// token n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go. amx: by
+// token n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go next, or NULL. amx: by
 // amx_chunk(). The format and amx are constants at every call.
-LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens, struct act x,
-                    float (*sums)[16], const float *y, int ldy) {
+LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens,
+                    const struct act_chunk *x, float (*sums)[16], const float *y, int ldy) {
 #ifdef ISA_AMX
     if (amx) {
         amx_chunk(format, c, ahead, n_tokens, x, (float (*)[Q_PANELS][16])sums, y, ldy);
@@ -3180,8 +3177,8 @@ LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const u
 }
 
 // At most Q_TOKEN_BLOCK tokens. amx, a constant at every call: see chunk_dot().
-LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
-                         bool add) {
+LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                         float *y, int ldy, bool add) {
     float sums[Q_TOKEN_BLOCK * Q_PANELS][16];
     const int n_panels = n_tokens == 1 ? 1 : Q_PANELS, together = 16 * n_panels;  // rows
     const size_t chunk_bytes = (size_t)(256 / formats[m->format].block * formats[m->format].bytes);
@@ -3192,24 +3189,25 @@ LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows,
         const uint8_t *ahead = c->row[0] + (size_t)together * m->row_bytes;  // only fetched: it may lie behind the matrix
         memset(sums, 0, (size_t)(n_tokens * n_panels) * sizeof sums[0]);
         for (int k = 0; k < m->cols; k += 256, ahead += (size_t)together * chunk_bytes) {
-            const struct act xk = act_from(x, 0, k);
+            const struct act_chunk *xk = act_chunk_of(x, token0, k);
+            const float *to = k + 256 < m->cols ? NULL : y + r;
             for (int i = 0; i < n_panels; i++) c[i].n = min_int(m->cols - k, 256), c[i].at = (size_t)(k / 256) * chunk_bytes;
 #if (defined(ISA_AVX512) || defined(ISA_AVX2) || defined(ISA_NEON)) && !defined(MAMBA_ROLLED)  // code of its own for each format
             switch (m->format) {
-            case Q8_0: chunk_dot(Q8_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_0: chunk_dot(Q4_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_1: chunk_dot(Q4_1, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_0: chunk_dot(Q5_0, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_1: chunk_dot(Q5_1, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q2_K: chunk_dot(Q2_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q3_K: chunk_dot(Q3_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q4_K: chunk_dot(Q4_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q5_K: chunk_dot(Q5_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
-            case Q6_K: chunk_dot(Q6_K, amx, c, ahead, n_tokens, xk, sums, y + r, ldy); break;
+            case Q8_0: chunk_dot(Q8_0, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q4_0: chunk_dot(Q4_0, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q4_1: chunk_dot(Q4_1, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q5_0: chunk_dot(Q5_0, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q5_1: chunk_dot(Q5_1, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q2_K: chunk_dot(Q2_K, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q3_K: chunk_dot(Q3_K, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q4_K: chunk_dot(Q4_K, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q5_K: chunk_dot(Q5_K, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
+            case Q6_K: chunk_dot(Q6_K, amx, c, ahead, n_tokens, xk, sums, to, ldy); break;
             case F32: case F16: case BF16: case N_FORMATS: break;
             }
 #else
-            chunk_dot(m->format, amx, c, ahead, n_tokens, xk, sums, y + r, ldy);
+            chunk_dot(m->format, amx, c, ahead, n_tokens, xk, sums, to, ldy);
 #endif
         }
         for (int t = 0; t < n_tokens; t++)
@@ -3219,20 +3217,21 @@ LANE void blocks_product(bool amx, const struct matrix *m, int row0, int n_rows,
     }
 }
 
-static void quantized_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy,
-                              bool add) {
-    blocks_product(false, m, row0, n_rows, x, n_tokens, y, ldy, add);
+static void quantized_product(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens,
+                              float *y, int ldy, bool add) {
+    blocks_product(false, m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
 }
 
 #ifdef ISA_AMX
 // quantized_product(), by tiles where they gain.
-static void amx_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy, bool add) {
+static void amx_product(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
+                        int ldy, bool add) {
     if (formats[m->format].group != 32 || n_tokens < AMX_TOKENS) {
-        quantized_product(m, row0, n_rows, x, n_tokens, y, ldy, add);
+        quantized_product(m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
         return;
     }
     _tile_loadconfig(&amx_registers);
-    blocks_product(true, m, row0, n_rows, x, n_tokens, y, ldy, add);
+    blocks_product(true, m, row0, n_rows, x, token0, n_tokens, y, ldy, add);
     _tile_release();
 }
 #endif
@@ -3299,7 +3298,8 @@ static void narrow_product(const struct matrix *m, int row0, int n_rows, const f
 
 // ---- Products of any format ----
 
-typedef void block_product(const struct matrix *m, int row0, int n_rows, struct act x, int n_tokens, float *y, int ldy, bool add);
+typedef void block_product(const struct matrix *m, int row0, int n_rows, const struct act *x, int token0, int n_tokens, float *y,
+                           int ldy, bool add);
 
 // quantized_by multiplies quantised weights.
 static void multiply(block_product *quantized_by, const struct matrix *m, int row0, int n_rows, const struct act *x, int token0,
@@ -3316,7 +3316,7 @@ static void multiply(block_product *quantized_by, const struct matrix *m, int ro
         else if (m->format == F32) wide_product(F32, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == F16) wide_product(F16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
         else if (m->format == BF16) wide_product(BF16, m, row0, n_rows, xf, ldx, tokens, to, ldy, add);
-        else quantized_by(m, row0, n_rows, act_from(*x, token0 + t, 0), tokens, to, ldy, add);
+        else quantized_by(m, row0, n_rows, x, token0 + t, tokens, to, ldy, add);
     }
 }
 
@@ -3351,8 +3351,10 @@ LANE int32_t sum_16(const int8_t *q) {
 
 // q = round(x / scale), scale = max|x| / 127 of each 32. A NaN or an infinity makes the first scale NaN, so that it reaches the
 // logits, where it is reported.
-static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, int32_t *sum) {
+static void ISA_NAME(quantize)(const float *x, int n, struct act_chunk *to, int column) {
     const vf zero = v_set(0.0f);
+    int8_t *q = to->q + column;
+    float *scale = to->scale + column / 32;
     vf poison = zero;
     for (int b = 0; b < n / 32; b++) {
         const vf lo = v_load(x + 32 * b), hi = v_load(x + 32 * b + 16);
@@ -3364,7 +3366,13 @@ static void ISA_NAME(quantize)(const float *x, int n, int8_t *q, float *scale, i
         poison = v_fma(v_add(lo, hi), zero, poison);
     }
     scale[0] += v_sum(poison);
-    for (int g = 0; g < n / 16; g++) sum[g] = sum_16(q + 16 * g);
+    for (int b = column / 32; b < (column + n) / 32; b++) {
+        const int32_t first = sum_16(to->q + 32 * b), second = sum_16(to->q + 32 * b + 16);
+        to->surplus_16[2 * b] = 128 * first;
+        to->surplus_16[2 * b + 1] = 128 * second;
+        to->surplus[b] = 128 * (first + second);
+        to->scaled_sum[b] = to->scale[b] * (float)(first + second);
+    }
 }
 
 // LayerNorm, or without b, and then with a mean of 0, RMSNorm; w NULL: 1.
@@ -3629,7 +3637,7 @@ static const struct kernels kernels_amx = KERNELS("amx", matmul_amx);
 #undef ISA_STRING2
 #undef OF_ISA
 #undef OF_VNNI
-#undef FLIPPED
+#undef PANEL_ZERO
 #undef DONE_HERE
 #undef UNROLL
 
@@ -3872,14 +3880,13 @@ static bool next_item(struct team *t, int n_items, int *item) {
 
 static void quantize_rows(const struct kernels *k, struct act *a, int row0, int n_rows, int col0, int n_cols) {
     if (!a->q) return;
-    for (int r = row0; r < row0 + n_rows; r++) {
-        const size_t at = (size_t)r * (size_t)a->ld + (size_t)col0, later = at + FETCH_TOKENS * (size_t)a->ld;
-        for (int i = 0; i < n_cols; i += 16) __builtin_prefetch(a->f + later + i);
-        __builtin_prefetch(a->q + later, 1);
-        __builtin_prefetch(a->scale + later / 32, 1);
-        __builtin_prefetch(a->sum + later / 16, 1);
-        k->quantize(a->f + at, n_cols, a->q + at, a->scale + at / 32, a->sum + at / 16);
-    }
+    for (int r = row0; r < row0 + n_rows; r++)
+        for (int c = col0, n; c < col0 + n_cols; c += n) {
+            n = min_int(256 - c % 256, col0 + n_cols - c);
+            const float *x = a->f + (size_t)r * (size_t)a->ld + (size_t)c, *later = x + FETCH_TOKENS * (size_t)a->ld;
+            for (int i = 0; i < n; i += 16) __builtin_prefetch(later + i);
+            k->quantize(x, n, act_chunk_of(a, r, c), c % 256);
+        }
 }
 
 // Rows of weights a block: few blocks, since memory is read best in long runs, and each block reads the activations of all
@@ -4171,22 +4178,15 @@ enum { PHASES_A_LAYER = 6, PHASES_A_POOL = 5, PHASES_BESIDE = 4 };  // embedding
 static int leading_dimension(int n_cols) { return round_up(n_cols, 32) | 32; }
 
 static struct act act_new(int n_rows, int n_cols, bool quantized) {
-    struct act a = {.ld = leading_dimension(n_cols)};
-    size_t n = (size_t)n_rows * (size_t)a.ld;
-    a.f = xcalloc(n, sizeof *a.f);
-    if (quantized) {
-        a.q = xcalloc(n, sizeof *a.q);
-        a.scale = xcalloc(n / 32, sizeof *a.scale);
-        a.sum = xcalloc(n / 16, sizeof *a.sum);
-    }
+    struct act a = {.ld = leading_dimension(n_cols), .n_rows = n_rows};
+    a.f = xcalloc((size_t)n_rows * (size_t)a.ld, sizeof *a.f);
+    if (quantized) a.q = xcalloc((size_t)n_rows * (size_t)ceil_div(n_cols, 256), sizeof *a.q);
     return a;
 }
 
 static void act_free(struct act *a) {
     free(a->f);
     free(a->q);
-    free(a->scale);
-    free(a->sum);
 }
 
 #ifndef MAMBA_CUDA  // a program without GPUs: context_use_device refuses, and what stands behind it is not reached
@@ -4394,13 +4394,9 @@ static void head_phase(struct team *t) {
 
 static void gather_row(struct context *ctx, int token, int row) {
     const struct act *from = &ctx->level[0].normed, *to = &ctx->head_in;
-    size_t n = (size_t)to->ld, a = (size_t)token * n, b = (size_t)row * n;
-    memcpy(to->f + b, from->f + a, n * sizeof *to->f);
-    if (to->q) {
-        memcpy(to->q + b, from->q + a, n);
-        memcpy(to->scale + b / 32, from->scale + a / 32, n / 32 * sizeof *to->scale);
-        memcpy(to->sum + b / 16, from->sum + a / 16, n / 16 * sizeof *to->sum);
-    }
+    const size_t n = (size_t)to->ld;
+    memcpy(to->f + (size_t)row * n, from->f + (size_t)token * n, n * sizeof *to->f);
+    for (int c = 0; to->q && c < ctx->m->c.d_model; c += 256) *act_chunk_of(to, row, c) = *act_chunk_of(from, token, c);
 }
 
 // The rows that the batch asks for: the last token of each segment that wants logits.

@@ -70,20 +70,6 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
     for (int i = 0; i < 16; i++) v.i[i] >>= n;
     return v.si;
 }
-static inline simde__m512i emulated_maskz_loadu_epi64(unsigned mask, const void *p) {
-    int64_t v[8] = {0};
-    for (int i = 0; i < 8; i++)
-        if (mask >> i & 1) memcpy(v + i, (const int64_t *)p + i, sizeof *v);
-    return simde_mm512_loadu_si512(v);
-}
-static inline __m256 emulated_maskz_loadu_ps_8(unsigned mask, const float *p) {
-    float v[8] = {0};
-    for (int i = 0; i < 8; i++)
-        if (mask >> i & 1) v[i] = p[i];
-    return _mm256_loadu_ps(v);
-}
-#define _mm512_maskz_loadu_epi64 emulated_maskz_loadu_epi64
-#define _mm256_maskz_loadu_ps emulated_maskz_loadu_ps_8
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps

@@ -233,7 +233,8 @@ static void check_product(struct matrix m, struct act x, int tokens) {
         for (int t = 0; t < tokens; t++) {
             double sum = 0, size = 0;
             for (int c = 0; c < cols; c++) {
-                double v = is_quantized(&m) ? (double)x.q[t * x.ld + c] * (double)x.scale[(t * x.ld + c) / 32] : (double)x.f[t * x.ld + c];
+                const struct act_chunk *q = act_chunk_of(&x, t, c);
+                double v = is_quantized(&m) ? (double)q->q[c % 256] * (double)q->scale[c % 256 / 32] : (double)x.f[t * x.ld + c];
                 sum += (double)row[c] * v;
                 size += fabs((double)row[c] * v);
             }
@@ -270,30 +271,33 @@ static void test_largest_sums(enum format format, uint8_t byte) {
 }
 
 static void test_quantize(void) {
-    float x[96], scale[MAX_ISAS][3];
-    int8_t q[MAX_ISAS][96];
-    int32_t sum[MAX_ISAS][6];
+    float x[96];
+    struct act_chunk q[MAX_ISAS];
+    memset(q, 0, sizeof q);
     for (int i = 0; i < 96; i++) x[i] = i < 32 ? 0 : normal() * (i < 64 ? 1e-3f : 1e3f);
     for (int i = 0; i < n_isa; i++) {
-        isa[i]->quantize(x, 96, q[i], scale[i], sum[i]);
-        CHECK(memcmp(q[i], q[0], 96) == 0 && memcmp(scale[i], scale[0], sizeof scale[0]) == 0 && memcmp(sum[i], sum[0], sizeof sum[0]) == 0,
-              "%s quantises otherwise than %s", isa[i]->name, isa[0]->name);
-        for (int j = 0; j < 96; j += 16) {
-            int want = 0;
-            for (int l = 0; l < 16; l++) want += q[i][j + l];
-            CHECK(sum[i][j / 16] == want, "%s: a sum of %d instead of %d", isa[i]->name, sum[i][j / 16], want);
+        const int from = 96;  // a column in the middle of a chunk
+        isa[i]->quantize(x, 96, q + i, from);
+        CHECK(memcmp(q + i, q, sizeof *q) == 0, "%s quantises otherwise than %s", isa[i]->name, isa[0]->name);
+        for (int j = from; j < from + 96; j += 32) {
+            int want[2] = {0};
+            for (int l = 0; l < 32; l++) want[l / 16] += q[i].q[j + l];
+            CHECK(q[i].surplus_16[j / 16] == 128 * want[0] && q[i].surplus_16[j / 16 + 1] == 128 * want[1] &&
+                  q[i].surplus[j / 32] == 128 * (want[0] + want[1]) && q[i].scaled_sum[j / 32] == q[i].scale[j / 32] * (float)(want[0] + want[1]),
+                  "%s: wrong sums of columns %d to %d", isa[i]->name, j, j + 31);
         }
-        for (int j = 0; j < 96; j++)
-            CHECK(fabsf((float)q[i][j] * scale[i][j / 32] - x[j]) <= scale[i][j / 32] * 0.5001f, "%s: %g became %d * %g", isa[i]->name,
-                  (double)x[j], q[i][j], (double)scale[i][j / 32]);
-        float bad[32] = {1, 2, NAN}, bad_scale;
-        int8_t ignored[32];
-        int32_t ignored_sum[2];
-        isa[i]->quantize(bad, 32, ignored, &bad_scale, ignored_sum);
-        CHECK(isnan(bad_scale), "%s: a NaN vanished in a block", isa[i]->name);
+        for (int j = 0; j < 96; j++) {
+            const float scale = q[i].scale[(from + j) / 32];
+            CHECK(fabsf((float)q[i].q[from + j] * scale - x[j]) <= scale * 0.5001f, "%s: %g became %d * %g", isa[i]->name, (double)x[j],
+                  q[i].q[from + j], (double)scale);
+        }
+        float bad[32] = {1, 2, NAN};
+        struct act_chunk ignored;
+        isa[i]->quantize(bad, 32, &ignored, 0);
+        CHECK(isnan(ignored.scale[0]), "%s: a NaN vanished in a block", isa[i]->name);
         bad[2] = INFINITY;
-        isa[i]->quantize(bad, 32, ignored, &bad_scale, ignored_sum);
-        CHECK(!isfinite(bad_scale), "%s: an infinity vanished in a block", isa[i]->name);
+        isa[i]->quantize(bad, 32, &ignored, 0);
+        CHECK(!isfinite(ignored.scale[0]), "%s: an infinity vanished in a block", isa[i]->name);
     }
 }
 

@@ -5628,6 +5628,11 @@ struct choice {
     int32_t id;
 };
 
+struct token_logprob {
+    int32_t id;
+    double logprob;         // NaN: nothing came before it
+};
+
 struct sampler {            // what drawing a token works on; owner of choices and p
     const struct kernels *k;
     struct choice *choices;  // [n_vocab]
@@ -5737,7 +5742,8 @@ static int32_t sample(struct sampler *s, const struct sampling *how, const float
 
 // log p(token) = logit - max - log sum exp(logit - max). Sixteen sums in double, so that their order is fixed. The n_top
 // likeliest tokens go to top, the best first, with their log-probability in p.
-static double log_probability(struct sampler *s, const float *logits, float max, int32_t token, int n_top, struct choice *top) {
+static double log_probability(struct sampler *s, const float *logits, float max, int32_t token, int n_top,
+                              struct token_logprob *top) {
     double lanes[16] = {0}, sum = 0;
     s->k->exp_minus(logits, s->n_vocab, max, s->p);
     for (int i = 0; i < s->n_vocab; i++) lanes[i % 16] += s->p[i];
@@ -5745,10 +5751,10 @@ static double log_probability(struct sampler *s, const float *logits, float max,
     const double log_sum = log(sum);
     n_top = min_int(n_top, s->n_vocab);
     if (n_top > 0) {
-        for (int32_t id = 0; id < s->n_vocab; id++)
-            s->choices[id] = (struct choice){logits[id], (float)((double)(logits[id] - max) - log_sum), id};
+        for (int32_t id = 0; id < s->n_vocab; id++) s->choices[id] = (struct choice){logits[id], 0, id};
         select_best(s->choices, s->n_vocab, n_top);
-        memcpy(top, s->choices, (size_t)n_top * sizeof *top);
+        for (int i = 0; i < n_top; i++)
+            top[i] = (struct token_logprob){s->choices[i].id, (double)(s->choices[i].logit - max) - log_sum};
     }
     return (double)(logits[token] - max) - log_sum;
 }
@@ -6933,11 +6939,6 @@ static enum line next_line(struct line_reader *l, bool wait, struct str *line) {
 
 // ---- A request ----
 
-struct token_logprob {
-    int32_t id;
-    double logprob;         // NaN: nothing came before it
-};
-
 enum { PREFIX = -1, VCF_WINDOW = 1024 };  // of --vcf: an allele that is none; bases around a variant
 
 struct request {            // one text; owner of all it points to but seq, base and whole
@@ -6968,7 +6969,7 @@ struct request {            // one text; owner of all it points to but seq, base
     double nll;             // score: of n_scored tokens, in nats
     int64_t n_scored;
     struct buffer logprobs; // of struct token_logprob, where they are asked for
-    struct buffer tops;     // of struct choice, settings.logprobs a token: the likeliest in its place, the best first; id -1: none
+    struct buffer tops;     // of them, settings.logprobs a token: the likeliest in its place, the best first; id -1: none
     double *sum;            // [d_model] embed --pool mean
     float *pooled;          // [d_model]
     float *strand;          // --rc-average: pooled of the first strand, or with --track a log-probability a base (NaN: none yet)
@@ -7242,13 +7243,13 @@ static void add_json_logprobs(struct buffer *b, const struct session *s, const s
     if (r->settings.logprobs > 0) {
         buffer_printf(b, ", \"top_logprobs\": [");
         for (size_t i = 0; i < n; i++) {
-            const struct choice *top = (const struct choice *)r->tops.p + i * (size_t)r->settings.logprobs;
+            const struct token_logprob *top = (const struct token_logprob *)r->tops.p + i * (size_t)r->settings.logprobs;
             buffer_printf(b, "%s%s", i ? ", " : "", top->id >= 0 ? "{" : "null");
             for (int k = 0; k < r->settings.logprobs && top[k].id >= 0; k++) {
                 if (k) buffer_printf(b, ", ");
                 add_json_token(b, s, top[k].id);
                 buffer_printf(b, ": ");
-                add_json_number(b, (double)top[k].p);
+                add_json_number(b, top[k].logprob);
             }
             if (top->id >= 0) buffer_printf(b, "}");
         }
@@ -7293,7 +7294,7 @@ struct row {                // of logits
     size_t at;              // it stands behind token `at` of the request; from n_tokens_of(r) - 1 on, one is drawn
     float max;              // of the logits
     struct token_logprob next;  // the token that follows, known or drawn; id -1: there is none
-    struct choice top[MAX_TOP];  // the likeliest in its place, as many as are asked for; p is the log-probability
+    struct token_logprob top[MAX_TOP];  // the likeliest in its place, as many as are asked for
 };
 
 struct window {             // the bases at hand of the record that is cut into windows; owner of bases
@@ -7552,8 +7553,8 @@ static bool generate_begin(struct engine *en, struct request *r) {
 }
 
 // top NULL: the first token of a text, before which there is nothing.
-static void keep_logprob(struct request *r, struct token_logprob next, const struct choice *top) {
-    const struct choice none = {.id = -1};
+static void keep_logprob(struct request *r, struct token_logprob next, const struct token_logprob *top) {
+    const struct token_logprob none = {.id = -1};
     if (r->settings.logprobs < 0) return;
     buffer_add(&r->logprobs, &next, sizeof next);
     for (int k = 0; k < r->settings.logprobs; k++) buffer_add(&r->tops, top ? &top[k] : &none, sizeof none);
@@ -8625,12 +8626,14 @@ static void sandbox_enter(const struct options *o, const struct outfile *out, co
 }
 #endif
 
-// Whether a file's name promises sound in a format that this program does not write.
-static bool other_sound_format(const char *name) {
-    static const char *const others[] = {".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif", ".au", NULL};
+// What a file's name promises: sound in a format that this program does not write, or samples without a header.
+static const char *const other_formats[] = {".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif", ".au", NULL};
+static const char *const raw_names[] = {".raw", ".pcm", NULL};
+
+static bool name_ends(const char *name, const char *const *ends) {
     const char *dot = strrchr(name, '.');
-    for (int i = 0; dot && others[i]; i++)
-        if (strcasecmp(dot, others[i]) == 0) return true;
+    for (; dot && *ends; ends++)
+        if (strcasecmp(dot, *ends) == 0) return true;
     return false;
 }
 
@@ -8649,27 +8652,32 @@ static void fill_defaults(struct session *s) {
         die("%s is no audio model: --seconds and --sound-format do not apply", o->model);
     if (o->settings.n_predict < -1) {
         const double n = audio ? (o->seconds > 0 ? (double)o->seconds : 5) * s->model.c.sample_rate : 128;
-        o->settings.n_predict = n < 1 ? 1 : n > 1e9 ? 1000000000 : (int)lrint(n);
+        if (n > 1e9) die("--seconds %g: more than 1000000000 samples at %d Hz", (double)o->seconds, s->model.c.sample_rate);
+        o->settings.n_predict = n < 1 ? 1 : (int)lrint(n);
     }
     if (audio && o->tokenizer) die("--tokenizer does not apply to an audio model");
     if (audio && o->input_implied) o->inputs[0].source = FROM_WAV;
     if (audio && o->layer >= 0) die("--layer does not apply to an audio model: its layers have different rates");
+    if (audio && o->settings.n_stops) die("--stop does not apply to sound");
     if (!audio || o->command != GENERATE || o->print_ids) return;
     if (o->jsonl) die("--jsonl with an audio model needs --print-ids: its answers are text");
     if (!o->output) die("%s writes sound: name a file with -o FILE, or -o - for a pipe", o->model);
-    if (other_sound_format(o->output))
+    if (name_ends(o->output, other_formats))
         die("%s: only WAV and raw samples are written; convert them: -o - --sound-format wav | sox -t wav - %s", o->output,
             o->output);
-    if (o->settings.n_stops) die("--stop does not apply to sound");
     s->sound = true;
-    if (!o->sound_format) o->sound_format = SOUND_WAV;
+    if (!o->sound_format) o->sound_format = name_ends(o->output, raw_names) ? SOUND_RAW : SOUND_WAV;
 }
 
-// Lower case letters stay what they are, where --case-sensitive says so and there are any.
+// Lower case letters stay what they are, where --case-sensitive says so and there are any. To a vocabulary without them they are N,
+// which is never scored: alleles would all be the same.
 static void keep_case(struct session *s) {
+    const struct tokenizer *t = &s->tokenizer;
     s->tokenizer.keep_case = s->o->case_sensitive;
-    if (s->o->case_sensitive && !s->o->fasta && !s->tokenizer.nucleotides)
+    if (s->o->case_sensitive && !s->o->fasta && !t->nucleotides)
         die("%s: the vocabulary is none of nucleotides: --case-sensitive does not apply", s->o->model);
+    if (s->o->case_sensitive && s->o->vcf && s->has_tokenizer && letter_token(t, 'a') == letter_token(t, 'n'))
+        die("%s: the vocabulary has no lower case: with --case-sensitive, alleles in lower case would have no ratio", s->o->model);
 }
 
 // output: the file that the command writes, besides standard output or in its place; NULL: none.
@@ -8747,7 +8755,7 @@ static void read_base(struct session *s, struct context *ctx) {
         tokens.n = 1;
     }
     if (o->prefix && !tokens.n && !interrupted) die("--prefix: the text is empty");
-    if (o->prefix && !is_file && !o->quiet && !o->prefix[strcspn(o->prefix, " \t\n")])  // a word may be a misspelt name
+    if (o->prefix && !is_file && !o->prefix[strcspn(o->prefix, " \t\n")])  // a word may be a misspelt name: said with -q too
         fprintf(stderr, "mamba: --prefix: there is no file %s, so this is the text\n", o->prefix);
     s->base = xcalloc(1, sizeof *s->base);
     *s->base = (struct base){.seq = base, .last = tokens.n ? tokens.p[tokens.n - 1] : -1, .resume = r};
@@ -9617,7 +9625,7 @@ static const struct option {
     {NULL, "--seconds", "S", "seconds of sound to generate", NUMBER, ON(GENERATE), FIELD(seconds), 1e-3, 1e6},
     {"-o", "--output", "FILE", "write here, not to standard output; sound needs it (- is standard output)", WRITES, ON(GENERATE),
      FIELD(output), 0, 0},
-    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits without a header (wav)", CHOICE,
+    {NULL, "--sound-format", "wav|mulaw|raw", "WAV of 16 bits or of 8-bit mu-law, or 16 bits alone (as FILE ends, or wav)", CHOICE,
      ON(GENERATE), FIELD(sound_format), SOUND_WAV, 0},
     {"-s", "--seed", "N", "seed of the random numbers (-1, the default: one from the clock)", SEED, ON(GENERATE), 0, 0, 0},
     {NULL, "--temp", "T", "temperature (0.8; of sound 1); 0: always the likeliest token", NUMBER, ON(GENERATE),

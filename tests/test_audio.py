@@ -143,6 +143,11 @@ def test_embed(mamba, unet, tmp_path):
     assert "different rates" in fails(mamba, "embed", unet[0], "--wav", clip, "--layer", "1", "-o", out)
 
 
+def test_a_name_that_ends_as_raw_samples_do(mamba, unet, tmp_path):
+    mamba(unet[0], "-n", "9", "-s", "1", "-o", tmp_path / "x.raw")
+    assert (tmp_path / "x.raw").read_bytes() == mamba(unet[0], "-n", "9", "-s", "1", "-o", "-", "--sound-format", "raw").stdout
+
+
 def test_seconds_and_defaults(mamba, unet):
     for seconds in ("0.25", "0.7", "0.0011"):  # as samples; 0.7 is less than 0.7 as a float
         assert len(samples_of(mamba(unet[0], "-o", "-", "--seconds", seconds, "-s", "1").stdout)) == round(float(seconds) * RATE)
@@ -438,6 +443,8 @@ def test_wrong_uses(mamba, unet, tmp_path):
     assert "twice" in fails(mamba, path, "--seconds", "1", "-n", "5", "-o", "-", status=2)
     assert "expected wav|mulaw|raw" in fails(mamba, path, "-o", "-", "--sound-format", "mp3", status=2)
     assert "sox -t wav" in fails(mamba, path, "-n", "5", "-o", tmp_path / "x.FLAC") and not any(tmp_path.glob("*.FLAC*"))
+    assert "--stop does not apply to sound" in fails(mamba, path, "-n", "5", "--stop", "x", "--print-ids")
+    assert "more than 1000000000 samples" in fails(mamba, path, "--seconds", "1e6", "-o", "-")
     assert "--output does not apply with --jsonl" in fails(mamba, path, "--jsonl", "-o", "x", input=b"{}\n", status=2)
     assert "--print-ids" in fails(mamba, path, "--jsonl", input=b"{}\n")
     assert "read once" in fails(mamba, "score", path, "--wav", "-", "--wav", "-", status=2)

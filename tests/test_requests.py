@@ -224,6 +224,12 @@ def test_every_string_comes_back_as_json(mamba):
     assert answer["text"] == "a\ufffd\ufffd \ufffd" and answer["id"] == "\ufffd"
 
 
+def test_logprobs_of_one_token_are_one_number(mamba):
+    requests = [{"prompt": prompt, "max_tokens": 40, "temperature": 0, "logprobs": 1} for prompt in ("a", "The dog", "One day")]
+    for answer in answers(mamba, "generate", TALES, requests):
+        assert answer["logprobs"]["token_logprobs"] == [value for top in answer["logprobs"]["top_logprobs"] for value in top.values()]
+
+
 def test_logprobs(mamba):
     """Those of an echoed prompt are score's; those of drawn tokens too; the likeliest are in order and hold the greedy token."""
     request = {"prompt": "Once upon a time, there was", "max_tokens": 12, "temperature": 0, "logprobs": 3, "echo": True}

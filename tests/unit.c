@@ -731,11 +731,11 @@ static void test_sampler(void) {
     CHECK(sample(&s, &greedy, logits, &ban_four, past, 0) == 7, "the repeat penalty did not count");
     CHECK(sample(&s, &greedy, logits, &none, past, 0) == 4, "the repeat penalty looked back too far");
 
-    struct choice top[3];
+    struct token_logprob top[3];
     double max = 100, total = 0, logprob = log_probability(&s, logits, 100, 7, 3, top);
     for (int i = 0; i < V; i++) total += exp((double)logits[i] - max);
     CHECK(fabs(logprob - (60 - max - log(total))) < 1e-5, "log p is %g", logprob);
-    CHECK(top[0].id == 4 && top[1].id == 9 && top[2].id == 7 && fabs((double)top[2].p - logprob) < 1e-5, "the likeliest are %d, %d, %d",
+    CHECK(top[0].id == 4 && top[1].id == 9 && top[2].id == 7 && top[2].logprob == logprob, "the likeliest are %d, %d, %d",
           top[0].id, top[1].id, top[2].id);
     CHECK(random_at(1, 5) == random_at(1, 5) && random_at(1, 5) != random_at(1, 6) && random_at(1, 5) != random_at(2, 5),
           "random numbers are a function of seed and position");

@@ -172,6 +172,11 @@ class Corpus:
     bytes: dict  # part: UTF-8 bytes of its texts
 
 
+def digest_of(data):
+    """Of strings, numbers and arrays in lists and dictionaries, whose order does not count."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=lambda a: hashlib.sha256(a).hexdigest()).encode()).hexdigest()
+
+
 def prepare_text(folder, out, mix, vocab_size):
     """The corpora as token ids, and the tokenizer. Kept in out/data; made anew when a source, this program's cleaning or
     the mix has changed."""
@@ -184,9 +189,11 @@ def prepare_text(folder, out, mix, vocab_size):
             patterns = ", ".join(pattern for pattern, _ in TEXT_CORPORA[name])
             sys.exit(f"train.py: {folder}: no file of the corpus {name}, expected {patterns}")
     corpora = {name: [as_document(d) for path, reader in files for d in reader(path)] for name, files in sources.items()}
-    digest = hashlib.sha256(json.dumps([corpora, mix, vocab_size], sort_keys=True).encode()).hexdigest()
-    index = cache / "index.json"
+    digest, index = digest_of([corpora, mix, vocab_size]), cache / "index.json"
     if not index.exists() or json.loads(index.read_text())["digest"] != digest:
+        if (out / "last.pt").exists():  # its weights know the ids of the tokenizer that is there
+            sys.exit(f"train.py: --resume: {folder}: not the data that the run was started with, says {index}; give those, or "
+                     "another --out")
         cache.mkdir(parents=True, exist_ok=True)
         splits = split_documents(corpora)
         rng = np.random.default_rng(0)  # the tokenizer sees the corpora in the proportions of the training mix
@@ -213,10 +220,10 @@ def prepare_text(folder, out, mix, vocab_size):
 
 class TextBatches:
     """Documents in a new order each epoch, run together and cut into windows of length + 1. Epoch e depends on (seed, e)
-    alone, so (epoch, position) is all the state there is. A corpus of weight 1.3 goes in once and 30 % of it once more."""
+    alone, and so a step's windows on (seed, step). A corpus of weight 1.3 goes in once and 30 % of it once more."""
     def __init__(self, corpora, mix, batch, length, seed):
         self.documents = [(d, mix[name]) for name, c in corpora.items() for d in c.train]
-        self.batch, self.length, self.seed, self.epoch, self.position = batch, length, seed, 0, 0
+        self.batch, self.length, self.seed, self.epoch, self.first = batch, length, seed, 0, 0  # first: step of the epoch
         self.windows = self.cut()
 
     def cut(self):
@@ -231,22 +238,15 @@ class TextBatches:
         return windows[rng.permutation(count)]
 
     def next(self, step):
-        """The ids [batch, length + 1] that come next; the steps follow each other."""
-        if self.position + self.batch > len(self.windows):
-            self.epoch, self.position = self.epoch + 1, 0
+        """The ids [batch, length + 1] of a step, which may lie epochs ahead, as --resume has it, but not behind."""
+        while (step - self.first + 1) * self.batch > len(self.windows):
+            self.epoch, self.first = self.epoch + 1, self.first + len(self.windows) // self.batch
             self.windows = self.cut()
-        self.position += self.batch
-        return torch.from_numpy(self.windows[self.position - self.batch:self.position])
-
-    def state(self):
-        return {"epoch": self.epoch, "position": self.position}
-
-    def restore(self, state):
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.windows = self.cut()
+        begin = (step - self.first) * self.batch
+        return torch.from_numpy(self.windows[begin:begin + self.batch])
 
     def epochs(self, step):
-        return self.epoch + self.position / len(self.windows)
+        return self.epoch + (step - self.first) * self.batch / len(self.windows)
 
 
 # ---- 2. Nucleotides: FASTA, splits, windows -----------------------------------------------------------------------
@@ -263,11 +263,7 @@ for letters, number, complement in [(b"Aa", A, T), (b"Cc", C, G), (b"Gg", G, C),
 def read_fasta(path):
     """[(first word of the name or "", ids uint8 [bases])] of a file's records."""
     records = []
-    try:
-        content = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        sys.exit(f"train.py: {path}: {error.strerror}")
-    for part in re.split(rb"(?m)^>", content)[1:]:
+    for part in re.split(rb"(?m)^>", pathlib.Path(path).read_bytes())[1:]:
         name, _, sequence = part.partition(b"\n")
         letters = np.frombuffer(sequence.translate(None, b" \t\r\n"), np.uint8)
         records.append(((name.decode(errors="replace").split() or [""])[0], ID_OF_LETTER[letters]))
@@ -298,11 +294,15 @@ def split_genome(sequences, blocks=100):
     return {part: [piece for piece in pieces if len(piece)] for part, pieces in parts.items()}
 
 
-def read_genome(folder):
+def genome_files(folder):
     files = sorted(path for path in pathlib.Path(folder).glob("*") if path.suffix in (".fa", ".fasta", ".fna"))
     if not files:
         sys.exit(f"train.py: {folder}: no FASTA file, expected *.fa, *.fasta or *.fna")
-    return split_genome([ids for path in files for _, ids in read_fasta(path)])
+    return files
+
+
+def read_genome(folder):
+    return split_genome([ids for path in genome_files(folder) for _, ids in read_fasta(path)])
 
 
 def at_step(lengths, step, steps):
@@ -323,34 +323,32 @@ def either_strand(rng, window):
 
 
 class GenomeBatches:
-    """Windows at uniform places of either strand. A step's windows depend on (seed, step, steps) alone: there is no state.
-    The tokens of a step stay the same while the windows grow."""
+    """Windows at uniform places of either strand. A step's windows depend on (seed, step, steps) alone. The tokens of a step
+    stay the same while the windows grow."""
     def __init__(self, pieces, o):
         self.pieces, self.o = [p for p in pieces if len(p) > max(o.length)], o
         if not self.pieces:
             sys.exit(f"train.py: --length {max(o.length)}: no sequence is longer than that")
-        if np.mean(np.concatenate(self.pieces) == N) > 0.9:
-            sys.exit("train.py: nearly all bases are N")
 
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
         length = at_step(self.o.length, step, self.o.steps)
-        rows = []
+        rows, tries = [], 0
         while len(rows) < self.count(length):
-            window = uniform_window(rng, self.pieces, length + 1)
+            window, tries = uniform_window(rng, self.pieces, length + 1), tries + 1
             if np.mean(window == N) < 0.5:  # a gap of the assembly teaches nothing
                 rows.append(either_strand(rng, window))
+                tries = 0
+            elif tries == 1000:  # these are no gaps
+                files = {path: np.concatenate([ids for _, ids in read_fasta(path)]) == N for path in genome_files(self.o.data)}
+                path = max(files, key=lambda path: files[path].sum())
+                sys.exit(f"train.py: {path} ({files[path].mean():.0%} N): {tries} windows of {length + 1} letters in a row were N "
+                         "for at least half, expected nucleotides; a protein FASTA?")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def count(self, length):
         """Windows a step, of this length."""
         return max(1, self.o.batch * self.o.length[0] // length)
-
-    def state(self):
-        return {}
-
-    def restore(self, state):
-        pass
 
     def epochs(self, step):
         return step * self.o.batch * self.o.length[0] / sum(map(len, self.pieces))
@@ -402,10 +400,16 @@ SILENCE = 128  # the code of 0, and the token that a clip begins from
 
 def read_wav(path):
     """(samples float64 [n] from -1 to 1, sample rate) of a 16-bit mono file."""
-    with wave.open(str(path)) as file:
-        if (file.getnchannels(), file.getsampwidth()) != (1, 2):
-            sys.exit(f"train.py: {path}: {file.getnchannels()} channels of {8 * file.getsampwidth()} bits, expected one of 16")
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768, file.getframerate()
+    try:
+        with wave.open(str(path)) as file:
+            if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+                sys.exit(f"train.py: {path}: {file.getnchannels()} channels of {8 * file.getsampwidth()} bits, expected one of 16")
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+            if not len(samples):
+                sys.exit(f"train.py: {path}: no samples")
+            return samples, file.getframerate()
+    except (EOFError, ValueError, wave.Error) as error:
+        sys.exit(f"train.py: {path}: {error if str(error) else 'not a whole WAV file'}")
 
 
 def normalize(samples, kind):
@@ -430,21 +434,31 @@ def mu_law_decode(codes):
     return np.sign(v) * (256 ** np.abs(v) - 1) / 255
 
 
-def read_clips(folder, kind):
-    """({"train" | "valid" | "test": [codes uint8]}, sample rate, {speaker: its training clips}). The files are named
-    WORD_SPEAKER_TAKE.wav; takes 0 to 4 are test, as the corpus of spoken digits has it, 5 to 7 valid."""
-    parts, speakers, rates = {"train": [], "valid": [], "test": []}, {}, set()
+def read_takes(folder, read, lowest):
+    """({part: [(word, speaker, read(samples))]}, sample rate) of the files WORD_SPEAKER_TAKE.wav. lowest: {part: its first take},
+    the highest one first."""
+    parts, rates = {part: [] for part in lowest}, set()
     for path in sorted(pathlib.Path(folder).glob("*_*_*.wav")):
+        word, speaker, take = path.stem.rsplit("_", 2)
+        if not take.isdecimal():
+            sys.exit(f"train.py: {path}: expected WORD_SPEAKER_TAKE.wav with a number for TAKE")
         samples, rate = read_wav(path)
-        codes, (_, speaker, take) = mu_law_encode(normalize(samples, kind)), path.stem.rsplit("_", 2)
-        part = "test" if int(take) < 5 else "valid" if int(take) < 8 else "train"
-        parts[part].append(codes)
+        parts[next(part for part in lowest if int(take) >= lowest[part])].append((word, speaker, read(samples)))
         rates.add(rate)
-        if part == "train":
-            speakers.setdefault(speaker, []).append(codes)
-    if not speakers or len(rates) != 1:
-        sys.exit(f"train.py: {folder}: files of the sample rates {sorted(rates)}, expected WORD_SPEAKER_TAKE.wav of one rate")
-    return parts, rates.pop(), speakers
+    if not all(parts.values()) or len(rates) != 1:
+        found = ", ".join(f"{len(clips)} for {part} (takes from {lowest[part]} on)" for part, clips in parts.items())
+        sys.exit(f"train.py: {folder}: {found}, sample rates {sorted(rates)}; expected WORD_SPEAKER_TAKE.wav of one rate for each")
+    return parts, rates.pop()
+
+
+def read_clips(folder, kind):
+    """({"train" | "valid" | "test": [codes uint8]}, sample rate, {speaker: its training clips}). Takes 0 to 4 are test, as the
+    corpus of spoken digits has it, 5 to 7 valid."""
+    takes, rate = read_takes(folder, lambda x: mu_law_encode(normalize(x, kind)), {"train": 8, "valid": 5, "test": 0})
+    speakers = {}
+    for _, speaker, codes in takes["train"]:
+        speakers.setdefault(speaker, []).append(codes)
+    return {part: [codes for _, _, codes in clips] for part, clips in takes.items()}, rate, speakers
 
 
 class ClipBatches:
@@ -465,12 +479,6 @@ class ClipBatches:
     def next(self, step):
         rng = np.random.default_rng([self.o.seed, step])
         return torch.from_numpy(np.stack([self.row(rng) for _ in range(self.o.batch)]).astype(np.int64))
-
-    def state(self):
-        return {}
-
-    def restore(self, state):
-        pass
 
     def epochs(self, step):
         return step * self.o.batch * self.o.length / sum(len(c) for clips in self.speakers for c in clips)
@@ -614,7 +622,8 @@ class FusedScan(torch.autograd.Function):
     """A is real or complex; as a complex number it stands for its conjugate, too."""
     @staticmethod
     def forward(ctx, u, dt, A, bc, D, z, bias):
-        assert A.shape[1] == STATES, f"the fused scan needs d_state {STATES}, found {A.shape[1]}"
+        if A.shape[1] != STATES:
+            sys.exit(f"train.py: --d-state {A.shape[1]}: the fused scan has {STATES}, --ops plain any number")
         batch, length, channels = u.shape
         (y,), bcf = like(u), bc.float()  # B and C converted once here, not once a channel block
         A, is_complex = (torch.view_as_real(A.resolve_conj()).contiguous(), True) if A.is_complex() else (A.contiguous(), False)
@@ -884,7 +893,6 @@ class Mamba(nn.Module):
         return self.hidden(ids)[:, -1].float() @ self.score.weight.t()
 
 
-
 @dataclasses.dataclass
 class UNetConfig:
     """Sizes of the U-Net of section 4.4 and E.4, in the words of config.json."""
@@ -980,6 +988,7 @@ class UNet(nn.Module):
 
 class Task:
     labels = None  # of a classifier
+    digest = None  # of the data, which --resume wants to be the same wherever they lie; those of text are known by index.json
 
     def initialise(self, model):
         """What a new model begins with, other than random weights."""
@@ -1082,6 +1091,7 @@ class GenomeTask(Task):
 
     def __init__(self, o, out):
         self.parts, self.o = read_genome(o.data), o
+        self.digest = digest_of(self.parts)
         self.config = Config(vocab_size=DNA_ROWS, d_model=o.d_model, n_layer=o.n_layer)
         self.batches = GenomeBatches(self.parts["train"], o)
 
@@ -1113,16 +1123,16 @@ class SpeciesTask(Task):
     def __init__(self, o, out):
         self.parts, self.o = read_species(o.data), o
         self.labels = list(self.parts["train"])
+        self.digest = digest_of([self.labels, self.parts])
         self.batches = SpeciesBatches(self.parts["train"], o)
-        self.start = torch.load(o.start, weights_only=True)
+        self.start = load(o.start, "best.pt")
+        if self.start["task"] != "dna":
+            sys.exit(f"train.py: --from {o.start}: a model of {self.start['task']}, expected one of dna")
         self.config = Config(**self.start["config"] | {"n_labels": len(self.labels)})
 
     def initialise(self, model):
         """The pretrained backbone; the classifier is new."""
-        missing, unexpected = model.load_state_dict(self.start["model"], strict=False)
-        if missing != ["score.weight"] or unexpected:
-            sys.exit(f"train.py: --from {self.o.start}: expected the weights of a language model, missing {missing[:3]}, "
-                     f"unexpected {unexpected[:3]}")
+        model.load_state_dict(self.start["model"] | {"score.weight": model.score.weight})
 
     def describe(self):
         return [f"{part}: " + ", ".join(f"{name} {sum(map(len, pieces))}" for name, pieces in species.items())
@@ -1173,6 +1183,7 @@ class AudioTask(Task):
 
     def __init__(self, o, out):
         self.parts, rate, speakers = read_clips(o.data, o.normalization)
+        self.digest = digest_of(self.parts)
         self.config = UNetConfig(d_model=o.d_model, n_blocks=o.n_blocks, pool=o.pool, stages=o.stages, d_state=o.d_state,
                                  discretization=o.discretization, norm=o.norm, sample_rate=rate, start_token=SILENCE,
                                  normalization=o.normalization)
@@ -1338,15 +1349,11 @@ def judge_sound(o):
     """Trains the judge on the training clips of --data and has it listen to the test clips, to those with their samples in another
     order (a control), and to the clips of each --wav."""
     torch.manual_seed(0)
-    takes = {}
-    for path in sorted(pathlib.Path(o.data).glob("*_*_*.wav")):
-        word, _, take = path.stem.rsplit("_", 2)
-        samples, rate = read_wav(path)
-        takes.setdefault("test" if int(take) < 5 else "train", []).append((word, normalize(samples, "peak")))
-    words = sorted({word for word, _ in takes["train"]})
-    labels = {part: torch.tensor([words.index(word) for word, _ in clips]) for part, clips in takes.items()}
-    judge = train_judge(torch.stack([log_mel(x, rate) for _, x in takes["train"]]), labels["train"], len(words))
-    test = [x for _, x in takes["test"]]
+    takes, rate = read_takes(o.data, lambda x: normalize(x, "peak"), {"train": 5, "test": 0})
+    words = sorted({word for word, _, _ in takes["train"]})
+    labels = {part: torch.tensor([words.index(word) for word, _, _ in clips]) for part, clips in takes.items()}
+    judge = train_judge(torch.stack([log_mel(x, rate) for _, _, x in takes["train"]]), labels["train"], len(words))
+    test = [x for _, _, x in takes["test"]]
     logp, line = opinion(judge, test, rate)
     print(f"test clips, {(logp.argmax(1) == labels['test']).double().mean():.1%} of them named right: {line}")
     rng, block = np.random.default_rng(0), rate // 20
@@ -1369,6 +1376,17 @@ def write_atomically(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def load(path, kind):
+    """A checkpoint of that kind, "best.pt" or "last.pt"."""
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, weights_only=True)
+            content[{"best.pt": "task", "last.pt": "optimizer"}[kind]]
+        except Exception:  # one for each way in which a file can be broken
+            sys.exit(f"train.py: {path}: cut off, or no {kind} of a run")
+    return content
 
 
 class Run:
@@ -1417,24 +1435,22 @@ class Run:
     def state(self):
         return {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict(),
                 "step": self.step, "best": self.best, "seconds": self.seconds, "rng": torch.get_rng_state(),
-                **self.batches.state(), "options": comparable(self.o)}
+                "options": comparable(self.o), "digest": self.task.digest}
 
     def restore(self, state):
-        for key, value in comparable(self.o).items():
-            if state["options"].get(key, value) != value:
-                sys.exit(f"train.py: --resume: the run was started with {key} {state['options'][key]}, now it is {value}")
+        if state.get("digest", self.task.digest) != self.task.digest:
+            sys.exit(f"train.py: --resume: {self.o.data}: not the data that the run was started with; give those, or another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for average, saved in zip(self.average, state["average"]):
             average.copy_(saved)
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        self.batches.restore(state)
         torch.set_rng_state(state["rng"])
 
 
 def comparable(options):
     """The options that decide the result; another value of one of them would not be the same run."""
-    free = ("command", "data", "out", "resume", "eval_every", "save_every", "threads", "start", "ops", "precision", "stop_at", "steps", "keep")
+    free = ("data", "out", "resume", "eval_every", "save_every", "threads", "start", "ops", "precision", "stop_at", "steps", "keep")
     return {name: value for name, value in vars(options).items() if name not in free}
 
 
@@ -1456,12 +1472,16 @@ def evaluate(run, out):
 
 
 def train(run, out):
-    """Steps, reports, checkpoints. SIGINT and SIGTERM end the run after the present step, ready for --resume."""
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
+    """Steps, reports, checkpoints. SIGINT and SIGTERM end the run after the present step, ready for --resume; a second one, or
+    one after the last step, ends the program at once."""
+    def handle(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+    stop, losses = [], []
+    handle(lambda *_: (stop.append(1), handle(signal.SIG_DFL)))
     last = min(run.o.stop_at or run.o.steps, run.o.steps)
-    losses = []
+    if run.step >= run.o.steps:  # --resume with fewer --steps: the run ends with the weights of now
+        evaluate(run, out)
     while run.step < last and not stop:
         began = time.perf_counter()
         losses.append(run.train_step())
@@ -1480,7 +1500,8 @@ def train(run, out):
         if run.step % run.o.save_every == 0:
             write_atomically(out / "last.pt", run.state())
     write_atomically(out / "last.pt", run.state())
-    return run.step == run.o.steps
+    handle(signal.SIG_DFL)
+    return run.step >= run.o.steps
 
 
 def short(scores):
@@ -1534,7 +1555,7 @@ def export_best(out, ops):
     """Exports out/best.pt to out/hf. Returns its model and a report."""
     if not (out / "best.pt").exists():
         sys.exit(f"train.py: {out / 'best.pt'} does not exist: the run has not been evaluated yet, or failed")
-    best = torch.load(out / "best.pt", weights_only=True)
+    best = load(out / "best.pt", "best.pt")
     model = new_model((UNetConfig if best["task"] == "audio" else Config)(**best["config"]), ops)
     model.load_state_dict(best["model"])
     tokenizer = None
@@ -1581,7 +1602,8 @@ def check_ops():
     torch.manual_seed(0)
     passed = []
     for half in (False, True):
-        ops, dtype, tolerance = FusedOps(half), torch.bfloat16 if half else torch.float32, 2e-2 if half else 2e-5
+        ops, dtype = choose_ops("fused", "bf16" if half else "float32"), torch.bfloat16 if half else torch.float32
+        tolerance = 2e-2 if half else 2e-5
         act = lambda *shape: torch.randn(*shape).to(dtype)
         for batch, length, channels in [(1, 1, 16), (2, 16, 32), (3, 37, 48), (5, 17, 16), (1, 64, 32)]:
             A = -torch.rand(channels, STATES) * 8 - 0.1
@@ -1618,15 +1640,19 @@ def parse_mix(text):
 
 
 def command_train(o):
-    torch.set_num_threads(o.threads or os.cpu_count())
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS binds none
+    torch.set_num_threads(o.threads or processors)
     torch.set_flush_denormal(True)
     torch.manual_seed(o.seed)
     out = pathlib.Path(o.out)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "last.pt").exists() and not o.resume:
         sys.exit(f"train.py: {out}: holds a run already; give --resume to go on with it or another --out")
-    if o.resume and not (out / "last.pt").exists():
-        sys.exit(f"train.py: --resume: {out / 'last.pt'} does not exist")
+    if o.resume:
+        state = load(out / "last.pt", "last.pt")
+        for key, value in comparable(o).items():
+            if state["options"].get(key, value) != value:
+                sys.exit(f"train.py: --resume: the run was started with {key} {state['options'][key]}, now it is {value}")
     task = TASKS[o.command](o, out)
     if task.config.d_model % LANES:
         sys.exit(f"train.py: --d-model {task.config.d_model}: expected a multiple of {LANES}")
@@ -1638,7 +1664,7 @@ def command_train(o):
           f"{'bfloat16' if ops.half else 'float32'}, {torch.get_num_threads()} threads", flush=True)
     run = Run(model, task, o)
     if o.resume:
-        run.restore(torch.load(out / "last.pt", weights_only=True))
+        run.restore(state)
     if not train(run, out):
         print(f"stopped after step {run.step}; --resume goes on")
         return
@@ -1665,11 +1691,18 @@ def poolings(text):
     return values
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def number(name, kind, low, below=math.inf):
+    """A type for argparse, which reports its name."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value < below:  # as NaN is not, either
+            raise ValueError
+        return value
+    convert.__name__ = name
+    return convert
+
+
+positive, natural, non_negative = number("positive", int, 1), number("natural", int, 0), number("non-negative", float, 0)
 
 
 def stages(text):
@@ -1688,7 +1721,7 @@ def main():
     export.add_argument("--out", required=True, help="folder of the run")
     compare = commands.add_parser("baselines", help="held-out bits of context models on the split of dna or of audio")
     compare.add_argument("--data", required=True, help="folder with FASTA or WAV files")
-    compare.add_argument("--order", type=lambda text: [int(k) for k in text.split(",")], default=[0, 12], metavar="K,K")
+    compare.add_argument("--order", type=lambda text: [natural(k) for k in text.split(",")], default=[0, 12], metavar="K,K")
     judge = commands.add_parser("judge", help="what a network that knows the real words makes of generated sound")
     judge.add_argument("--data", required=True, help="folder of WORD_SPEAKER_TAKE.wav")
     judge.add_argument("--wav", action="append", default=[], help="a 16-bit file of generated clips with pauses between them; may be repeated")
@@ -1699,8 +1732,8 @@ def main():
     text, dna, species, audio = training.values()
     text.add_argument("--data", required=True, help="folder with the corpora, see TEXT_CORPORA")
     text.add_argument("--mix", default="v2=1,v1=1,books=0.3", help="passes through each corpus per epoch")
-    text.add_argument("--vocab", type=int, default=4096, help="tokens in the vocabulary")
-    text.add_argument("--length", type=int, default=512, help="tokens a window")
+    text.add_argument("--vocab", type=positive, default=4096, help="tokens in the vocabulary")
+    text.add_argument("--length", type=positive, default=512, help="tokens a window")
     dna.add_argument("--data", required=True, help="folder with FASTA files")
     dna.add_argument("--length", type=lengths, default="1024", metavar="L,L",
                      help="bases a window; several: one after the other, each for an equal part of the steps")
@@ -1709,56 +1742,56 @@ def main():
     species.add_argument("--length", type=lengths, default="256,512,1024,2048,4096", metavar="L,L",
                          help="bases a window, drawn for each step")
     audio.add_argument("--data", required=True, help="folder of WORD_SPEAKER_TAKE.wav")
-    audio.add_argument("--length", type=int, default=8192, help="samples a row")
-    audio.add_argument("--d-model", type=int, default=64, help="of the outermost stages")
-    audio.add_argument("--n-blocks", type=int, default=3, help="a stage")
+    audio.add_argument("--length", type=positive, default=8192, help="samples a row")
+    audio.add_argument("--d-model", type=positive, default=64, help="of the outermost stages")
+    audio.add_argument("--n-blocks", type=positive, default=3, help="a stage")
     audio.add_argument("--pool", type=poolings, default="4,4", metavar="P,P", help="the outermost first")
     audio.add_argument("--stages", type=stages, default="s4.complex,s4.complex,s6.complex,s4.complex,s4.complex", metavar="S,...",
                        help="s4 or s6 and real or complex for each stage, in order of flow; or one for all")
-    audio.add_argument("--d-state", type=int, default=16)
+    audio.add_argument("--d-state", type=positive, default=16)
     audio.add_argument("--discretization", choices=["delta_b", "zoh"], default="delta_b")
     audio.add_argument("--norm", choices=["layernorm", "rmsnorm"], default="layernorm")
     audio.add_argument("--normalization", choices=["peak", "minmax", "none"], default="peak", help="of a clip")
     for command, d_model, n_layer in [(text, 256, 8), (dna, 128, 12)]:
-        command.add_argument("--d-model", type=int, default=d_model)
-        command.add_argument("--n-layer", type=int, default=n_layer)
+        command.add_argument("--d-model", type=positive, default=d_model)
+        command.add_argument("--n-layer", type=positive, default=n_layer)
     for command, batch, rate, dropout in [(text, 8, 2e-3, 0.15), (dna, 16, 4e-3, 0.0), (species, 64, 5e-4, 0.1),
                                           (audio, 2, 2e-3, 0.0)]:
         add = command.add_argument
         add("--out", required=True, help="folder of the run")
         add("--resume", action="store_true", help="go on from OUT/last.pt")
-        add("--steps", type=int, default=4000, help="may be changed with --resume")
-        add("--batch", type=int, default=batch, help="windows a step; of longer ones than the first --length as many fewer")
-        add("--lr", type=float, default=rate, help="highest learning rate")
-        add("--warmup", type=int, default=100, help="steps")
-        add("--decay", type=float, default=0.3, help="part of the steps over which the rate falls at the end")
-        add("--weight-decay", type=float, default=0.1, help="of the matrices")
-        add("--dropout", type=float, default=dropout)
-        add("--clip", type=float, default=1.0, help="norm of the gradient")
-        add("--ema", type=float, default=0.998, help="decay of the averaged weights")
-        add("--seed", type=int, default=0)
+        add("--steps", type=positive, default=4000, help="may be changed with --resume")
+        add("--batch", type=positive, default=batch, help="windows a step; of longer ones than the first --length as many fewer")
+        add("--lr", type=non_negative, default=rate, help="highest learning rate")
+        add("--warmup", type=natural, default=100, help="steps")
+        add("--decay", type=non_negative, default=0.3, help="part of the steps over which the rate falls at the end")
+        add("--weight-decay", type=non_negative, default=0.1, help="of the matrices")
+        add("--dropout", type=number("share", float, 0, 1), default=dropout)
+        add("--clip", type=non_negative, default=1.0, help="norm of the gradient")
+        add("--ema", type=non_negative, default=0.998, help="decay of the averaged weights")
+        add("--seed", type=natural, default=0)
         add("--keep", choices=["best", "last"], default="last" if command is species else "best",
             help="which weights become the model: those with the lowest held-out loss, or the averaged ones at the end")
         add("--eval-every", type=positive, default=100, help="steps")
         add("--save-every", type=positive, default=100, help="steps")
-        add("--stop-at", type=int, default=0, help="stop after this step, for a later --resume (0: do not)")
-        add("--threads", type=int, default=0, help="0: all processors")
+        add("--stop-at", type=natural, default=0, help="stop after this step, for a later --resume (0: do not)")
+        add("--threads", type=natural, default=0, help="0: all processors")
         add("--ops", choices=["auto", "fused", "plain"], default="auto")
         add("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the activations, with fused ops")
     o = parser.parse_args()
-    if o.command == "check-ops":
-        try:
+    try:
+        if o.command == "check-ops":
             sys.exit(0 if check_ops() else 1)
-        except (OSError, subprocess.CalledProcessError) as error:
-            sys.exit(f"train.py: the fused kernels could not be built: {getattr(error, 'stderr', '') or error}")
-    elif o.command == "export":
-        export_best(pathlib.Path(o.out), PlainOps())
-    elif o.command == "judge":
-        judge_sound(o)
-    elif o.command == "baselines":
-        baselines(o)
-    else:
-        command_train(o)
+        elif o.command == "export":
+            export_best(pathlib.Path(o.out), PlainOps())
+        elif o.command == "judge":
+            judge_sound(o)
+        elif o.command == "baselines":
+            baselines(o)
+        else:
+            command_train(o)
+    except OSError as error:
+        sys.exit(f"train.py: {error.filename or o.command}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""models/train.py: cleaning, the fused kernels, exact resumption, and the export as transformers reads it.
+"""models/train.py: cleaning, the fused kernels, exact resumption, what is refused, and the export as transformers reads it.
 
 Needs torch, tokenizers, safetensors and, for the last test, transformers; the fused kernels need a C++ compiler.
 """
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -21,6 +24,7 @@ torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
+from sounds import wav  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +69,32 @@ def corpus(tmp_path_factory):
     return folder
 
 
+SHAPES = {"text": ["--vocab", "320", "--d-model", "32", "--n-layer", "2", "--length", "24", "--batch", "4"],
+          "dna": ["--d-model", "32", "--n-layer", "2", "--length", "32,64", "--batch", "8"],
+          "species": ["--length", "32,64", "--batch", "8"]}
+
+
+def training(command, data, out, *more, steps=6):
+    """The words of a short run."""
+    return [command, "--data", str(data), "--out", str(out), *SHAPES[command], "--steps", str(steps), "--eval-every", "3",
+            "--warmup", "2", "--threads", "2", *more]
+
+
+def start(words, status=0, **more):
+    done = subprocess.run([sys.executable, str(TRAIN), *words], capture_output=True, text=True, **more)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def refused(words, **more):
+    """The one line that says why the program does not do it."""
+    line = start(words, status=1, **more).stderr
+    assert line.count("\n") == 1 and line.startswith("train.py: "), line
+    return line
+
+
 def run(corpus, out, *more, steps=6):
-    command = [sys.executable, str(TRAIN), "text", "--data", str(corpus), "--out", str(out), "--vocab", "320",
-               "--d-model", "32", "--n-layer", "2", "--length", "24", "--batch", "4", "--steps", str(steps),
-               "--eval-every", "3", "--warmup", "2", "--threads", "2", *more]
-    return subprocess.run(command, capture_output=True, text=True, check=True)
+    return start(training("text", corpus, out, *more, steps=steps))
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +114,16 @@ def genomes(tmp_path_factory):
 
 
 def run_dna(command, data, out, *more, steps=6):
-    words = [sys.executable, str(TRAIN), command, "--data", str(data), "--out", str(out), "--length", "32,64", "--batch", "8", "--steps", str(steps),
-             "--eval-every", "3", "--warmup", "2", "--threads", "2", *more]
-    if command == "dna":
-        words += ["--d-model", "32", "--n-layer", "2"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+    return start(training(command, data, out, *more, steps=steps))
+
+
+@pytest.fixture(scope="module")
+def pretrained(train, tmp_path_factory):
+    """best.pt of a run of dna that has learned nothing."""
+    path = tmp_path_factory.mktemp("pretrained") / "best.pt"
+    config = train.Config(train.DNA_ROWS, 16, 1)
+    torch.save({"task": "dna", "config": vars(config), "model": train.Mamba(config, train.PlainOps()).state_dict()}, path)
+    return path
 
 
 def test_cleaning(train):
@@ -164,24 +192,27 @@ def test_export_equals_transformers(train, corpus, tmp_path):
 
 
 def test_wrong_mix_is_one_line(corpus, tmp_path):
-    command = [sys.executable, str(TRAIN), "text", "--data", str(corpus), "--out", str(tmp_path / "r"), "--mix", "v2=1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "expected NAME=WEIGHT" in result.stderr
+    assert "expected NAME=WEIGHT" in refused(["text", "--data", str(corpus), "--out", str(tmp_path / "r"), "--mix", "v2=1"])
 
 
-@pytest.mark.parametrize("command, option", [("audio", "--pool=4"), ("text", "--eval-every=0"), ("dna", "--save-every=0")])
-def test_wrong_numbers_are_refused(tmp_path, command, option):
-    result = subprocess.run([sys.executable, str(TRAIN), command, "--data", str(tmp_path), "--out", str(tmp_path / "r"), option], capture_output=True, text=True)
-    assert result.returncode == 2 and f"argument {option.split('=')[0]}: invalid" in result.stderr
+@pytest.mark.parametrize("command, option", [
+    ("audio", "--pool=4"), ("text", "--eval-every=0"), ("dna", "--save-every=0"), ("dna", "--d-model=0"), ("text", "--n-layer=-1"),
+    ("audio", "--n-blocks=0"), ("audio", "--d-state=0"), ("audio", "--length=0"), ("text", "--vocab=0"), ("dna", "--steps=0"),
+    ("dna", "--batch=0"), ("dna", "--seed=-1"), ("dna", "--threads=-1"), ("dna", "--dropout=1"), ("dna", "--lr=-1"),
+    ("dna", "--lr=nan"), ("baselines", "--order=-1")])
+def test_wrong_numbers_are_refused(train, monkeypatch, capsys, command, option):
+    more = ["--out", "missing"] * (command != "baselines")
+    monkeypatch.setattr(sys, "argv", ["train.py", command, "--data", "missing", *more, option])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2 and f"argument {option.split('=')[0]}: invalid" in capsys.readouterr().err
 
 
 def test_too_few_documents_is_one_line(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "few")
     for path in (tmp_path / "few").glob("tinystories_*"):
         path.write_text("Once upon a time Tom went out.\n\nHe saw a ball.")
-    command = [sys.executable, str(TRAIN), "text", "--data", str(tmp_path / "few"), "--out", str(tmp_path / "r")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "none is left for validation" in result.stderr, result.stderr
+    assert "none is left for validation" in refused(["text", "--data", str(tmp_path / "few"), "--out", str(tmp_path / "r")])
 
 
 def test_what_is_not_counted(train):
@@ -191,6 +222,15 @@ def test_what_is_not_counted(train):
     alone = train.total_nats(model, [bases], ignored=11)
     assert train.total_nats(model, [n, bases], ignored=11, tokens_a_batch=50) == alone and alone[1] == 47
     assert train.total_nats(model, [n], ignored=11) == (0.0, 0)
+
+
+def test_text_batches_depend_on_the_step_alone(train):
+    """Also epochs later, where --resume begins."""
+    corpora = {"a": train.Corpus([np.arange(10 * i, 10 * i + 9) for i in range(7)], [], [], {})}
+    batches, again = (train.TextBatches(corpora, {"a": 1.3}, 3, 4, 0) for _ in range(2))
+    steps = [(batches.next(step).tolist(), batches.epochs(step + 1)) for step in range(30)]
+    assert len({str(ids) for ids, _ in steps}) == 30 and steps[-1][1] > 5
+    assert (again.next(29).tolist(), again.epochs(30)) == steps[-1]
 
 
 def test_nucleotides(train, genomes, tmp_path):
@@ -266,6 +306,121 @@ def test_the_program_agrees_about_nucleotides(train, genomes, tmp_path):
 @pytest.mark.parametrize("words, expected", [(["dna", "--data", "."], "no FASTA file"), (["baselines", "--data", "."], "no FASTA file"),
                                              (["dna", "--data", "missing"], "missing: no FASTA file"), (["species", "--data", "missing", "--from", "x"], "missing: No such file")])
 def test_no_data_is_one_line(tmp_path, words, expected):
-    more = ["--out", str(tmp_path / "r")] if words[0] != "baselines" else []
-    result = subprocess.run([sys.executable, str(TRAIN), *words, *more], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and expected in result.stderr
+    assert expected in refused([*words, *["--out", "r"] * (words[0] != "baselines")], cwd=tmp_path)
+
+
+SPECIES = ["species", "--data", "mt.fa", "--length", "32", "--from"]
+
+
+@pytest.mark.parametrize("words, expected", [
+    ([*SPECIES, "nothere.pt"], "nothere.pt: No such file"),
+    ([*SPECIES, "junk.pt"], "junk.pt: cut off, or no best.pt"),
+    ([*SPECIES, "last.pt"], "last.pt: cut off, or no best.pt"),
+    ([*SPECIES, "text.pt"], "--from text.pt: a model of text, expected one of dna"),
+    (["dna", "--data", ".", "--out", "cut", "--resume"], "last.pt: cut off, or no last.pt"),
+    (["dna", "--data", ".", "--out", "junk.pt"], "junk.pt: File exists"),
+    (["export", "--out", "cut"], "best.pt: cut off, or no best.pt"),
+    (["audio", "--data", "letter"], "a_b_c.wav: expected WORD_SPEAKER_TAKE.wav with a number for TAKE"),
+    (["audio", "--data", "silent"], "a_b_0.wav: no samples"),
+    (["audio", "--data", "junk"], "a_b_0.wav: file does not start with RIFF id"),
+    (["audio", "--data", "few"], "few: 0 for train (takes from 8 on), 0 for valid (takes from 5 on), 1 for test"),
+    (["audio", "--data", "rates"], "sample rates [8000, 16000]"),
+    (["judge", "--data", "few"], "few: 0 for train (takes from 5 on), 1 for test (takes from 0 on), sample rates [8000]"),
+    (["judge", "--data", "empty"], "empty: 0 for train")])
+def test_mistakes_are_one_line(genomes, pretrained, tmp_path, words, expected):
+    shutil.copy(genomes / "species" / "mt.fa", tmp_path)
+    saved = torch.load(pretrained, weights_only=True)
+    torch.save(saved | {"task": "text"}, tmp_path / "text.pt")
+    torch.save({"model": saved["model"], "optimizer": {}}, tmp_path / "last.pt")
+    (tmp_path / "junk.pt").write_text("This is no checkpoint.")
+    for folder, clips in {"letter": {"c": (8000, 9)}, "silent": {"0": (8000, 0)}, "few": {"0": (8000, 9)},
+                          "rates": {"0": (8000, 9), "5": (8000, 9), "8": (16000, 9)}, "junk": {}, "empty": {}, "cut": {}}.items():
+        (tmp_path / folder).mkdir()
+        for take, (rate, samples) in clips.items():
+            (tmp_path / folder / f"a_b_{take}.wav").write_bytes(wav(bytes(2 * samples), rate=rate))
+    (tmp_path / "junk" / "a_b_0.wav").write_text("This is no sound.")
+    for name in ("best.pt", "last.pt"):
+        (tmp_path / "cut" / name).write_bytes(pretrained.read_bytes()[:-100])
+    assert expected in refused([*words, *["--out", "r"] * ("--out" not in words and words[0] != "judge")], cwd=tmp_path)
+
+
+def test_states_that_the_fused_scan_lacks(train, tmp_path):
+    if not has_extension(train):
+        pytest.skip("no C++ compiler")
+    for take in range(9):
+        (tmp_path / f"a_b_{take}.wav").write_bytes(wav(bytes(2000)))
+    words = ["audio", "--data", str(tmp_path), "--d-model", "16", "--n-blocks", "1", "--length", "64", "--steps", "1",
+             "--threads", "1", "--d-state", "8"]
+    assert "--d-state 8: the fused scan has 16, --ops plain any number" in refused([*words, "--out", str(tmp_path / "fused")])
+    start([*words, "--out", str(tmp_path / "plain"), "--ops", "plain"])
+
+
+def test_protein_is_no_genome(tmp_path):
+    """Its letters are N nearly everywhere, but not so many that it is refused for that alone."""
+    rng = random.Random(2)
+    (tmp_path / "genome.fa").write_text(">g\n" + "".join(rng.choices("ACGT", k=400)) + "\n")
+    (tmp_path / "protein.fa").write_text(">p\n" + "".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=20000)) + "\n")
+    line = refused(training("dna", tmp_path, tmp_path / "r", "--ops", "plain", "--threads", "1"), timeout=120)  # not for ever
+    assert "protein.fa (80% N)" in line and "genome.fa" not in line and line.endswith("; a protein FASTA?\n"), line
+
+
+@pytest.mark.parametrize("command", ["text", "dna", "species"])
+def test_resume_with_other_data(corpus, genomes, pretrained, tmp_path, command):
+    """What counts is what the data says, not where it lies."""
+    source, name = {"text": (corpus, "tinystories_v2_valid_head.txt"), "dna": (genomes, "one.fa"),
+                    "species": (genomes / "species", "mt.fa")}[command]
+    shutil.copytree(source, tmp_path / "data")
+    path = tmp_path / "data" / name
+    data, content = path if command == "species" else path.parent, path.read_text()
+    more = ["--ops", "plain", "--stop-at", "1", *["--from", str(pretrained)] * (command == "species")]
+    start(training(command, data, tmp_path / "r", *more))
+    if command == "species":  # the same genomes in another order are other classes
+        path.write_text("".join(f">{record}" for record in reversed(content.split(">")[1:])))
+    else:
+        path.write_text(content.replace("Lily", "Rosa").replace("ACA", "ATA"))
+    line = refused(training(command, data, tmp_path / "r", *more, "--resume"))
+    assert f"--resume: {data}: not the data that the run was started with" in line
+    path.write_text(content)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    start(training(command, tmp_path / "moved" / data.relative_to(tmp_path / "data"), tmp_path / "r", *more, "--resume"))
+
+
+def test_resume_with_fewer_steps(genomes, tmp_path):
+    """A run can be cut short, also before its first evaluation: it ends with the weights that it has."""
+    run_dna("dna", genomes, tmp_path / "r", "--ops", "plain", "--stop-at", "2")
+    assert not (tmp_path / "r" / "best.pt").exists()
+    run_dna("dna", genomes, tmp_path / "r", "--ops", "plain", "--resume", steps=1)
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["step"] == 2
+    assert (tmp_path / "r" / "hf" / "config.json").exists()
+
+
+def test_signals(train, tmp_path):
+    """The first one ends the run after the present step, a second one the program; so does one during the final test."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    o = types.SimpleNamespace(steps=9, stop_at=0, eval_every=99, save_every=99)
+    of, found = types.SimpleNamespace(step=0, seconds=0, state=dict, o=o), []
+
+    def train_step():
+        of.step += 1
+        if of.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            found.extend(signal.getsignal(number) for number in numbers)
+        return 0.0
+
+    of.train_step = train_step
+    try:
+        assert not train.train(of, tmp_path) and of.step == 2 and found == [signal.SIG_DFL] * 2
+        o.stop_at = 3
+        assert not train.train(of, tmp_path) and [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL] * 2
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def test_all_processors_are_those_of_this_process(genomes, tmp_path):
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("Linux's")
+    one = {min(os.sched_getaffinity(0))}
+    words = training("dna", genomes, tmp_path / "r", "--ops", "plain", "--threads", "0", steps=1)
+    assert " 1 threads" in start(words, preexec_fn=lambda: os.sched_setaffinity(0, one)).stdout

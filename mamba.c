@@ -1695,6 +1695,7 @@ struct kernels {
 #define dot_4_rows ISA_NAME(dot_4_rows)
 #define add_pairs ISA_NAME(add_pairs)
 #define dot_16_rows ISA_NAME(dot_16_rows)
+#define add_pairs_512 ISA_NAME(add_pairs_512)
 #define transpose_dwords ISA_NAME(transpose_dwords)
 #define unpack ISA_NAME(unpack)
 #define chunk_scales ISA_NAME(chunk_scales)
@@ -2602,13 +2603,12 @@ LANE vb odd_dwords(vb a, vb b) {
 }
 LANE vb add_pairs(vb a, vb b) { return _mm256_add_epi32(even_dwords(a, b), odd_dwords(a, b)); }  // as hadd, which is slower
 
-// Dot products of four rows with x: dwords of the lower half over elements 0 to 15, of the upper half over 16 to 31.
+// Dot products of four rows with x: dwords of the lower half over elements 0 to 15, of the upper half over 16 to 31. VNNI takes
+// the weights as unsigned: see UNSIGNED_ZERO.
 #if defined(ISA_VNNI)
 LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {
     vb s[4];
-    UNROLL for (int i = 0; i < 4; i++)
-        s[i] = dot_bytes(_mm256_setzero_si256(), format == Q8_0 ? _mm256_abs_epi8(w[i]) : w[i],
-                                   format == Q8_0 ? _mm256_sign_epi8(x, w[i]) : x);
+    UNROLL for (int i = 0; i < 4; i++) s[i] = dot_bytes(_mm256_setzero_si256(), format == Q8_0 ? b_sub(w[i], 128) : w[i], x);
     return add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
 }
 #else
@@ -2714,9 +2714,10 @@ LANE vb unpack(enum format format, const uint8_t *p, int i) {
     }
 }
 
-// How much too high a panel's weights are. The dot products of VNNI want them unsigned, and what 128 add to a product is known
-// beforehand; others have q as it is in the file.
-#define PANEL_ZERO(format) (OF_VNNI((format) == Q8_0 || formats[format].zero, false) ? 128 : formats[format].zero)
+// How much too high weights are where they are multiplied. VNNI wants them unsigned, and what 128 add to a product is known
+// beforehand: of signed ones alone, or in a panel of all that are not natural numbers. Others take q as it is in the file.
+#define UNSIGNED_ZERO(format) (OF_VNNI((format) == Q8_0, false) ? 128 : formats[format].zero)
+#define PANEL_ZERO(format) (OF_VNNI(formats[format].zero != 0, false) ? 128 : UNSIGNED_ZERO(format))
 
 // 16 rows by up to 256 columns. Lane r of a vector belongs to row r.
 struct panel {
@@ -2910,7 +2911,31 @@ static void ISA_NAME(dequantize)(enum format format, const uint8_t *row, int n, 
 // ---- one token ----
 
 // Dot products of 32 q of 16 rows with x, the first 16 and the last 16 apart.
-#if defined(ISA_AVX512) || defined(ISA_AVX2)
+#if defined(ISA_AVX512) && defined(ISA_VNNI)
+LANE __m512i add_pairs_512(__m512i a, __m512i b) {  // add_pairs() in both halves
+    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
+}
+
+LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
+    const int in_block = i % (formats[format].block / 32);
+    const __m512i x = _mm512_broadcast_i64x4(b_load(xp));
+    __m512i d[2];  // of eight rows each, as dot_4_rows() of the first four in the lower half and of the others in the upper
+    UNROLL for (int h = 0; h < 2; h++) {
+        __m512i s[4];
+        UNROLL for (int j = 0; j < 4; j++) {
+            const vb low = unpack(format, chunk_block(format, c, 8 * h + j, i), in_block);
+            const vb high = unpack(format, chunk_block(format, c, 8 * h + j + 4, i), in_block);
+            __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            if (format == Q8_0) w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+            s[j] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
+        }
+        d[h] = add_pairs_512(add_pairs_512(s[0], s[1]), add_pairs_512(s[2], s[3]));
+    }
+    *first = _mm512_shuffle_i32x4(d[0], d[1], 0x88);
+    *second = _mm512_shuffle_i32x4(d[0], d[1], 0xdd);
+}
+#elif defined(ISA_AVX512) || defined(ISA_AVX2)
 LANE void dot_16_rows(enum format format, const struct chunk *c, int i, const int8_t *xp, vi *first, vi *second) {
     const int in_block = i % (formats[format].block / 32);
     const vb x = b_load(xp);
@@ -2981,19 +3006,21 @@ LANE void prefetch(enum format format, const uint8_t *rows, int i) {
 LANE void rows_dot(enum format format, const struct chunk *c, const uint8_t *ahead, const struct act_chunk *x,
                    const struct panel *p, float *sums) {
     const bool has_min = formats[format].has_min;
-    const int zero = formats[format].zero, group = formats[format].group;
+    const int zero = UNSIGNED_ZERO(format), group = formats[format].group;
+    const int together = formats[format].block == 256 ? 2 : 1;  // blocks of 32, whose shifts are constants then
     vf s = v_load(sums);
-    for (int i = 0; i < c->n / 32; i++) {
-        vi first, second;
-        prefetch(format, ahead, i);
-        dot_16_rows(format, c, i, x->q + 32 * i, &first, &second);
-        UNROLL for (int h = 0; h < 32 / group; h++) {
-            const vi dot = group == 32 ? v_add_int(first, second) : h ? second : first;
-            const int g = 32 / group * i + h;
-            s = add_group(p, has_min, g, v_add_int(dot, v_set_int(-surplus_of(x, zero, group, g))), x->scale[i],
-                          scaled_sum_of(x, group, g), s);
+    for (int i0 = 0; i0 < c->n / 32; i0 += together)
+        UNROLL for (int i = i0; i < i0 + together; i++) {
+            vi first, second;
+            prefetch(format, ahead, i);
+            dot_16_rows(format, c, i, x->q + 32 * i, &first, &second);
+            UNROLL for (int h = 0; h < 32 / group; h++) {
+                const vi dot = group == 32 ? v_add_int(first, second) : h ? second : first;
+                const int g = 32 / group * i + h;
+                s = add_group(p, has_min, g, v_add_int(dot, v_set_int(-surplus_of(x, zero, group, g))), x->scale[i],
+                              scaled_sum_of(x, group, g), s);
+            }
         }
-    }
     v_store(sums, s);
 }
 
@@ -3156,8 +3183,8 @@ LANE void amx_chunk(enum format format, const struct chunk *c, const uint8_t *ah
 #endif
 
 // Adds n_panels chunks of one row's length, 16 rows after 16 rows, times n_tokens tokens to sums [n_tokens][n_panels][16]. Of one
-// token n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go next, or NULL. amx: by
-// amx_chunk(). The format and amx are constants at every call.
+// token n_panels is 1, else Q_PANELS. ahead: what the next rows hold of as many bytes. y: where the sums will go next, or NULL.
+// amx: by amx_chunk(). The format and amx are constants at every call.
 LANE void chunk_dot(enum format format, bool amx, const struct chunk *c, const uint8_t *ahead, int n_tokens,
                     const struct act_chunk *x, float (*sums)[16], const float *y, int ldy) {
 #ifdef ISA_AMX
@@ -3638,6 +3665,7 @@ static const struct kernels kernels_amx = KERNELS("amx", matmul_amx);
 #undef OF_ISA
 #undef OF_VNNI
 #undef PANEL_ZERO
+#undef UNSIGNED_ZERO
 #undef DONE_HERE
 #undef UNROLL
 

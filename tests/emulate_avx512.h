@@ -61,6 +61,11 @@ static inline simde__m512i emulated_cvtepu16_epi32(__m256i a) {
     for (int i = 0; i < 16; i++) v.i[i] = words[i];
     return v.si;
 }
+static inline simde__m512 emulated_shuffle_ps(simde__m512 a, simde__m512 b, int which) {
+    emulated v = {.ps = a}, w = {.ps = b}, to;
+    for (int i = 0; i < 16; i++) to.f[i] = (i % 4 < 2 ? v : w).f[i / 4 * 4 + (which >> 2 * (i % 4) & 3)];
+    return to.ps;
+}
 static inline __m256 emulated_extractf32x8_ps(simde__m512 a, int which) {
     emulated v = {.ps = a};
     return v.half[which];
@@ -70,6 +75,7 @@ static inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
     for (int i = 0; i < 16; i++) v.i[i] >>= n;
     return v.si;
 }
+#define _mm512_shuffle_ps emulated_shuffle_ps
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps

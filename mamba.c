@@ -1804,10 +1804,8 @@ struct kernels {
 #define OF_VNNI(with, without) without
 #endif
 
-// Sums of four products of unsigned and signed bytes. (AVX512-VNNI and AVX-VNNI encode it differently.)
-#if defined(ISA_VNNI) && defined(ISA_AVX512)
-LANE __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
-#elif defined(ISA_VNNI)
+// Sums of four products of unsigned and signed bytes.
+#if defined(ISA_VNNI) && defined(ISA_AVX2)
 LANE __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #endif
 
@@ -2605,13 +2603,13 @@ LANE vb add_pairs(vb a, vb b) { return _mm256_add_epi32(even_dwords(a, b), odd_d
 
 // Dot products of four rows with x: dwords of the lower half over elements 0 to 15, of the upper half over 16 to 31. VNNI takes
 // the weights as unsigned: see UNSIGNED_ZERO.
-#if defined(ISA_VNNI)
+#if defined(ISA_VNNI) && defined(ISA_AVX2)
 LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {
     vb s[4];
     UNROLL for (int i = 0; i < 4; i++) s[i] = dot_bytes(_mm256_setzero_si256(), format == Q8_0 ? b_sub(w[i], 128) : w[i], x);
     return add_pairs(add_pairs(s[0], s[1]), add_pairs(s[2], s[3]));
 }
-#else
+#elif !defined(ISA_VNNI)
 LANE vb add_word_pairs(vb a, vb b) { return _mm256_add_epi16(even_dwords(a, b), odd_dwords(a, b)); }
 
 LANE vb dot_4_rows(enum format format, const vb w[4], vb x) {  // in words as long as the sums of so many bits fit

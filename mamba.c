@@ -1564,7 +1564,8 @@ static inline int32_t surplus_of(const struct act_chunk *x, int zero, int group,
 
 // scale * sum of q of a group: what a minimum of weights is multiplied with.
 static inline float scaled_sum_of(const struct act_chunk *x, int group, int g) {
-    return group == 32 ? x->scaled_sum[g] : x->scale[g / 2] * (float)(x->surplus_16[g] / 128);
+    const int32_t sum = x->surplus_16[g] / 128;
+    return group == 32 ? x->scaled_sum[g] : x->scale[g / 2] * (float)sum;
 }
 
 struct conv_args {          // one sequence, channels [0, n) of pointers already moved to the first channel

@@ -75,7 +75,7 @@ def test_codes_and_scores_as_in_training(tmp_path, unet):
 @pytest.mark.parametrize("change, words", [
     ({"pool": [3]}, "expected 3 pairs"), ({"pool": []}, "expected one to four"), ({"stages": [["s5", "real"]] * 5}, "s4 or s6"),
     ({"discretization": "bilinear"}, "zoh or delta_b"), ({"norm": None}, "layernorm or rmsnorm"), ({"vocab_size": 128}, "256 codes"),
-    ({"d_model": 0}, "positive integer"), ({"layer_norm_epsilon": 2.0}, "between 0 and 1"), ({"d_inner": 4}, "expected only"),
+    ({"d_model": 0}, "positive integer"), ({"layer_norm_epsilon": 2.0}, "between 1e-37 and 1"), ({"d_inner": 4}, "expected only"),
     ({"sample_rate": None}, "positive integer")])
 def test_wrong_configurations(tmp_path, change, words):
     c = sounds.config()

@@ -5725,12 +5725,17 @@ static double choice_probabilities(struct sampler *s, int n, float scale) {
 // So cold that nothing but the likeliest token has a chance, and 1/T could overflow.
 static bool is_greedy(const struct sampling *how) { return how->temperature < 1e-5f; }
 
+// Every token, as the logits [n_vocab] have it.
+static void list_choices(struct sampler *s, const float *logits) {
+    for (int32_t id = 0; id < s->n_vocab; id++) s->choices[id] = (struct choice){logits[id], 0, id};
+}
+
 // The token at position t, from logits [n_vocab]; -1 when none is left to choose from. banned: tokens that are not drawn.
 static int32_t sample(struct sampler *s, const struct sampling *how, const float *logits, const struct ids *banned,
                       const struct resume *past, int64_t t) {
     struct choice *c = s->choices;
     int from = past->n_recent > how->repeat_last_n ? past->n_recent - how->repeat_last_n : 0, n = 0;
-    for (int32_t id = 0; id < s->n_vocab; id++) c[id] = (struct choice){logits[id], 0, id};
+    list_choices(s, logits);
     for (size_t i = 0; i < banned->n; i++) c[banned->p[i]].logit = -INFINITY;
     for (int i = from; i < past->n_recent && how->repeat_penalty != 1.0f; i++) {
         struct choice *again = &c[past->recent[i]];
@@ -5778,7 +5783,7 @@ static double log_probability(struct sampler *s, const float *logits, float max,
     const double log_sum = log(sum);
     n_top = min_int(n_top, s->n_vocab);
     if (n_top > 0) {
-        for (int32_t id = 0; id < s->n_vocab; id++) s->choices[id] = (struct choice){logits[id], 0, id};
+        list_choices(s, logits);
         select_best(s->choices, s->n_vocab, n_top);
         for (int i = 0; i < n_top; i++)
             top[i] = (struct token_logprob){s->choices[i].id, (double)(s->choices[i].logit - max) - log_sum};

@@ -264,14 +264,6 @@ def test_lower_case_n_is_n(mamba, model, tmp_path):
     assert rows(mamba("score", model, "--fasta", path, "--case-sensitive").stdout)[0][1] == "3"
 
 
-def test_alleles_in_lower_case_are_not_all_the_same(mamba, model, tmp_path):
-    """To a vocabulary of capitals they would all be N, and every ratio 0."""
-    path = fasta(tmp_path, write({"x": "acgtacgt"}))
-    (tmp_path / "v.vcf").write_text("#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\nx\t2\t.\tC\tG\t.\t.\t.\n")
-    done = mamba("score", model, "--fasta", path, "--vcf", tmp_path / "v.vcf", "--case-sensitive", check=False)
-    assert (done.returncode, done.stdout) == (1, b"") and b"the vocabulary has no lower case" in done.stderr
-
-
 @pytest.mark.parametrize("tokens, words", [(list("AC") + ["<unk>"], "no token for 'G'"), (list("ACGT"), "no token for 'N'")])
 def test_a_vocabulary_that_lacks_letters(mamba, model, tmp_path, tokens, words):
     more = {"unknown_token_id": tokens.index("<unk>")} if "<unk>" in tokens else {}

@@ -295,6 +295,13 @@ def test_bad_lines_of_vcf(mamba, model, tmp_path, text, words, status):
     assert done.returncode == status and words in done.stderr.decode() and done.stderr.count(b"\n") == status
 
 
+def test_alleles_in_lower_case_are_not_all_the_same(mamba, model, tmp_path):
+    """To a vocabulary of capitals they would all be N, and every ratio 0."""
+    path = fasta(tmp_path, write({"x": "acgtacgt"}))
+    done = mamba("score", model, "--fasta", path, "--vcf", vcf(tmp_path, ("x", 2, "C", "G")), "--case-sensitive", check=False)
+    assert (done.returncode, done.stdout) == (1, b"") and b"the vocabulary has no lower case" in done.stderr
+
+
 def test_variants_in_a_soft_masked_reference(mamba, model, tmp_path):
     """With --case-sensitive an allele has the case of the base it stands on, whatever the VCF's is."""
     letters, options = vocabulary(tmp_path, list("ACGTNacgtn")), ["--case-sensitive", "--tokenizer"]
